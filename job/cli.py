@@ -1,0 +1,273 @@
+"""The command line: thin commands over `job.launch`.
+
+Nothing heavy is imported before a command runs: `--help` answers without torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from job.console import Console
+from job.errors import MEANING, ExitCode, SpeedrunError, UsageError
+
+STAGES = ("prepare", "pretrain", "evaluate", "report")
+
+
+def exit_code_table() -> str:
+    return "\b\nExit codes:\n" + "\n".join(f"  {int(code):>2}  {meaning}" for code, meaning in MEANING.items())
+
+
+class Commands(click.Group):
+    """Prints expected failures as one sentence, with the exit code of the table."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SpeedrunError as error:
+            click.echo(f"speedrun: {error}", err=True)
+            ctx.exit(int(error.exit_code))
+        except KeyboardInterrupt:
+            click.echo("speedrun: interrupted; the same command goes on from what is sealed", err=True)
+            ctx.exit(int(ExitCode.RESUME))
+
+
+@click.group(cls=Commands, epilog=exit_code_table(), context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gpt2-speedrun", prog_name="speedrun")
+def main() -> None:
+    """Train a GPT-2-grade model and score it: prepare, pretrain, evaluate, report, or `run` for all of it.
+
+    \b
+    Example:
+      speedrun smoke          the whole pipeline on a CPU, in minutes
+    """
+
+
+def out_option(command: Callable) -> Callable:
+    return click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        default=Path("out"),
+        show_default=True,
+        metavar="DIR",
+        help="Where everything is written.",
+    )(command)
+
+
+def talk_options(command: Callable) -> Callable:
+    quiet = click.option("-q", "--quiet", is_flag=True, help="Say errors only.")
+    verbose = click.option("-v", "--verbose", is_flag=True, help="Say every event as well.")
+    return verbose(quiet(command))
+
+
+def json_option(command: Callable) -> Callable:
+    return click.option("--json", "as_json", is_flag=True, help="Print result.json, and nothing else, on stdout.")(command)
+
+
+def recipe_options(default_preset: str) -> Callable[[Callable], Callable]:
+    """The options that make a recipe; the command is given `recipe` instead of them."""
+
+    def decorate(command: Callable) -> Callable:
+        @click.option("--preset", default=default_preset, show_default=True, metavar="NAME", help="Named recipe.")
+        @click.option(
+            "-o", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the recipe; may be repeated."
+        )
+        @click.option(
+            "--data",
+            multiple=True,
+            metavar="PATH",
+            help="Your text: a folder (without its subfolders) or a file; parquet, jsonl or txt; may be repeated.",
+        )
+        @click.option("--core-bundle", metavar="PATH", help="The CORE bundle: folder, .zip or .tar.zst.")
+        @functools.wraps(command)
+        def wrapped(preset: str, overrides: tuple[str, ...], data: tuple[str, ...], core_bundle: str | None, **others: Any) -> Any:
+            from job.config import resolve
+
+            flags: dict[str, tuple[str, Any]] = {}
+            if data:
+                flags["data.source"] = ("--data", "local")
+                flags["data.paths"] = ("--data", data)
+            if core_bundle is not None:
+                flags["eval.core_bundle"] = ("--core-bundle", core_bundle)
+            return command(recipe=resolve(preset, flags, overrides), **others)
+
+        return wrapped
+
+    return decorate
+
+
+def run_options(command: Callable) -> Callable:
+    """Options of the commands that make or continue a run."""
+    run_id = click.option(
+        "--run-id", metavar="ID", help="Name of the run; the same name goes on where it stopped.  [default: the preset's name]"
+    )
+    fresh = click.option("--fresh", is_flag=True, help="Discard what this run id has and start anew; prepared data are kept.")
+    dry = click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
+    ranks = click.option(
+        "--ranks", type=click.IntRange(1, 64), default=1, show_default=True, help="Training processes on this machine."
+    )
+    for option in (talk_options, json_option, dry, fresh, ranks, run_id, out_option):
+        command = option(command)
+    return command
+
+
+@main.command()
+@recipe_options("smoke")
+@run_options
+def run(**options: Any) -> None:
+    """All stages, one after the other; what is sealed is not done again.
+
+    \b
+    Example:
+      speedrun run --preset smoke --data my-texts/ --run-id mine
+    """
+    _run(STAGES, **options)
+
+
+@main.command()
+@recipe_options("smoke")
+@run_options
+def smoke(**options: Any) -> None:
+    """The whole pipeline on a CPU in minutes, from text that Python itself carries.
+
+    \b
+    Example:
+      speedrun smoke --fresh
+    """
+    _run(STAGES, **options)
+
+
+@main.command()
+@recipe_options("smoke")
+@out_option
+@talk_options
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
+def prepare(recipe: Any, out: Path, quiet: bool, verbose: bool, dry_run: bool) -> None:
+    """Tokenizer and packed rows, sealed below OUT/prepared; runs with the same data share them.
+
+    \b
+    Example:
+      speedrun prepare --preset smoke --data my-texts/
+    """
+    from job import launch
+
+    if dry_run:
+        click.echo(launch.describe_plan(out, None, recipe, ("prepare",), ranks=1))
+        return
+    launch.prepare_alone(out, recipe, console=Console(_verbosity(quiet, verbose)))
+
+
+@main.command()
+@recipe_options("smoke")
+@run_options
+def pretrain(**options: Any) -> None:
+    """Train the model (preparing its data first where that is not done).
+
+    \b
+    Example:
+      speedrun pretrain --preset smoke -o train.steps=100
+    """
+    _run(("prepare", "pretrain"), **options)
+
+
+@main.command()
+@out_option
+@click.option("--run-id", required=True, metavar="ID", help="The run whose finished model is scored.")
+@click.option(
+    "--core-bundle", metavar="PATH", help="The CORE bundle: folder, .zip or .tar.zst.  [default: what the run's recipe says]"
+)
+@click.option("-o", "overrides", multiple=True, metavar="eval.KEY=VALUE", help="Override one value of the recipe's eval section.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
+@json_option
+@talk_options
+def evaluate(
+    out: Path,
+    run_id: str,
+    core_bundle: str | None,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Score a finished model: bits per byte, tasks, samples; then its report.
+
+    \b
+    Example:
+      speedrun evaluate --run-id smoke --core-bundle core_bundle.zip -o eval.cap=20
+    """
+    from job import launch
+
+    run_path = launch.existing_run(out, run_id)
+    recipe = launch.recipe_for_evaluation(run_path, core_bundle, overrides)
+    if dry_run:
+        click.echo(launch.describe_plan(out, run_path, recipe, ("evaluate", "report"), ranks=1))
+        return
+    launch.change_evaluation(run_path, recipe)
+    launch.execute(out, run_path, recipe, ("evaluate", "report"), console=Console(_verbosity(quiet, verbose)), again=True)
+    _show_result(run_path, as_json, quiet)
+
+
+@main.command()
+@out_option
+@click.option("--run-id", required=True, metavar="ID", help="The run that is reported.")
+@json_option
+@talk_options
+def report(out: Path, run_id: str, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Write the page and result.json of a run, finished or not.
+
+    \b
+    Example:
+      speedrun report --run-id smoke --json
+    """
+    from job import launch
+    from job.report.render import write_report
+
+    run_path = launch.existing_run(out, run_id)
+    write_report(run_path)
+    _show_result(run_path, as_json, quiet)
+
+
+def _run(
+    stages: tuple[str, ...],
+    recipe: Any,
+    out: Path,
+    run_id: str | None,
+    ranks: int,
+    fresh: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    from job import launch
+
+    run_id = run_id or recipe.preset
+    if dry_run:
+        click.echo(launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=ranks))
+        return
+    run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=ranks)
+    launch.execute(out, run_path, recipe, stages, console=Console(_verbosity(quiet, verbose)), world_size=ranks)
+    if "report" in stages:
+        _show_result(run_path, as_json, quiet)
+
+
+def _show_result(run_path: Path, as_json: bool, quiet: bool) -> None:
+    from job.report.words import summary_lines
+
+    text = (run_path / "report" / "result.json").read_text(encoding="utf-8")
+    if as_json:
+        click.echo(text, nl=False)
+    elif not quiet:
+        click.echo("\n".join(summary_lines(json.loads(text), run_path / "report" / "report.html")))
+
+
+def _verbosity(quiet: bool, verbose: bool) -> int:
+    if quiet and verbose:
+        raise UsageError("-q and -v contradict each other; give one of them")
+    return -1 if quiet else int(verbose)

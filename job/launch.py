@@ -1,0 +1,248 @@
+"""A command becomes a run: its folder, its recipe, and the stages that are not yet done.
+
+    open_run  ->  execute(stages)  ->  exit code
+                    claim an attempt, then for each stage: done already? skip; else supervise its ranks
+
+The same command with the same run id goes on after what is sealed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from job import machine
+from job.attempt import Attempt
+from job.config import SCHEMA, Recipe, differing_keys, from_document, resolve
+from job.console import Console
+from job.errors import ExitCode, SpeedrunError, UsageError
+from job.progress import Reporter
+from job.report.render import write_report
+from job.sealed import atomic_write, is_sealed, open_sealed
+from job.supervise import Interrupts, start_ranks, supervise
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_writable(out: Path) -> None:
+    """UsageError unless `out` is a folder we can write in, or can become one."""
+    probe = out / f".writable-{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"--out {out} cannot be written ({error.strerror}); choose another folder or give user {os.getuid()} write permission"
+        ) from None
+
+
+def recipe_document(recipe: Recipe, run_id: str) -> dict:
+    """What `recipe.json` holds: the values, where each came from, and what follows from them."""
+    from job.derive import derive
+
+    return {
+        "schema": SCHEMA,
+        "run_id": run_id,
+        "preset": recipe.preset,
+        "evidence": recipe.evidence,
+        "recipe": recipe.values(),
+        "sources": dict(recipe.sources),
+        "derived": derive(recipe).explained(),
+    }
+
+
+def run_folder(out: Path, run_id: str) -> Path:
+    if not RUN_ID.fullmatch(run_id):
+        raise UsageError(f"--run-id {run_id!r} cannot be used: write letters, digits, dots, dashes and underscores, at most 100")
+    return out / "runs" / run_id
+
+
+def open_run(out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int = 1) -> Path:
+    """The folder of `run_id`, its recipe written; UsageError when it was begun with another recipe."""
+    from job.derive import derive, micro_steps
+
+    run = run_folder(out, run_id)
+    document = recipe_document(recipe, run_id)
+    check_writable(out)
+    micro_steps(recipe, derive(recipe), ranks)
+    if fresh and run.exists():
+        shutil.rmtree(run)
+    if (run / "recipe.json").is_file():
+        changed = differing_keys(read_recipe(run)["recipe"], document["recipe"])
+        if changed:
+            raise UsageError(
+                f"run {run_id} was begun with another recipe ({'; '.join(changed)}); take another --run-id, or --fresh to discard the old run"
+            )
+    else:
+        atomic_write(run / "recipe.json", json.dumps(document, indent=1).encode())
+    return run
+
+
+def existing_run(out: Path, run_id: str) -> Path:
+    """The folder of a run that was begun; UsageError naming those there are otherwise."""
+    run = run_folder(out, run_id)
+    if not (run / "recipe.json").is_file():
+        parent = out / "runs"
+        known = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
+        raise UsageError(
+            f"no run {run_id} below {parent}; " + (f"there are: {', '.join(known)}" if known else "begin one with: speedrun run")
+        )
+    return run
+
+
+def read_recipe(run: Path) -> dict:
+    return json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+
+
+def is_done(stage: str, run: Path, recipe: Recipe) -> bool:
+    """Whether sealed folders say that `stage` has nothing left to do."""
+    from job.checkpoint import folder_of
+    from job.derive import derive
+
+    final = folder_of(run, derive(recipe).rows)
+    if stage == "pretrain":
+        return is_sealed(final)
+    if stage == "evaluate" and is_sealed(final) and is_sealed(run / "eval" / "ledger"):
+        scored = open_sealed(run / "eval" / "ledger", kind="eval_ledger").made_from["weights"]
+        return scored == open_sealed(final, kind="checkpoint", verify=False).id
+    return False
+
+
+def execute(
+    out: Path, run: Path, recipe: Recipe, stages: Sequence[str], *, console: Console, world_size: int = 1, again: bool = False
+) -> None:
+    """Claim an attempt and bring every stage of `stages` to its end; `again` repeats stages that are done.
+
+    Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
+    """
+    attempt = Attempt.claim(run)
+    attempt.emit("attempt.started", argv=sys.argv[1:], **machine.describe())
+    with Interrupts() as interrupts, _last_word(attempt):
+        for stage in stages:
+            interrupts.check(stage)
+            if not again and is_done(stage, run, recipe):
+                attempt.emit("stage.skipped", stage=stage, why="sealed")
+                console.say(f"{stage}: done already")
+                continue
+            attempt.check_newest()
+            started = time.monotonic()
+            attempt.emit("stage.started", stage=stage)
+            if stage == "report":
+                write_report(run)
+            else:
+                ranks = start_ranks(
+                    [stage, str(out), str(run / "recipe.json"), str(run)],
+                    world_size=world_size if stage == "pretrain" else 1,
+                    threads=recipe.train.threads,
+                    logs=run / "logs",
+                    label=f"{attempt.number}.{stage}",
+                )
+                supervise(stage, ranks, reporter=attempt, console=console, interrupts=interrupts)
+            attempt.emit("stage.done", stage=stage, seconds=time.monotonic() - started)
+            console.say(f"{stage}: done in {time.monotonic() - started:.1f} s")
+
+
+@contextlib.contextmanager
+def _last_word(attempt: Attempt) -> Iterator[None]:
+    """However the attempt ends, its last event says with which code and why."""
+    try:
+        yield
+        attempt.emit("attempt.ended", exit_code=int(ExitCode.DONE), reason="done")
+    except SpeedrunError as error:
+        attempt.emit("attempt.ended", exit_code=int(error.exit_code), reason=str(error))
+        raise
+    except BaseException as error:
+        attempt.emit("attempt.ended", exit_code=int(ExitCode.BUG), reason=repr(error))
+        raise
+    finally:
+        attempt.close()
+
+
+def prepare_alone(out: Path, recipe: Recipe, *, console: Console) -> None:
+    """The prepare stage without a run: its sealed folders are shared by every run with the same data."""
+    check_writable(out)
+    with tempfile.TemporaryDirectory(prefix="speedrun-") as scratch, Interrupts() as interrupts:
+        recipe_file = Path(scratch) / "recipe.json"
+        atomic_write(recipe_file, json.dumps(recipe_document(recipe, "prepare")).encode())
+        ranks = start_ranks(
+            ["prepare", str(out), str(recipe_file), ""], world_size=1, threads=0, logs=Path(scratch), label="prepare"
+        )
+        supervise("prepare", ranks, reporter=Said(console), console=console, interrupts=interrupts)
+
+
+class Said(Reporter):
+    """A reporter without a record: says where the prepared set is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        if kind == "prepare.done":
+            self._console.say(
+                f"prepared {fields['id']}: {fields['train_rows']:,} rows to train on, {fields['val_rows']:,} held out"
+            )
+
+
+def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequence[str]) -> Recipe:
+    """The run's recipe with another `eval` section; UsageError for a key of any other section."""
+    recipe = from_document(read_recipe(run))
+    foreign = [o for o in overrides if not o.startswith("eval.")]
+    if foreign:
+        raise UsageError(
+            f"-o {foreign[0]} cannot be used: the run is trained, only keys of the eval section can change, e.g. -o eval.cap=20"
+        )
+    values = {f"{section}.{key}": value for section, entries in recipe.values().items() for key, value in entries.items()}
+    flags = {key: (recipe.sources[key], value) for key, value in values.items()}
+    if core_bundle is not None:
+        flags["eval.core_bundle"] = ("--core-bundle", core_bundle)
+    return resolve(recipe.preset, flags, overrides)
+
+
+def change_evaluation(run: Path, recipe: Recipe) -> None:
+    """Write the changed `eval` section into the run's recipe."""
+    atomic_write(run / "recipe.json", json.dumps(recipe_document(recipe, run.name), indent=1).encode())
+
+
+def describe_plan(out: Path, run: Path | None, recipe: Recipe, stages: Sequence[str], *, ranks: int) -> str:
+    """What a command would do: the recipe with the origin of each value, what follows, and which stages are left."""
+    from job.derive import derive, micro_steps
+
+    derived = derive(recipe)
+    lines = [f"preset {recipe.preset} ({recipe.evidence})", ""]
+    lines += [f"  {key:<24} {_short(value):<16} {recipe.sources[key]}" for key, value in _flat(recipe)]
+    lines += ["", "what follows:"]
+    lines += [f"  {name:<34} {_short(value['value']):<16} {value['why']}" for name, value in derived.explained().items()]
+    lines += [f"  {'micro_steps':<34} {micro_steps(recipe, derived, ranks):<16} on {ranks} rank{'s' * (ranks > 1)}", ""]
+    lines += [f"run folder: {run}" if run else f"prepared below: {out / 'prepared'}"]
+    for stage in stages:
+        done = run is not None and run.exists() and is_done(stage, run, recipe)
+        lines.append(f"  {stage}: {'done already' if done else 'to do'}")
+    return "\n".join(lines)
+
+
+def _flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    for section, entries in recipe.values().items():
+        for key, value in entries.items():
+            yield f"{section}.{key}", value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else json.dumps(value)
+        if not isinstance(value, str)
+        else value or '""'
+    )

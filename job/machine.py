@@ -1,0 +1,68 @@
+"""What this machine is: processor, cores, and the precision it computes fast in."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU has bf16 matrix instructions (AMX or AVX512-BF16)."""
+    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
+
+
+def compute_dtype(wanted: str) -> torch.dtype:
+    """The dtype of activations: what the recipe says, or for "auto" bf16 where it is fast and fp32 elsewhere."""
+    import torch
+
+    bf16 = wanted == "bf16" or (wanted == "auto" and has_fast_bf16())
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def describe() -> dict[str, Any]:
+    """Fields of the event attempt.started: host, versions and CPU."""
+    from importlib.metadata import version
+
+    packages = ("torch", "torchao", "numpy", "tokenizers", "tiktoken", "gpt2-speedrun")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages if _installed(name)}
+    cpu = {"model": cpu_name(), "cores": usable_cores(), "bf16": has_fast_bf16()}
+    return {"host": platform.node(), "versions": versions, "cpu": cpu}
+
+
+def _installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

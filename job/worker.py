@@ -1,0 +1,168 @@
+"""The process a stage runs in: one rank's side of the conversation with the supervisor.
+
+    supervisor --(stdin: one JSON object a line)--> rank     {"do": "hold"}  {"do": "stop", "at": 120}
+    rank --(the pipe of SPEEDRUN_EVENTS_FD)--> supervisor    {"kind": ..}  {"progress": ..}  {"boundary": 118}  {"error": ..}
+
+Ranks compute: they write sealed folders, and all else they have to say goes up this pipe; the supervisor alone writes events.
+
+**Stopping at one step everywhere.** Ranks run at most a collective apart, so "stop now" would leave one waiting for another. The
+supervisor asks all ranks to hold: each answers with the number of the next step border it will reach and waits there. The greatest
+answer is a border that every rank can still reach; it becomes the shared "stop at". No collective is spent on asking.
+
+When the supervisor dies, stdin ends, and the rank ends its whole process group: nothing is left running on a machine that bills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from job.config import Recipe, from_document
+from job.errors import ExitCode, SpeedrunError
+from job.progress import Reporter
+
+if TYPE_CHECKING:
+    from job.data.prepare import Prepared
+    from job.derive import Derived
+
+STAGES = {"prepare": "job.prepare", "pretrain": "job.pretrain", "evaluate": "job.evaluate"}
+"""the module whose `main(context)` is a rank's part of a stage"""
+
+
+class RankReporter(Reporter):
+    """Sends a rank's events and progress up the pipe; safe from several threads."""
+
+    def __init__(self, pipe: IO[str]) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, message: dict[str, Any]) -> None:
+        with self._lock:
+            self._pipe.write(json.dumps(message) + "\n")
+            self._pipe.flush()
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        self.send({"kind": kind, **fields})
+
+    def progress(self, stage: str, done: float, total: float, unit: str) -> None:
+        self.send({"progress": [stage, done, total, unit]})
+
+
+class Borders:
+    """The rank's step borders, as the supervisor's messages and the training loop both see them."""
+
+    def __init__(self, reporter: RankReporter) -> None:
+        self._reporter = reporter
+        self._changed = threading.Condition()
+        self._next = 0
+        self._held = False
+        self._stop_at: int | None = None
+
+    def hold(self) -> None:
+        """From the control thread: answer with the next border and wait there for `stop`."""
+        with self._changed:
+            self._held = True
+            self._reporter.send({"boundary": self._next})
+
+    def stop(self, at: int) -> None:
+        """From the control thread: the border at which every rank stops."""
+        with self._changed:
+            self._stop_at = at
+            self._changed.notify_all()
+
+    def start_from(self, step: int) -> None:
+        """From the loop, once it knows its first step."""
+        with self._changed:
+            self._next = max(self._next, step)
+
+    def reached(self, step: int) -> bool:
+        """From the loop, before step `step`: True when all ranks stop here."""
+        with self._changed:
+            while self._held and self._stop_at is None:
+                self._changed.wait()
+            if self._stop_at is not None and step >= self._stop_at:
+                return True
+            self._next = step + 1
+            return False
+
+
+@dataclasses.dataclass
+class RankContext:
+    """What a stage's `main(context)` is given."""
+
+    out: Path
+    run: Path | None
+    recipe_file: Path
+    rank: int
+    world_size: int
+    reporter: RankReporter
+    borders: Borders
+
+    def recipe(self) -> Recipe:
+        return from_document(json.loads(self.recipe_file.read_text(encoding="utf-8")))
+
+    def load(self) -> tuple[Recipe, Derived, Prepared]:
+        """What the training and evaluation stages start from; the prepared set is the one that this run's events name."""
+        from job.attempt import fold
+        from job.data.prepare import Prepared
+        from job.derive import derive
+
+        recipe = self.recipe()
+        prepared_id = fold(self.run).prepared["id"]
+        prepared = Prepared.open(self.out / "prepared" / prepared_id)
+        return recipe, derive(recipe), prepared
+
+
+def _listen(borders: Borders) -> None:
+    for line in sys.stdin:
+        message = json.loads(line)
+        if message["do"] == "hold":
+            borders.hold()
+        elif message["do"] == "stop":
+            borders.stop(message["at"])
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def main(stage: str, out: str, recipe_file: str, run: str) -> int:
+    pipe = os.fdopen(int(os.environ["SPEEDRUN_EVENTS_FD"]), "w", encoding="utf-8")
+    reporter = RankReporter(pipe)
+    borders = Borders(reporter)
+    threading.Thread(target=_listen, args=(borders,), daemon=True).start()
+    context = RankContext(
+        out=Path(out),
+        run=Path(run) if run else None,
+        recipe_file=Path(recipe_file),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        reporter=reporter,
+        borders=borders,
+    )
+    try:
+        importlib.import_module(STAGES[stage]).main(context)
+    except SpeedrunError as error:
+        reporter.send({"error": [int(error.exit_code), str(error)]})
+        return int(error.exit_code)
+    except MemoryError as error:
+        reporter.send({"error": [int(ExitCode.OUT_OF_MEMORY), _memory_sentence(stage, error)]})
+        return int(ExitCode.OUT_OF_MEMORY)
+    return 0
+
+
+def _memory_sentence(stage: str, error: BaseException) -> str:
+    detail = f" ({error})" if str(error) else ""
+    return f"{stage} ran out of memory{detail}; use a smaller train.device_batch_size or a machine with more memory"
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        code = main(*sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(code)

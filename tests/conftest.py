@@ -1,0 +1,76 @@
+"""Fixtures that several test files share: a small real corpus, a tiny recipe, and the command line as a process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+TINY = (
+    "model.depth=2",
+    "model.seq_len=64",
+    "data.vocab_size=512",
+    "data.val_fraction=0.1",
+    "train.steps=12",
+    "train.total_batch_size=512",
+    "train.device_batch_size=4",
+    "train.checkpoint_every=4",
+    "train.val_every=6",
+    "train.val_tokens=4096",
+    "train.threads=1",
+    "eval.samples=1",
+    "eval.sample_tokens=8",
+    "eval.cap=12",
+)
+"""A run of seconds in which every stage does something: checkpoints and validations fall inside it."""
+
+
+@dataclasses.dataclass
+class Speedrun:
+    """`speedrun ...` as a user types it, in a process of its own."""
+
+    data: Path
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-c", "from job.cli import main; main()", *arguments]
+
+    def tiny(self, command: str, out: Path, *arguments: str) -> list[str]:
+        """`command` with the tiny recipe on the small corpus."""
+        overrides = [word for value in TINY for word in ("-o", value)]
+        return self.command(
+            command, "--preset", "smoke", "--data", str(self.data), "--out", str(out), "--run-id", "t", *overrides, *arguments
+        )
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+
+    def start(self, words: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment(), cwd=ROOT)
+
+    def __call__(self, words: list[str], *, code: int = 0) -> subprocess.CompletedProcess[str]:
+        ended = subprocess.run(words, capture_output=True, text=True, env=self.environment(), cwd=ROOT, timeout=300, check=False)
+        assert ended.returncode == code, f"exit {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+        return ended
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python's own language reference as text files: about 120 documents of real prose."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, text in topics.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def speedrun(small_corpus: Path) -> Speedrun:
+    return Speedrun(small_corpus)
