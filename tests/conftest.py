@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared-cores", deadline=None)  # a deadline would measure the neighbours on a busy machine
+settings.load_profile("shared-cores")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

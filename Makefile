@@ -1,0 +1,98 @@
+# `make smoke` and `make test` are complete first commands on a machine with Python 3.11: each makes .venv when it is missing,
+# unfinished, of another place, or of another lock.
+
+# cpu or cuda: which build of torch .venv gets. `make smoke TORCH=cuda` overrules what is found here.
+TORCH := $(if $(wildcard /proc/driver/nvidia/version /usr/lib/wsl/lib/libcuda.so*),cuda,cpu)
+ifeq ($(filter cpu cuda,$(TORCH)),)
+$(error TORCH=$(TORCH) is no build of torch: say TORCH=cpu or TORCH=cuda)
+endif
+
+# Where torch's CPU build is taken from when pip's find-links have none (macOS needs neither: its ordinary build is the CPU one).
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# The first Python 3.11 on the path; `make smoke PYTHON=/usr/local/bin/python3.11` names one.
+PYTHON = $(shell for p in python3.11 python3 python; do \
+    $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+LOCKED := --require-hashes --only-binary :all:
+IMAGE := gpt2-speedrun
+
+# The last thing that a finished environment gets is a file named after all that it was made from.
+MADE_FROM := $(shell { cat requirements.lock requirements-cuda.lock; echo $(TORCH) "$(CURDIR)"; } | cksum | cut -d ' ' -f 1)
+ENVIRONMENT := .venv/made-from-$(MADE_FROM)
+PROJECT := .venv/project-installed
+
+.PHONY: help smoke test slow lint bench image lock clean
+.DELETE_ON_ERROR:
+
+help: ## list these commands
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+
+smoke: $(PROJECT) ## the whole pipeline on a CPU, in minutes; the report is in out/
+	.venv/bin/speedrun smoke --fresh --out out
+
+test: $(PROJECT) ## all tests but the slow ones
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+
+slow: $(PROJECT) ## the slow tests, one after another
+	.venv/bin/python -m pytest -m slow
+
+lint: $(PROJECT) ## style and formatting
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+bench: $(PROJECT) ## tables of timings (tests/bench/bench_*.py)
+	.venv/bin/python -m pytest tests/bench --override-ini "python_files=bench_*.py" --capture=no
+
+image: ## the container image
+	docker build --tag $(IMAGE) .
+
+clean: ## remove .venv and caches; out/ stays
+	rm -rf .venv .lock-env build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PROJECT): $(ENVIRONMENT) pyproject.toml
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Torch comes first and alone, so that its CPU build is asked for in one place at a time; what is installed is not fetched again.
+$(ENVIRONMENT):
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 is needed and not on the path: install it, or say make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@rm -f .venv/made-from-* # first of all: a half-removed environment must not be taken for a whole one
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	@lock=requirements$(if $(filter cuda,$(TORCH)),-cuda).lock; \
+	if [ $(TORCH) = cpu ] && [ "$$(uname)" != Darwin ]; then \
+	    sed -n '/^torch==/,/[^\\]$$/p' $$lock >.venv/torch.txt; \
+	    echo "Installing torch's CPU build (about 200 MB)"; \
+	    $(PIP) install $(LOCKED) --no-deps --no-index -r .venv/torch.txt 2>/dev/null \
+	    || $(PIP) install $(LOCKED) --no-deps --retries 1 --timeout 15 --index-url $(TORCH_CPU_INDEX) -r .venv/torch.txt \
+	    || { echo "No CPU build of torch in pip's find-links or at $(TORCH_CPU_INDEX): taking the CUDA build, which runs on a CPU too (2.7 GB)"; \
+	         lock=requirements-cuda.lock; }; \
+	fi; \
+	echo "Installing $$lock"; \
+	$(PIP) install $(LOCKED) -r $$lock
+	@touch $@
+
+# --- the locks: one for CPU machines, one for CUDA, from pyproject.toml; `make lock UPGRADE=--upgrade` takes newer versions
+#
+# The CUDA lock is what PyPI's torch needs on Linux. The CPU lock is what the same versions need where torch has no CUDA (macOS);
+# its torch is the CPU builds, whose hashes are listed here because the package index knows only one of them.
+UV_VERSION := 0.13.9
+UV := .lock-env/bin/uv --no-config pip compile --quiet pyproject.toml --extra dev --python-version 3.11 --only-binary :all: --generate-hashes \
+    --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(UPGRADE)
+TORCH_VERSION := 2.13.0
+TORCH_CPU_HASHES := \
+    6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b \
+    84453b69508ec79902f899c5ed9495acb9e2bbe9fda5f1d5d6f19e3c3842e1a7 \
+    e76f9bcecc52b8ff711239a2f7547d5353df95878ab232f0773c1d95928b92f8
+# in this order: Linux x86_64 and Linux aarch64 (2.13.0+cpu), macOS arm64; Python 3.11
+
+lock: ## make both locks from pyproject.toml
+	$(PYTHON) -m venv --clear .lock-env
+	.lock-env/bin/python -m pip install --quiet uv==$(UV_VERSION)
+	$(UV) --python-platform x86_64-manylinux_2_28 --output-file requirements-cuda.lock
+	MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) --python-platform aarch64-apple-darwin --constraints requirements-cuda.lock --no-emit-package torch --output-file requirements.lock
+	printf '%s\n' '# but stands here, with the hashes of its CPU builds:' 'torch==$(TORCH_VERSION) \' >>requirements.lock
+	printf '    --hash=sha256:%s \\\n' $(TORCH_CPU_HASHES) | sed '$$s/ .$$//' >>requirements.lock

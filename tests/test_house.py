@@ -1,0 +1,170 @@
+"""The rules of the house that no linter knows: locks, packages, the direction of imports, sizes, what the text may name."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
+LOCKS = ("requirements.lock", "requirements-cuda.lock")
+MADE = {"__pycache__", "out", "build", "dist"}  # folders that are no part of the project's text, beside those with a dot
+
+PIN = re.compile(
+    r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>\S+) \\\n(?P<hashes>(?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
+)
+
+
+def project_files() -> Iterator[Path]:
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [
+            name for name in folders if name not in MADE and not name.endswith(".egg-info") and (name[0] != "." or name == ".ci")
+        ]
+        yield from (Path(folder) / name for name in names)
+
+
+def python_files() -> list[Path]:
+    return sorted(path for path in project_files() if path.suffix == ".py")
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def pins(lock: str) -> dict[str, tuple[str, set[str]]]:
+    """name -> (version, hashes) of every pin that has at least one hash."""
+    text = (ROOT / lock).read_text()
+    return {match["name"]: (match["version"], set(re.findall("[0-9a-f]{64}", match["hashes"]))) for match in PIN.finditer(text)}
+
+
+# --- locks
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_is_pins_with_hashes_and_nothing_else(lock: str) -> None:
+    rest = PIN.sub("", (ROOT / lock).read_text())
+    assert [line for line in rest.splitlines() if line.strip() and not line.lstrip().startswith("#")] == []
+    assert "://" not in rest
+
+
+def test_the_locks_agree_and_differ_by_what_only_cuda_needs() -> None:
+    cpu, cuda = (pins(lock) for lock in LOCKS)
+    assert {name: version for name, (version, _) in cpu.items()} == {name: cuda[name][0] for name in cuda if name in cpu}
+    assert all(name.startswith(("nvidia-", "cuda-")) or name == "triton" for name in cuda.keys() - cpu.keys())
+    assert all(cpu[name] == cuda[name] for name in cpu if name != "torch")
+
+
+def test_torch_in_the_cpu_lock_is_the_cpu_builds_of_the_makefile() -> None:
+    version, hashes = pins("requirements.lock")["torch"]
+    block = re.search(r"TORCH_CPU_HASHES := \\\n((?: +[0-9a-f]{64}(?: \\)?\n)+)", MAKEFILE)
+    assert block and hashes == set(block[1].replace("\\", "").split())
+    assert re.search(r"^TORCH_VERSION := (\S+)$", MAKEFILE, re.MULTILINE)[1] == version
+    assert len(hashes & pins("requirements-cuda.lock")["torch"][1]) == 1, "only the macOS build is in both"
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_satisfies_the_project(lock: str) -> None:
+    project, locked = PYPROJECT["project"], pins(lock)
+    asked = [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    missed = [str(want) for want in asked if Version(locked[canonicalize_name(want.name)][0]) not in want.specifier]
+    assert missed == [], "run `make lock`"
+
+
+# --- packages
+
+
+def test_the_package_list_is_what_is_on_disk() -> None:
+    found = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in python_files() if path.name == "__init__.py"}
+    assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
+
+
+def test_sky_is_not_importable_code() -> None:
+    assert [relative(path) for path in python_files() if path.is_relative_to(ROOT / "sky")] == []
+
+
+def test_every_file_of_a_package_is_installed_with_it() -> None:
+    data = PYPROJECT["tool"]["setuptools"]["package-data"]
+    packaged = {path for package, globs in data.items() for glob in globs for path in (ROOT / package.replace(".", "/")).glob(glob)}
+    there = {path for path in project_files() if path.relative_to(ROOT).parts[0] in ("job", "model") and path.suffix != ".py"}
+    assert sorted(map(relative, there - packaged)) == []
+
+
+# --- code
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}}
+
+
+def test_the_model_knows_no_job_no_files_no_network() -> None:
+    outside = {
+        "job",
+        "os",
+        "io",
+        "pathlib",
+        "shutil",
+        "tempfile",
+        "socket",
+        "ssl",
+        "http",
+        "urllib",
+        "requests",
+        "subprocess",
+        "click",
+        "rich",
+        "boto3",
+    }
+    found = {
+        relative(path): names
+        for path in python_files()
+        if path.is_relative_to(ROOT / "model") and (names := imported(path) & outside)
+    }
+    assert found == {}
+
+
+def test_nothing_imports_the_tests() -> None:
+    assert [relative(path) for path in python_files() if "tests" in imported(path)] == []
+
+
+@pytest.mark.parametrize("path", python_files(), ids=relative)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert len(text.splitlines()) <= 400
+    assert {node.name: length for node in functions if (length := node.end_lineno - node.lineno + 1) >= 60} == {}
+
+
+# --- text
+
+REGISTRIES = [
+    ".".join(host) for host in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("npmjs", "com"), ("debian", "org"))
+]
+
+
+def test_no_file_names_a_package_registry() -> None:
+    names = re.compile("|".join(map(re.escape, REGISTRIES)), re.IGNORECASE)
+    assert [relative(path) for path in project_files() if names.search(path.read_text(errors="replace"))] == []
+
+
+# --- commands
+
+
+def test_ci_and_the_makefile_have_the_commands() -> None:
+    targets = set(re.findall(r"^([a-z]+):.*## ", MAKEFILE, re.MULTILINE))
+    assert targets >= {"smoke", "test", "slow", "lint", "bench", "image"}
+    ci = ROOT / ".ci" / "run"
+    assert os.access(ci, os.X_OK)
+    assert set(re.search(r"^make (.+)$", ci.read_text(), re.MULTILINE)[1].split()) == {"lint", "test", "slow"}
