@@ -52,7 +52,7 @@ def describe() -> dict[str, Any]:
     """Fields of the event attempt.started: host, versions and CPU."""
     from importlib.metadata import version
 
-    packages = ("torch", "torchao", "numpy", "tokenizers", "tiktoken", "gpt2-speedrun")
+    packages = ("torch", "torchao", "numpy", "rustbpe", "tiktoken", "gpt2-speedrun")
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages if _installed(name)}
     cpu = {"model": cpu_name(), "cores": usable_cores(), "bf16": has_fast_bf16()}
     return {"host": platform.node(), "versions": versions, "cpu": cpu}

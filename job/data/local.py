@@ -1,0 +1,163 @@
+"""Documents from files on disk: parquet (column `text`), jsonl (key "text"), txt.
+
+A txt file of prose is one long text; it is cut into documents at the first blank line after every TXT_CHARS characters (at a line's
+end after twice as many), so that a single book can be split into training and validation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from job.data.sources import Source, group
+from job.errors import DataError
+from job.sealed import sha256_file
+
+TXT_CHARS = 10_000
+BATCH_DOCUMENTS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class FileShard:
+    """One file, or consecutive small ones; `size` is the bytes of its text (of its text column, for parquet)."""
+
+    name: str
+    size: int
+    files: tuple[Path, ...]
+
+    def texts(self) -> Iterator[str | None]:
+        for file in self.files:
+            with _readable(file):
+                yield from READERS[file.suffix](file)
+
+
+def open_local(paths: tuple[str, ...]) -> Source:
+    """Files as shards. Every file is hashed and every parquet schema read now, so that most faults show at once."""
+    files = [file for path in paths for file in _files(Path(path))]
+    if not files:
+        raise DataError("data.source is local but no path is given; point --data to a folder or to files that hold text")
+    identity, sizes = [], []
+    for file in files:
+        with _readable(file):
+            sizes.append(_parquet_text_bytes(file) if file.suffix == ".parquet" else file.stat().st_size)
+            identity.append({"name": file.name, "size": file.stat().st_size, "sha256": sha256_file(file)})
+    shards = []
+    for run in group(sizes):
+        members = files[run]
+        name = members[0].name if len(members) == 1 else f"{members[0].name}..{members[-1].name}"
+        shards.append(FileShard(name, sum(sizes[run]), tuple(members)))
+    return Source({"source": "local", "files": identity}, tuple(shards))
+
+
+def _files(path: Path) -> list[Path]:
+    """`path` itself, or a folder's own files (not its subfolders') in the order of their names."""
+    suffixes = ", ".join(READERS)
+    with _readable(path):
+        if path.is_dir():
+            inside = sorted(
+                file for file in path.iterdir() if file.suffix in READERS and file.is_file() and not file.name.startswith(".")
+            )
+            if not inside:
+                raise DataError(f"{path} has no {suffixes} file in it; point --data to a folder or to files that hold text")
+            return inside
+        if not path.exists():
+            raise DataError(f"{path} does not exist; point --data to a folder or to files that hold text")
+    if path.suffix not in READERS:
+        raise DataError(f"{path} is not one of {suffixes}; convert it or choose another file")
+    return [path]
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to read `path`, and a damaged parquet, into DataError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # pyarrow reports damage as ArrowInvalid (a ValueError) or as OSError; its first line says what it met
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0].rstrip(".")
+        raise DataError(f"{path} cannot be read ({reason}); fetch it again or leave it out") from error
+
+
+def read_parquet(file: Path) -> Iterator[str | None]:
+    """Rows of the text column, a few hundred at a time whatever the size of the row groups."""
+    import pyarrow.parquet as pq
+
+    row = 0
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(batch_size=BATCH_DOCUMENTS, columns=["text"], use_threads=False):
+            for value in batch.column(0):
+                row += 1
+                yield _decoded(value.as_py, f"{file}, row {row}")
+
+
+def _parquet_text_bytes(file: Path) -> int:
+    """Uncompressed bytes of the text column; DataError when there is no such column of text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as parquet:
+        schema = parquet.schema_arrow
+        if "text" not in schema.names:
+            raise DataError(
+                f"{file} has no column text (its columns: {', '.join(schema.names)}); rename the column that holds the text"
+            )
+        kind = schema.field("text").type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise DataError(f"{file}: its column text holds {kind}, not string; convert the column")
+        groups = [parquet.metadata.row_group(index) for index in range(parquet.metadata.num_row_groups)]
+        columns = [rows.column(index) for rows in groups for index in range(rows.num_columns)]
+        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
+
+
+def read_jsonl(file: Path) -> Iterator[str | None]:
+    """The value of "text" of each line; null is a skipped document, anything else than a string an error."""
+    for number, _, line in _lines(file):
+        if line.isspace():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{file}:{number} is not JSON ({error}); repair or remove the line") from None
+        if not isinstance(value, dict) or not isinstance(value.get("text", 0), str | None):
+            raise DataError(f'{file}:{number} is not an object with a string under "text"; repair or remove the line')
+        if value["text"] is not None:
+            _decoded(value["text"].encode, f"{file}:{number}")  # half of a surrogate pair can be written in JSON, not in UTF-8
+        yield value["text"]
+
+
+def read_txt(file: Path) -> Iterator[str | None]:
+    """Pieces of at least TXT_CHARS characters, cut at blank lines."""
+    piece: list[str] = []
+    characters = 0
+    for _, _, line in _lines(file):
+        piece.append(line)
+        characters += len(line)
+        if characters >= (TXT_CHARS if line.isspace() else 2 * TXT_CHARS):
+            yield "".join(piece)
+            piece, characters = [], 0
+    yield "".join(piece) or None
+
+
+def _lines(file: Path) -> Iterator[tuple[int, int, str]]:
+    """Each line with its number (from 1) and the offset of its first byte."""
+    offset = 0
+    with open(file, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            yield number, offset, _decoded(line.decode, f"{file}, line {number}", offset)
+            offset += len(line)
+
+
+def _decoded(decode: Callable[[], Any], where: str, offset: int | None = None) -> Any:
+    """`decode()`, its Unicode error turned into DataError that names the place."""
+    try:
+        return decode()
+    except UnicodeError as error:
+        place = where if offset is None else f"{where} (byte {offset + error.start})"
+        raise DataError(f"{place} is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[str | None]]] = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}

@@ -1,0 +1,134 @@
+"""Where text comes from: documents, grouped into shards, in one fixed order, with an identity.
+
+A document is one text (a row of a parquet file, a line of a jsonl file, a piece of a txt file, a module of the standard library).
+A shard is what one worker reads and packs: a source file, or consecutive small ones together. The identity says what the text is
+(file names, sizes and SHA-256; or the Python version and the SHA-256 of its text), so that equal text gives the id of equal work.
+
+The validation split goes by document, not by file: a document is held out when the first 64 bits of its SHA-256, read as a
+fraction of 2^64, lie below `val_fraction`. Identical documents therefore fall on the same side; duplicates are kept.
+Null, empty and blank documents are skipped and counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from job.errors import UsageError
+
+if TYPE_CHECKING:
+    from job.config import DataConfig
+
+SHARD_BYTES = 4 << 20
+"""Consecutive files are grouped into one shard while their text stays below this many bytes."""
+
+
+class Shard(Protocol):
+    """What one worker reads. Pickles small: it names its text and reads it again wherever it arrives."""
+
+    name: str
+    size: int
+
+    def texts(self) -> Iterator[str | None]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Text to prepare: what it is, and its shards in the order in which they are read."""
+
+    identity: dict[str, Any]
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The first `count` documents of a shard; `size` is scaled for progress only."""
+
+    name: str
+    size: int
+    shard: Shard
+    count: int
+
+    def texts(self) -> Iterator[str | None]:
+        for index, text in enumerate(self.shard.texts()):
+            if index == self.count:
+                return
+            yield text
+
+
+def open_source(data: DataConfig) -> Source:
+    """The source that `data` names. Raises DataError when it is not there or cannot be what it says."""
+    from job.data import embedded, local
+
+    if data.source == "local":
+        source = local.open_local(data.paths)
+    elif data.source == "embedded":
+        source = embedded.open_embedded()
+    else:
+        raise UsageError(f"data.source is {data.source!r}; choose embedded or local")
+    return limit(source, data.max_chars) if data.max_chars else source
+
+
+def limit(source: Source, max_chars: int) -> Source:
+    """The documents from the start of `source` that fit into `max_chars` characters, whole."""
+    left, shards = max_chars, []
+    for shard in source.shards:
+        count, characters, whole = _documents_within(shard, left)
+        if not whole:
+            shards.append(Head(shard.name, min(shard.size, characters), shard, count))
+            break
+        shards.append(shard)
+        left -= characters
+    return Source(source.identity, tuple(shards))
+
+
+def _documents_within(shard: Shard, max_chars: int) -> tuple[int, int, bool]:
+    """How many documents of `shard` fit, their characters, and whether that is all of it."""
+    count = characters = 0
+    for text in shard.texts():
+        length = len(text or "")
+        if characters + length > max_chars:
+            return count, characters, False
+        count, characters = count + 1, characters + length
+    return count, characters, True
+
+
+@dataclasses.dataclass
+class Counts:
+    """What reading a shard found: `documents` and `bytes` of the wanted side, `skipped` of either."""
+
+    documents: int = 0
+    bytes: int = 0
+    skipped: int = 0
+
+
+def documents(shard: Shard, val_fraction: float, *, held_out: bool, counts: Counts) -> Iterator[str]:
+    """The training (or held-out) documents of `shard` in order, counted into `counts` as they are read."""
+    for text in shard.texts():
+        if text is None or not text.strip():
+            counts.skipped += 1
+            continue
+        encoded = text.encode()
+        if is_held_out(encoded, val_fraction) == held_out:
+            counts.documents += 1
+            counts.bytes += len(encoded)
+            yield text
+
+
+def is_held_out(document: bytes, val_fraction: float) -> bool:
+    """Whether the document (its UTF-8 bytes) belongs to the validation side."""
+    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") < val_fraction * 2.0**64
+
+
+def group(sizes: list[int]) -> Iterator[slice]:
+    """Cut a list of file sizes into consecutive runs of at most SHARD_BYTES (a larger file stands alone)."""
+    start = total = 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > SHARD_BYTES:
+            yield slice(start, index)
+            start, total = index, 0
+        total += size
+    if sizes:
+        yield slice(start, len(sizes))

@@ -1,0 +1,134 @@
+"""Byte-level BPE: trained by rustbpe, encoded by tiktoken, stored as text (no pickle).
+
+Text is cut by GPT-4's split pattern (numbers in groups of at most two digits), each piece is a sequence of bytes, and the most
+frequent neighbouring pair becomes the next token until the vocabulary is full (Sennrich et al. 2016). Ids: the 256 bytes in their
+order, then the merges in theirs, then nine special tokens. The vocabulary size counts all of them.
+
+A sealed tokenizer holds `ranks.tiktoken` (one line per id: base64 of its bytes, space, id; tiktoken's own format) and
+`tokenizer.json` (split pattern and special tokens). Text never becomes a special token: only the packer and the chat format
+place them.
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from job.errors import DataError
+
+SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+SPECIALS = (
+    "<|bos|>",
+    *(f"<|{who}_{edge}|>" for who in ("user", "assistant", "python", "output") for edge in ("start", "end")),
+)
+BYTES = 256
+PIECE_CHARS = 1 << 20
+# between a newline and what is not space, and between a letter and a space before another letter, the split pattern begins a new
+# piece whatever else the text holds: a text may be cut there and encoded part by part with the same result
+BORDER = re.compile(r"(?<=\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
+
+
+class Tokenizer:
+    """Text to ids and back. `ranks` are the bytes of each id below the specials, in order of id."""
+
+    def __init__(self, ranks: Sequence[bytes], specials: Sequence[str] = SPECIALS, pattern: str = SPLIT_PATTERN) -> None:
+        self.ranks, self.specials, self.pattern = list(ranks), tuple(specials), pattern
+        self.vocab_size = len(self.ranks) + len(self.specials)
+        self.special_ids = {name: len(self.ranks) + index for index, name in enumerate(self.specials)}
+        self.bos_id = self.special_ids["<|bos|>"]
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        # of two ids with the same bytes only the first is ever produced
+        mergeable = {token: index for index, token in reversed(list(enumerate(self.ranks)))}
+        return tiktoken.Encoding("speedrun", pat_str=self.pattern, mergeable_ranks=mergeable, special_tokens={})
+
+    @cached_property
+    def _table(self) -> list[bytes]:
+        return self.ranks + [name.encode() for name in self.specials]
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """(V,) int32: bytes of text that each id stands for, exact for ids that are not valid UTF-8 alone; specials 0."""
+        return np.array([len(token) for token in self.ranks] + [0] * len(self.specials), dtype=np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without BOS; the spelling of a special token in it stays text."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """(n,) uint16: the same ids, in memory bounded for a document of any length that has words in it."""
+        parts = [array.array("H", self.encode(piece)) for piece in pieces(text)]
+        return np.concatenate([np.frombuffer(part, dtype=np.uint16) for part in parts])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; specials by their names, bytes that are not UTF-8 as U+FFFD."""
+        return b"".join(self._table[index] for index in ids).decode("utf-8", errors="replace")
+
+    def save(self, folder: Path) -> None:
+        lines = (base64.b64encode(token) + f" {index}\n".encode() for index, token in enumerate(self.ranks))
+        (folder / "ranks.tiktoken").write_bytes(b"".join(lines))
+        facts = {"pattern": self.pattern, "specials": self.specials, "vocab_size": self.vocab_size}
+        (folder / "tokenizer.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """The tokenizer of a sealed folder (the caller has verified it)."""
+        facts = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        lines = (Path(folder) / "ranks.tiktoken").read_bytes().splitlines()
+        return cls([base64.b64decode(line.split()[0]) for line in lines], facts["specials"], facts["pattern"])
+
+
+def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_chars: int, document_chars: int) -> tuple[Tokenizer, int]:
+    """Train on the first `max_chars` characters of `documents`, each cut to `document_chars`; also the characters used.
+
+    The same documents give the same ranks on any number of threads. Raises DataError when the text has too few pairs to merge.
+    """
+    count = [0]
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(
+        _sample(documents, max_chars, document_chars, count), vocab_size - len(SPECIALS), pattern=SPLIT_PATTERN
+    )
+    ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
+    wanted, found = vocab_size - len(SPECIALS) - BYTES, len(ranks) - BYTES
+    if found < wanted:
+        raise DataError(
+            f"the training text ({count[0]} characters) is too small for data.vocab_size={vocab_size}: only {found} of {wanted}"
+            f" merges are possible; give more text or a vocabulary of at most {found + BYTES + len(SPECIALS)}"
+        )
+    return Tokenizer(ranks), count[0]
+
+
+def _sample(documents: Iterable[str], max_chars: int, document_chars: int, count: list[int]) -> Iterator[str]:
+    """The text that the trainer sees; `count[0]` grows by its characters."""
+    for document in documents:
+        text = document[: min(document_chars, max_chars - count[0])]
+        count[0] += len(text)
+        yield text
+        if count[0] >= max_chars:
+            return
+
+
+def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
+    """`text` in parts of about `size` characters, cut only where the split pattern cuts in any case."""
+    starts = [0]
+    while len(text) - starts[-1] > size:
+        border = BORDER.search(text, starts[-1] + size)
+        if border is None:
+            break
+        starts.append(border.start())
+    for start, end in itertools.pairwise([*starts, len(text)]):
+        yield text[start:end]

@@ -1,0 +1,86 @@
+"""Tasks in processes: results, errors and deaths."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from job.data.workers import run_tasks
+from job.errors import DataError, InterruptedRun, OutOfMemoryError
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    name: str
+    number: int
+
+    def run(self, advance):
+        try:
+            advance(self.number)
+            if self.number == 13:
+                raise DataError("thirteen is bad; take another number")
+            if self.number == 99:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.number == 77:
+                raise ZeroDivisionError
+            if self.number == 55:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self.number == 1000:
+                time.sleep(100)
+            return self.number**2, os.getpid()
+        finally:
+            if self.number == 1000:
+                Path(self.name).write_text("cleaned up")
+
+
+def squares(*numbers):
+    return [Square(str(number), number) for number in numbers]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_result_comes_once_with_its_index(workers):
+    amounts: list[int] = []
+    results = dict(run_tasks(squares(3, 4, 5), workers, amounts.append))
+    assert {index: value for index, (value, _) in results.items()} == {0: 9, 1: 16, 2: 25} and sum(amounts) == 12
+    pids = {pid for _, pid in results.values()}
+    assert pids == {os.getpid()} if workers == 1 else len(pids) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_expected_failure_arrives_as_it_was_raised(workers):
+    with pytest.raises(DataError, match="thirteen is bad; take another number"):
+        list(run_tasks(squares(1, 13), workers, lambda _: None))
+
+
+def test_a_process_that_was_killed_is_named():
+    with pytest.raises(OutOfMemoryError, match=r"packing 99 was ended by SIGKILL, usually for lack of memory; .* fewer workers"):
+        list(run_tasks(squares(1, 99), 2, lambda _: None))
+
+
+def test_a_bug_is_not_a_sentence():
+    with pytest.raises(RuntimeError, match="packing 77 failed"):
+        list(run_tasks(squares(1, 77), 2, lambda _: None))
+
+
+def test_a_process_that_was_told_to_stop_can_be_resumed():
+    with pytest.raises(InterruptedRun, match="packing 55 was told to stop; run the same command again"):
+        list(run_tasks(squares(1, 55), 2, lambda _: None))
+
+
+def test_the_others_clean_up_when_the_work_is_given_up(tmp_path):
+    def advance(amount):
+        if amount == 1000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run_tasks([Square(str(tmp_path / "mark"), 1000), *squares(2)], 2, advance))
+    assert (tmp_path / "mark").read_text() == "cleaned up"
+
+
+def test_nothing_to_do():
+    assert list(run_tasks([], 2, lambda _: None)) == []
