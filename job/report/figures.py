@@ -1,0 +1,230 @@
+"""The plots as inline SVG: drawn by Matplotlib, coloured by the page.
+
+Matplotlib gets stand-in colours, each of which becomes a CSS variable afterwards (`var(--accent)` ...), and its fonts are taken
+out: one drawing follows the page's type and its light or dark colours. What a page does not need goes too (metadata, namespaces,
+ids that nothing refers to; the others carry the figure's name), so that several figures live in one document. Equal data give
+equal bytes: a fixed salt for ids, no date, no display.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from job.attempt import Record
+from job.report.result import finite
+from job.report.words import how_it_ended, number
+
+INK, MUTED, RULE, ACCENT, REFERENCE = "#010101", "#020202", "#030303", "#040404", "#050505"
+STAGE_COLORS = {"prepare": "#060606", "pretrain": "#070707", "evaluate": "#080808", "report": "#090909"}
+VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", REFERENCE: "reference"} | {
+    color: f"stage-{stage}" for stage, color in STAGE_COLORS.items()
+}
+
+MOST_POINTS = 600
+"""points of a drawn curve; a longer one is drawn as means of equal buckets"""
+
+SMOOTH_FROM = 40
+"""steps from which the loss gets a moving mean"""
+
+SMOOTH_SHARE = 20
+"""the moving mean reaches over one part in so many of the run to either side"""
+
+SIZE = (5.0, 3.0)
+"""inches; the page scales the drawing to its column"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """An inline <svg>, its heading, and how to read it; what it shows is in the svg's aria-label."""
+
+    svg: str
+    heading: str
+    caption: str
+
+
+def bpb_figure(record: Record, bpb: float | None, bigram_bpb: float | None) -> Drawing | None:
+    """Validation bits per byte over optimizer steps, and the bigram model as a line.
+
+    `bpb` is the newest measurement, drawn at the last step unless training measured it itself. None without a finite point.
+    """
+    if not record.train:
+        return None
+    points = {_step(record, e): e["bpb"] for e in record.validations.values() if finite(e["bpb"]) is not None}
+    if bpb is not None and record.steps:
+        points.setdefault(max(_step(record, e) for e in record.steps.values()), bpb)
+    if not points:
+        return None
+    figure, axes = _axes()
+    steps, values = list(points), list(points.values())
+    learned = bigram_bpb is not None and values[-1] < bigram_bpb
+    axes.plot(steps, values, color=ACCENT, linewidth=2, marker="o", markersize=5, clip_on=False, zorder=3)
+    _limits(axes, record, [*values, *([bigram_bpb] if bigram_bpb else [])])
+    label = f"Validation bits per byte, {number(values[0])} at step {steps[0]:.0f}"
+    label += f", {number(values[-1])} at step {steps[-1]:.0f}" if len(points) > 1 else ""
+    caption = "Bits per byte of held-out text; lower is better."
+    if bigram_bpb:
+        axes.axhline(bigram_bpb, color=REFERENCE, linewidth=1.5, linestyle=(0, (5, 3)))
+        _note(axes, 1.0, bigram_bpb, f"bigram model {number(bigram_bpb)}", REFERENCE, above=learned)
+        label += f"; the bigram model is at {number(bigram_bpb)}"
+        caption += " The dashed line is a bigram model fitted to the very tokens that the model was trained on."
+    _note(axes, steps[-1], values[-1], number(values[-1]), ACCENT, above=not learned, data=True)
+    return Drawing(_svg(figure, "bpb", label), "Validation bits per byte", caption)
+
+
+def loss_figure(record: Record, vocab_size: int | None) -> Drawing | None:
+    """Training loss of each step and its running mean; None without a finite loss."""
+    points = {_step(record, e): e["loss"] for e in record.steps.values() if finite(e["loss"]) is not None}
+    if not points:
+        return None
+    steps, losses = list(points), list(points.values())
+    size = -(-len(losses) // MOST_POINTS)
+    shown = bucket_means(losses, size)
+    smooth = len(losses) >= SMOOTH_FROM
+    trend = moving_mean(losses, len(losses) // SMOOTH_SHARE) if smooth else losses
+    figure, axes = _axes()
+    style = {"linewidth": 1, "alpha": 0.4} if smooth else {"linewidth": 2, "marker": "o", "markersize": 5, "clip_on": False}
+    axes.plot(bucket_means(steps, size), shown, color=ACCENT, **style)
+    if smooth:
+        axes.plot(bucket_means(steps, size), bucket_means(trend, size), color=ACCENT, linewidth=2)
+    label = f"Training loss in nats per token, {number(losses[0], 2)} at first, {number(losses[-1], 2)} at step {steps[-1]:.0f}"
+    caption = "Nats per token on each step's own batch"
+    caption += f" (thin{f', means of {size} steps' if size > 1 else ''}; the thick line is their moving mean)." if smooth else "."
+    if vocab_size:
+        guessing = math.log(vocab_size)
+        _limits(axes, record, [*shown, guessing])
+        axes.axhline(guessing, color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)))
+        _note(axes, 1.0, guessing, f"guessing {number(guessing, 2)}", MUTED, above=max(shown) <= guessing * 1.02)
+        caption += f" The dotted line is the loss of guessing among {vocab_size:,} tokens."
+    else:
+        _limits(axes, record, shown)
+    return Drawing(_svg(figure, "loss", label), "Training loss", caption)
+
+
+def attempts_figure(record: Record) -> Drawing | None:
+    """Attempts on the time axis, a row each, coloured by stage; None for a single attempt."""
+    if len(record.attempts) < 2:
+        return None
+    zero = record.attempts[0].start
+    total = max(life.end for life in record.attempts) - zero
+    unit, seconds = next((u, s) for u, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if total >= 2 * s or s == 1.0)
+    ends = {life.number: life.end for life in record.attempts}
+    rows = {life.number: row for row, life in enumerate(record.attempts)}
+    figure, axes = _axes(size=(SIZE[0], 0.75 + 0.32 * len(rows)))
+    for life in record.attempts:
+        start, end, row = (life.start - zero) / seconds, (life.end - zero) / seconds, rows[life.number]
+        axes.barh(row, end - start, left=start, height=0.1, color=MUTED)
+        note = how_it_ended(life.exit_code)
+        axes.annotate(note, (end, row), (6, 0), textcoords="offset points", va="center", color=MUTED, fontsize=10)
+    for span in record.stages:
+        start, end = span.start, span.end if span.end is not None else ends[span.attempt]
+        color = STAGE_COLORS.get(span.stage, MUTED)
+        axes.barh(rows[span.attempt], (end - start) / seconds, left=(start - zero) / seconds, height=0.55, color=color, zorder=3)
+    axes.set_yticks(list(rows.values()), [f"attempt {name}" for name in rows])
+    axes.set_xlim(0, total / seconds * 1.2 or 1)
+    axes.invert_yaxis()
+    axes.yaxis.grid(False)
+    axes.xaxis.grid(True, color=RULE)
+    axes.set_xlabel(f"{unit} since the first start", color=MUTED)
+    label = "; ".join(f"attempt {life.number}: {how_it_ended(life.exit_code)}" for life in record.attempts)
+    caption = "Each start of the run, coloured by stage. Work that was done again counts in the time, and once in the curves."
+    return Drawing(_svg(figure, "attempts", label), "Attempts", caption)
+
+
+def moving_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of each value, the `reach` before it (fewer at the start) and as many after it (fewer at the end).
+
+    Where the loss falls steeply, at the start, the mean is centered and does not lag; at its flat end it does not narrow to noise.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    spans = [(max(0, i - reach), min(len(values), i + min(reach, i) + 1)) for i in range(len(values))]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]
+
+
+def bucket_means(values: Sequence[float], size: int) -> list[float]:
+    """Means of `values` in buckets of `size`; the last bucket may be smaller."""
+    return [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+
+
+def _step(record: Record, event: dict) -> float:
+    return event["rows"] / record.train["batch_rows"]
+
+
+def _axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+    with mpl.rc_context({"font.size": 11, "path.simplify": True}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xlabel("optimizer steps", color=MUTED)
+        axes.tick_params(colors=MUTED, length=0)
+        axes.yaxis.grid(True, color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    figure.patch.set_visible(False)
+    axes.patch.set_visible(False)
+    return figure, axes
+
+
+def _limits(axes: Axes, record: Record, values: Sequence[float]) -> None:
+    """All planned steps on the x axis, so that a run under way shows how far it is; y around `values` with some air."""
+    low, high = min(values), max(values)
+    air = 0.13 * (high - low) or 0.1 * abs(high)
+    axes.set_xlim(0, record.train["steps"])
+    axes.set_ylim(low - air, high + air)
+
+
+def _note(axes: Axes, x: float, y: float, text: str, color: str, *, above: bool, data: bool = False) -> None:
+    """`text` at a point (`data`), or at the right end of a horizontal line (x in axes fractions)."""
+    offset, align = (0, 6 if above else -6), "bottom" if above else "top"
+    style = {"ha": "right", "va": align, "color": color, "fontsize": 11, "fontweight": "bold" if data else "normal"}
+    across = axes.transData if data else axes.get_yaxis_transform()
+    axes.annotate(text, (x, y), offset, xycoords=across, textcoords="offset points", **style)
+
+
+def _svg(figure: Figure, name: str, label: str) -> str:
+    """The figure as an inline <svg> element without width and height: the page scales it."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    root = ET.fromstring(buffer.getvalue())
+    _strip_namespaces(root)
+    _strip_ids(root, name)
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
+    text = ET.tostring(root, encoding="unicode")
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"font-family: [^;\"]*;? ?", "", text))
+    return re.sub("|".join(VARIABLES), lambda match: f"var(--{VARIABLES[match[0]]})", text)
+
+
+def _strip_namespaces(root: ET.Element) -> None:
+    """Plain tag and attribute names (`href` for xlink's), without metadata and Matplotlib's document-wide style."""
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+    for parent in list(root.iter()):
+        for child in [c for c in parent if c.tag in ("metadata", "style")]:
+            parent.remove(child)
+
+
+def _strip_ids(root: ET.Element, name: str) -> None:
+    """Keep the ids that something refers to, unique in the page by the figure's name."""
+    text = ET.tostring(root, encoding="unicode")
+    referenced = set(re.findall(r"(?:\"#|url\(#)([^\")]+)", text))
+    for element in root.iter():
+        own = element.attrib.pop("id", None)
+        for key, value in element.attrib.items():
+            element.set(key, re.sub(r"^#|(?<=url\()#", f"#{name}-", value) if key in ("href", "clip-path") else value)
+        if own in referenced:
+            element.set("id", f"{name}-{own}")

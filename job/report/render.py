@@ -1,0 +1,165 @@
+"""The report of a run, sealed: `result.json` for programs, `report.md` for terminals and git forges, `report.html` for people.
+
+It may be asked for at any moment; what is not there yet is left out or said to be missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from job.attempt import Record, fold
+from job.report import result as results
+from job.report import words
+from job.sealed import MANIFEST, canonical_json, sealing, sha256_file
+
+KINDS = {"multiple_choice": "multiple choice", "schema": "schema", "language_modeling": "language modeling"}
+
+
+def write_report(run: Path) -> dict[str, Any]:
+    """Seal `run`/report/ (result.json, report.md, report.html) and return the result.
+
+    Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged, StorageError when the disk
+    refuses.
+    """
+    from job.report import page
+
+    recipe = results.read_recipe(run)
+    made_from = {"files": input_hashes(run)}
+    record = results.present(fold(run))
+    result = results.result_of(run, recipe, record)
+    context = describe(run, recipe, record, result)
+    with sealing(run / "report", kind="report", made_from=made_from) as folder:
+        document = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        (folder.path / "result.json").write_text(document + "\n", encoding="utf-8")
+        (folder.path / "report.md").write_text(page.markdown(context), encoding="utf-8")
+        (folder.path / "report.html").write_text(page.html(context, record), encoding="utf-8")
+    return result
+
+
+def input_hashes(run: Path) -> dict[str, str]:
+    """SHA-256 of the files that a report is made from, by their path in the run's folder."""
+    evaluation = [run / "eval" / name / MANIFEST for name in ("bpb", "ledger")]
+    files = [run / "recipe.json", *(run / "events").glob("*.jsonl"), *(file for file in evaluation if file.is_file())]
+    return {file.relative_to(run).as_posix(): sha256_file(file) for file in files}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRow:
+    """A task as the report shows it; shares between 0 and 1."""
+
+    task: str
+    kind: str
+    n: int
+    shots: int
+    accuracy: float
+    baseline: float
+    centered: float
+
+
+def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str, Any]) -> dict[str, Any]:
+    """What both templates show, ready to print."""
+    return {
+        "result": result,
+        "headline": words.headline(result),
+        "verdict": words.verdict(result),
+        "when": words.moment(record.attempts[0].start) if record.attempts else "",
+        "score_name": words.score_name(result),
+        "tasks": task_rows(record, result),
+        "settings": settings(recipe),
+        "derived": [(name, _plain(d["value"]), d["why"], d["source"]) for name, d in recipe["derived"].items()],
+        "stages": stage_rows(result),
+        "training_clock": words.training_clock(result),
+        "machine": machine_rows(result),
+        "commands": commands(run, recipe, result),
+    }
+
+
+def task_rows(record: Record, result: dict[str, Any]) -> list[TaskRow]:
+    """The tasks of the score; before it is there, those that events report so far."""
+    if score := result["core"] or result["smoke_score"]:
+        entries = [task | {"baseline": score["baselines"][task["task"]]} for task in score["tasks"]]
+    else:
+        entries = [event | {"task": name, "kind": event["type"]} for name, event in record.tasks.items()]
+    return [TaskRow(**{field.name: entry[field.name] for field in dataclasses.fields(TaskRow)}) for entry in entries]
+
+
+def settings(recipe: dict[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
+    """(key, value, where it came from) by section."""
+    return {
+        section: [(key, _plain(value), recipe["sources"][f"{section}.{key}"]) for key, value in entries.items()]
+        for section, entries in recipe["recipe"].items()
+    }
+
+
+def stage_rows(result: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """(stage, seconds, share of the time on the node), and what is left between and before the stages."""
+    total = result["clocks"]["node_s"]
+    rows = [(stage, seconds) for stage, seconds in result["stages_s"].items() if seconds]
+    rest = total - sum(seconds for _, seconds in rows)
+    if rows and rest >= 0.5:
+        rows.append(("outside the stages", rest))
+    return [(stage, seconds, seconds / total if total else 0.0) for stage, seconds in rows]
+
+
+def machine_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    machine = result["machine"]
+    cores = f", {machine['cores']} cores" if machine["cores"] else ""
+    ranks = f"{machine['world_size']} x {machine['device']}, {machine['threads']} threads each, {machine['dtype']}"
+    known = [("processor", machine["cpu"] and machine["cpu"] + cores), ("training ran on", machine["device"] and ranks)]
+    rows = [*known, *result["versions"].items()]
+    return [(name, value) for name, value in rows if value]
+
+
+def commands(run: Path, recipe: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what it does, the command), the most useful first; the commands say what the recipe was told, not how it was typed."""
+    out = os.fspath(run.parent.parent)
+    place = [] if out == "out" else ["--out", out]
+    this = [*place, "--run-id", run.name]
+    asked = asked_for(recipe)
+    preset = ["--preset", recipe["preset"]]
+    rows = []
+    if result["state"] != "complete":
+        rows.append(("Go on after what is sealed", ["run", *preset, *_overrides(asked), *this]))
+    else:
+        if result["smoke_score"]:
+            rows.append(
+                ("Score this model on the real CORE tasks", ["evaluate", *this, "--core-bundle", "PATH", "-o", "eval.cap=20"])
+            )
+        longer = _overrides(asked | {"train.steps": str(2 * result["steps"])})
+        rows.append(
+            ("Train twice as long on the same prepared data", ["run", *preset, *longer, *place, "--run-id", f"{run.name}-longer"])
+        )
+    rows.append(("Write this report anew", ["report", *this]))
+    return [(what, shlex.join(["speedrun", *command])) for what, command in rows]
+
+
+def asked_for(recipe: dict[str, Any]) -> dict[str, str]:
+    """The values that neither a default nor the preset gave, as `-o` takes them."""
+    return {
+        f"{section}.{key}": ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        for section, entries in recipe["recipe"].items()
+        for key, value in entries.items()
+        if not recipe["sources"][f"{section}.{key}"].startswith(("default", "preset"))
+    }
+
+
+def _overrides(values: dict[str, str]) -> list[str]:
+    return [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
+
+
+def _plain(value: Any) -> str:
+    """A configuration value as it would be typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value)) or words.NONE
+    return canonical_json(value) if isinstance(value, dict) else str(value) or words.NONE

@@ -1,0 +1,162 @@
+"""`result.json`: what a run measured, in one strict document (`result.schema.json`).
+
+Each number has one source: the curves, clocks and counts come from the folded events, the scores from the sealed ledger, what
+was asked from `recipe.json`, the hashes from the manifests of sealed folders. What is not there yet is null, so the document
+can be asked for at any moment of a run; what is not finite is null too, for JSON has no NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from job.attempt import Record, fold
+from job.core_eval.ledger import Ledger
+from job.errors import DataError, ExitCode, UsageError
+from job.sealed import canonical_json, is_sealed, open_sealed
+
+SCHEMA = 1
+TASK_KEYS = ("kind", "n", "shots", "accuracy", "centered", "se", "seconds")
+
+
+def build_result(run: Path) -> dict[str, Any]:
+    """The result of the run in folder `run`, valid against `result.schema.json`.
+
+    Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged.
+    """
+    return result_of(run, read_recipe(run), present(fold(run)))
+
+
+def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, Any]:
+    """`build_result` from parts that are already read: `recipe.json`'s document and the present record."""
+    derived = recipe["derived"]
+    rows = max((step["rows"] for step in record.steps.values()), default=0)
+    tokens = rows * recipe["recipe"]["model"]["seq_len"]
+    final = final_bpb(run)
+    measured = final["bpb"] if final else last_bpb(record)
+    val_bpb, bigram_bpb = finite(measured), finite(final["bigram_bpb"]) if final else None
+    ledger = Ledger.open(run / "eval") if is_sealed(run / "eval" / "ledger") else None
+    score = _score(ledger)
+    return {
+        "schema": SCHEMA,
+        "run_id": recipe["run_id"],
+        "preset": recipe["preset"],
+        "evidence": recipe["evidence"],
+        "state": _state(record, derived["steps"]["value"], measured, score),
+        "learned": None if val_bpb is None or bigram_bpb is None else val_bpb < bigram_bpb,
+        "val_bpb": val_bpb,
+        "bigram_bpb": bigram_bpb,
+        "core": score if ledger and ledger.name == "core" else None,
+        "smoke_score": score if ledger and ledger.name == "smoke_score" else None,
+        "steps": len(record.steps),
+        "planned_steps": derived["steps"]["value"],
+        "parameters": derived["total_parameters"]["value"],
+        "tokens": tokens,
+        "flops": tokens * derived["flops_per_token"]["value"],
+        "clocks": {"training_s": round(record.training_seconds, 3), "node_s": round(record.node_seconds, 3), "billed_s": None},
+        "stages_s": {stage: round(seconds, 3) for stage, seconds in record.stage_seconds().items()},
+        "attempts": len(record.attempts),
+        "usd": None,
+        "machine": _machine(record),
+        "versions": _versions(record),
+        "hashes": _hashes(run, recipe, record, ledger),
+    }
+
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """The document `recipe.json` of `run`."""
+    file = run / "recipe.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        remedy = "start one, or give the --out and --run-id of one that is there"
+        raise UsageError(f"no run at {run} (it has no recipe.json); {remedy}") from None
+    except ValueError as error:
+        raise DataError(f"{file} cannot be read ({error}); start the run anew with --fresh") from error
+
+
+def present(record: Record) -> Record:
+    """`record` without what the newest start of training took back.
+
+    Training starts again from a checkpoint; steps, validations and checkpoints that an earlier attempt reported beyond it are no
+    part of the run any more, and will be reported again.
+    """
+    if not record.train:
+        return record
+    start, since = record.train["rows"], record.train["t"]
+
+    def kept(events: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        return {key: e for key, e in sorted(events.items()) if e["rows"] <= start or e["t"] > since}
+
+    return dataclasses.replace(
+        record, steps=kept(record.steps), validations=kept(record.validations), checkpoints=kept(record.checkpoints)
+    )
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, or None where it is missing, NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def final_bpb(run: Path) -> dict[str, Any] | None:
+    """What the evaluation measured on the held-out rows ({"bpb", "bigram_bpb", ...}); None before it did."""
+    folder = run / "eval" / "bpb"
+    return open_sealed(folder, kind="bpb").facts if is_sealed(folder) else None
+
+
+def last_bpb(record: Record) -> float | None:
+    """Bits per byte of the newest validation in training, finite or not; None before there is one."""
+    return record.validations[max(record.validations)]["bpb"] if record.validations else None
+
+
+def _state(record: Record, planned_steps: int, bpb: float | None, score: dict[str, Any] | None) -> str:
+    """ "complete" (trained to the planned step, validated and scored), "diverged" or "incomplete"."""
+    measured = [*(event["loss"] for event in record.steps.values()), *([] if bpb is None else [bpb])]
+    ended = record.attempts[-1].exit_code if record.attempts else None
+    if ended == ExitCode.DIVERGED or not all(map(math.isfinite, measured)):
+        return "diverged"
+    return "complete" if len(record.steps) >= planned_steps and bpb is not None and score is not None else "incomplete"
+
+
+def _score(ledger: Ledger | None) -> dict[str, Any] | None:
+    if ledger is None:
+        return None
+    tasks = [{"task": task.label} | {key: getattr(task, key) for key in TASK_KEYS} for task in ledger.tasks]
+    baselines = {task.label: task.baseline for task in ledger.tasks}
+    return {"metric": ledger.metric, "se": ledger.se, "cap": ledger.cap, "baselines": baselines, "tasks": tasks}
+
+
+def _machine(record: Record) -> dict[str, Any]:
+    cpu = record.machine.get("cpu") or {}
+    train = {key: record.train.get(key) for key in ("device", "world_size", "threads", "dtype")}
+    return {"cpu": cpu.get("model"), "cores": cpu.get("cores"), "cpu_bf16": cpu.get("bf16")} | train
+
+
+def _versions(record: Record) -> dict[str, str]:
+    """What the newest attempt said it runs on."""
+    return {name: str(version) for name, version in sorted((record.machine.get("versions") or {}).items())}
+
+
+def _hashes(run: Path, recipe: dict[str, Any], record: Record, ledger: Ledger | None) -> dict[str, str | None]:
+    """What the result rests on: two runs with equal hashes had equal recipes, text, tokenizer, weights and questions."""
+    prepared = record.prepared.get("id")
+    checkpoint = record.checkpoints[max(record.checkpoints)]["folder"] if record.checkpoints else None
+    return {
+        "recipe": hashlib.sha256(canonical_json(recipe["recipe"]).encode()).hexdigest(),
+        "prepared": prepared,
+        "tokenizer": _files_hash(run.parent.parent / "prepared" / prepared / "tokenizer", "tokenizer") if prepared else None,
+        "checkpoint": _files_hash(run / "checkpoints" / Path(checkpoint).name, "checkpoint") if checkpoint else None,
+        "bundle": ledger.made_from["bundle"] if ledger else None,
+    }
+
+
+def _files_hash(folder: Path, kind: str) -> str | None:
+    """SHA-256 over names and SHA-256 of a sealed folder's files, as its manifest has them; None where the folder is not."""
+    if not is_sealed(folder):
+        return None
+    files = open_sealed(folder, kind=kind, verify=False).files
+    return hashlib.sha256(canonical_json({name: entry["sha256"] for name, entry in files.items()}).encode()).hexdigest()

@@ -1,0 +1,167 @@
+"""What the report says in words: numbers as people write them, the verdict, the last lines on the terminal.
+
+One rule above all: a smoke score is never called CORE, and one run is never said to beat anything.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from job.attempt import UNTIMED_STEPS
+
+GPT2_XL_CORE = 0.256525
+"""CORE of GPT-2 XL (1.6 B parameters), published with the CORE bundle (at most 1,000 items a task)"""
+
+NONE = "–"
+SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` with `digits` decimals and a true minus sign."""
+    return NONE if value is None else f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def count(value: int | None) -> str:
+    return NONE if value is None else f"{value:,}"
+
+
+def short(value: float | None, unit: str = "") -> str:
+    """Three significant digits, a prefix and the unit: 44453619302400, "FLOP" -> 44.5 TFLOP."""
+    if value is None:
+        return NONE
+    scale, prefix = next(((s, p) for s, p in SCALES if value >= s * 0.9995), (1.0, ""))
+    scaled = value / scale
+    decimals = 0 if scaled >= 99.95 or scale == 1.0 else 1 if scaled >= 9.995 else 2
+    return f"{scaled:.{decimals}f} {prefix}{unit}".strip()
+
+
+def duration(seconds: float | None) -> str:
+    """0.42 s, 37 s, 3 min 05 s, 2 h 07 min."""
+    if seconds is None:
+        return NONE
+    if seconds < 9.95:
+        return f"{seconds:.2g} s" if seconds else "0 s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return NONE if share is None else f"{100 * share:.{digits}f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def moment(t: float) -> str:
+    """Unix seconds as a date and time of day in UTC."""
+    return datetime.datetime.fromtimestamp(t, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def headline(result: dict[str, Any]) -> str:
+    """The verdict in one short sentence."""
+    unfinished = result["steps"] < result["planned_steps"]
+    if result["state"] == "diverged":
+        return "Training diverged"
+    if result["learned"] is not None:
+        return "The model has learned" if result["learned"] else "Not yet better than a bigram model"
+    if not result["steps"]:
+        return "Not trained yet"
+    return (
+        "Training is under way"
+        if unfinished
+        else "Trained, but not evaluated yet"
+        if result["val_bpb"] is None
+        else "The model is trained"
+    )
+
+
+def verdict(result: dict[str, Any]) -> list[str]:
+    """What was measured and what it means, a sentence or two for bpb and for the score."""
+    return [bpb_sentence(result), score_sentence(result)]
+
+
+def bpb_sentence(result: dict[str, Any]) -> str:
+    bpb, bigram = result["val_bpb"], result["bigram_bpb"]
+    progress = f"{count(result['steps'])} of {count(result['planned_steps'])} steps are made"
+    if bpb is None:
+        reason = "the loss was not a finite number" if result["state"] == "diverged" else "the model was not validated yet"
+        return f"There is no validation bpb: {reason}; {progress}."
+    if bigram is None and result["steps"] < result["planned_steps"]:
+        return (
+            f"Its validation bpb is {number(bpb)} so far; {progress}. The bigram model to compare with is fitted in the evaluation."
+        )
+    if bigram is None:
+        return f"Its validation bpb is {number(bpb)}; there is no bigram model to compare with."
+    relation = f"{percent(1 - bpb / bigram, 0)} below" if bpb < bigram else "not below"
+    return (
+        f"Its validation bpb is {number(bpb)}, {relation} the {number(bigram)} of a bigram model "
+        "fitted to the very tokens that it was trained on."
+    )
+
+
+def score_sentence(result: dict[str, Any]) -> str:
+    if core := result["core"]:
+        return (
+            f"CORE is {with_error(core, 4)} over {len(core['tasks'])} tasks ({_cap(core)}); "
+            f"{GPT2_XL_CORE} is published for GPT-2 XL. "
+            "The error is that of item sampling; from run to run CORE varies by another 0.005 (published), and this is one run."
+        )
+    if smoke := result["smoke_score"]:
+        return (
+            f"Its smoke score is {with_error(smoke, 3)} over {len(smoke['tasks'])} small tasks made from held-out text "
+            f"({_cap(smoke)}); "
+            "guessing scores 0, a perfect model 1. It is not CORE and compares only with other smoke scores."
+        )
+    return "It was not scored on tasks yet."
+
+
+def score_name(result: dict[str, Any]) -> str:
+    """What the run's score may be called."""
+    return "CORE" if result["core"] else "smoke score" if result["smoke_score"] else "score"
+
+
+def with_error(score: dict[str, Any], digits: int) -> str:
+    """The metric and its standard error by item sampling."""
+    return f"{number(score['metric'], digits)} ± {number(score['se'], digits)}"
+
+
+def _cap(score: dict[str, Any]) -> str:
+    return f"at most {count(score['cap'])} items each" if score["cap"] else "all items"
+
+
+def summary_lines(result: dict[str, Any], page: Path) -> list[str]:
+    """The end of a run on the terminal, about eight lines; `page` is where report.html is."""
+    score = result["core"] or result["smoke_score"]
+    bigram = f"   (bigram model of the same tokens: {number(result['bigram_bpb'])})" if result["bigram_bpb"] else ""
+    points = f"{with_error(score, 4)}   ({len(score['tasks'])} tasks, {_cap(score)})" if score else NONE
+    steps = f"in {count(result['steps'])} of {count(result['planned_steps'])} steps"
+    stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result["stages_s"].items() if seconds)
+    rows = {
+        "validation bpb": number(result["val_bpb"]) + bigram,
+        score_name(result): points,
+        "trained": f"{short(result['tokens'])} tokens {steps}, {short(result['flops'], 'FLOP')}",
+        "time": duration(result["clocks"]["node_s"]) + (f"   ({stages})" if stages else ""),
+        "page": str(page),
+    }
+    width = max(map(len, rows))
+    return [f"{headline(result)}.", "", *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
+
+
+def training_clock(result: dict[str, Any]) -> str:
+    """The leaderboard's clock and the speed that it gives."""
+    seconds, timed = result["clocks"]["training_s"], result["steps"] - UNTIMED_STEPS
+    if timed <= 0 or not seconds:
+        return f"The training clock leaves out the first {UNTIMED_STEPS} steps; there are no others yet."
+    speed = result["tokens"] / result["steps"] * timed / seconds
+    return (
+        f"The training clock (step {UNTIMED_STEPS} to the last, counted from 0 and each once, without evaluation "
+        f"and checkpoints) says {duration(seconds)}, which is {count(round(speed))} tokens a second."
+    )
+
+
+def how_it_ended(exit_code: int | None) -> str:
+    """The end of an attempt; one that said nothing was killed or is still alive."""
+    return "no end seen" if exit_code is None else "done" if exit_code == 0 else f"exit {exit_code}"

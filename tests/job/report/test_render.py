@@ -1,0 +1,261 @@
+"""The report's three files: sealed, self-contained, escaped, and sensible whatever is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from job.report.render import write_report
+from job.report.result import build_result
+from job.report.words import summary_lines
+from job.sealed import open_sealed
+
+EVIL = "<script>alert('x')</script> & | `tick` \x1b[31m"
+
+
+class Page(HTMLParser):
+    """The elements, their attributes, and the text of a page; checks that elements nest."""
+
+    VOID = frozenset({"meta", "link", "br", "wbr"})
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(file.read_text(encoding="utf-8"))
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def page_of(run) -> Page:
+    write_report(run.path)
+    return Page(run.path / "report" / "report.html")
+
+
+def plots(page: Page) -> list[str]:
+    return [svg["aria-label"] for svg in page.all("svg")]
+
+
+def test_the_folder_is_sealed_and_holds_the_result(run):
+    result = write_report(run.whole().path)
+    sealed = open_sealed(run.path / "report", kind="report")
+    assert sorted(sealed.files) == ["report.html", "report.md", "result.json"]
+    assert json.loads((sealed.path / "result.json").read_text()) == result == build_result(run.path)
+    assert set(sealed.made_from["files"]) == {
+        "recipe.json",
+        "events/1.jsonl",
+        "eval/bpb/manifest.json",
+        "eval/ledger/manifest.json",
+    }
+
+
+def test_equal_runs_give_equal_bytes(run):
+    run.whole()
+    write_report(run.path)
+    before = {file.name: file.read_bytes() for file in (run.path / "report").iterdir()}
+    write_report(run.path)
+    assert {file.name: file.read_bytes() for file in (run.path / "report").iterdir()} == before
+
+
+def test_the_page_asks_for_nothing_outside_itself(run):
+    page = page_of(run.whole())
+    assert not page.all("script") and not page.all("iframe") and not page.all("img")
+    for tag, attrs in page.tags:
+        assert not any(name.startswith("on") for name in attrs)
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
+            assert (attrs.get(name) or "#").startswith(("#", "data:")), (tag, attrs)
+    source = (run.path / "report" / "report.html").read_text()
+    assert "http" not in source.replace("http-equiv", "")
+    assert "@import" not in source and "url(" not in source.replace("url(#", "")
+
+
+def test_ids_are_unique_and_every_reference_has_one(run, clock):
+    run.start().close()
+    page = page_of(run.whole())
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    references = [attrs["href"] for attrs in page.all("use")] + [attrs["aria-labelledby"] for attrs in page.all("section")]
+    clips = [attrs["clip-path"][len("url(") : -1] for _, attrs in page.tags if "clip-path" in attrs]
+    assert references and clips
+    assert {reference.lstrip("#") for reference in references + clips} <= set(ids)
+
+
+def test_the_page_shows_what_was_measured(run):
+    page = page_of(run.whole())
+    assert page.all("h1") and "The model has learned" in page.text
+    assert "24 % below the 2.250 of a bigram model" in page.text
+    assert "It is not CORE" in page.text
+    bpb, loss = plots(page)
+    assert bpb == "Validation bits per byte, 2.469 at step 50, 1.700 at step 200; the bigram model is at 2.250"
+    assert loss.startswith("Training loss in nats per token, 8.30 at first, 3.2")
+    assert "args):\n    return 0" in page.text
+    for word in ("word_choice", "50.0 %", "−0.200", "multiple choice", "train", "-o", "feedc0de", "Imaginary CPU"):
+        assert word in page.text
+
+
+def test_plots_follow_the_theme(run):
+    source = page_of(run.whole()) and (run.path / "report" / "report.html").read_text()
+    svg = source[source.index("<svg") :]
+    assert "var(--accent)" in svg and "var(--reference)" in svg and "font-family" not in svg
+    assert "prefers-color-scheme: dark" in source
+
+
+@pytest.mark.parametrize("file", ["report.html", "report.md"])
+def test_what_people_and_models_wrote_is_escaped(run, file):
+    document = json.loads((run.path / "recipe.json").read_text())
+    document["recipe"]["data"]["paths"] = [EVIL]
+    document["sources"]["data.paths"] = "--data"
+    (run.path / "recipe.json").write_text(json.dumps(document))
+    attempt = run.start()
+    run.pretrain(attempt, 0, 3)
+    attempt.emit("sample", prompt=EVIL, text=EVIL)
+    write_report(run.path)
+    text = (run.path / "report" / file).read_text()
+    if file.endswith("html"):
+        page = Page(run.path / "report" / file)
+        assert "<script" not in text and page.text.count("<script>alert('x')</script>") >= 3
+    else:
+        row = next(line for line in text.splitlines() if line.startswith("| `data.paths`"))
+        assert "| ``<script>alert('x')</script> & \\| `tick` " in row
+
+
+def test_a_core_score_is_called_core_and_beats_nothing(run):
+    attempt = run.start()
+    run.pretrain(attempt)
+    run.evaluate(attempt, core=True, cap=20)
+    page = page_of(run)
+    markdown = (run.path / "report" / "report.md").read_text()
+    for text in (page.text, markdown):
+        assert "CORE is 0.0944 ± " in text and "at most 20 items each" in text and "0.256525 is published for GPT-2 XL" in text
+        assert "smoke score" not in text.lower() and "beats" not in text
+
+
+def test_a_smoke_score_is_never_called_core(run):
+    result = write_report(run.whole().path)
+    markdown = (run.path / "report" / "report.md").read_text()
+    assert "**smoke score**" in markdown and "**CORE**" not in markdown
+    assert [line for line in summary_lines(result, Path("p")) if "CORE" in line] == []
+
+
+def test_before_the_first_attempt(run):
+    page = page_of(run)
+    assert "Not trained yet" in page.text and "0 of 200 steps" in page.text and not plots(page)
+    markdown = (run.path / "report" / "report.md").read_text()
+    assert "speedrun run --preset smoke -o train.steps=200 --out" in markdown
+
+
+def test_a_single_step(make_run):
+    run = make_run(steps=1)
+    run.pretrain(run.start())
+    page = page_of(run)
+    assert "Trained, but not evaluated yet" in page.text and "there are no others yet" in page.text
+    assert len(plots(page)) == 1
+
+
+def test_nothing_but_nan(make_run):
+    run = make_run(loss_at=lambda step: math.nan, bpb_at=lambda step: math.nan)
+    run.pretrain(run.start(), 0, 60)
+    page = page_of(run)
+    assert "Training diverged" in page.text and "not a finite number" in page.text and not plots(page)
+    assert " nan" not in page.text.lower()
+
+
+def test_nan_after_good_steps_keeps_the_good_part_of_the_curve(make_run):
+    run = make_run(loss_at=lambda step: math.nan if step >= 30 else 8.0 - step / 10)
+    run.pretrain(run.start(), 0, 40)
+    (loss,) = plots(page_of(run))
+    assert loss == "Training loss in nats per token, 8.00 at first, 5.10 at step 30"
+
+
+def test_tasks_show_before_the_score_does(run):
+    attempt = run.start()
+    run.pretrain(attempt)
+    answers = {"n": 20, "shots": 3, "accuracy": 0.5, "baseline": 0.25, "centered": 1 / 3, "seconds": 1.0}
+    attempt.emit("eval.task", task="word_choice", type="multiple_choice", **answers)
+    page = page_of(run)
+    assert "Scored so far" in page.text and "word_choice" in page.text and "was not scored on tasks yet" in page.text
+
+
+def test_attempts_have_a_time_axis_from_the_second_on(run, clock):
+    first = run.start()
+    run.prepare(first)
+    run.pretrain(first, 0, 80)
+    first.close()
+    clock.pass_(60.0)
+    second = run.start()
+    run.pretrain(second, 50, 90)
+    second.emit("attempt.ended", exit_code=75, reason="interrupted")
+    assert plots(page_of(run))[-1] == "attempt 1: no end seen; attempt 2: exit 75"
+
+
+def test_a_long_curve_stays_small(make_run):
+    run = make_run(steps=6000)
+    run.pretrain(run.start(), every=250)
+    page = page_of(run)
+    assert "means of 10 steps" in page.text
+    assert (run.path / "report" / "report.html").stat().st_size < 150_000
+
+
+def test_continuing_repeats_what_was_asked_for(run):
+    run.pretrain(run.start(), 0, 10)
+    write_report(run.path)
+    out = run.path.parent.parent
+    markdown = (run.path / "report" / "report.md").read_text()
+    assert f"`speedrun run --preset smoke -o train.steps=200 --out {out} --run-id smoke`" in markdown
+
+
+def test_the_recipe_that_a_run_really_writes(run):
+    from job.config import resolve
+    from job.launch import recipe_document
+
+    recipe = resolve(
+        "smoke", {"data.source": ("--data", "local"), "data.paths": ("--data", ("my texts", "more"))}, ["train.seed=7"]
+    )
+    (run.path / "recipe.json").write_text(json.dumps(recipe_document(recipe, "smoke")))
+    run.pretrain(run.start(), 0, 10)
+    page = page_of(run)
+    assert "7.34 M" in page.text and "learning_rates.matrices" in page.text and "preset smoke" in page.text
+    assert "-o data.source=local -o 'data.paths=my texts,more' -o train.seed=7" in page.text
+
+
+def test_summary_lines(run):
+    result = build_result(run.whole().path)
+    assert summary_lines(result, Path("out/runs/smoke/report/report.html")) == [
+        "The model has learned.",
+        "",
+        "  validation bpb  1.700   (bigram model of the same tokens: 2.250)",
+        "  smoke score     0.0944 ± 0.0923   (3 tasks, all items)",
+        "  trained         1.64 M tokens in 200 of 200 steps, 44.5 TFLOP",
+        "  time            2 min 30 s   (prepare 20 s, pretrain 1 min 40 s, evaluate 30 s)",
+        "  page            out/runs/smoke/report/report.html",
+    ]
+
+
+def test_neither_torch_nor_plots_are_needed_to_read_a_result():
+    code = "import sys, job.report.render, job.report.result, job.report.words; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "matplotlib", "jinja2", "boto3"} & set(modules)
