@@ -1,0 +1,357 @@
+"""The GPT of the leaderboard: both published generations from one configuration.
+
+The skeleton is a pre-norm transformer without biases or gains. What sets it apart, in the order in which a token meets it:
+
+* the embedding is normalised (RMS, no gain: all norms here are), then **smear** adds a gated part of the previous token's embedding
+  to each token: a bigram for next to nothing. The result, x0, is kept;
+* each block sees lambda_i x + mu_i x0: the residual stream is scaled, and the embedding is shown again at every depth;
+* attention rotates q and k (**rotary**, half-split pairs, the whole head), THEN normalises them per head and scales both by
+  `qk_scale`: logits are bounded by construction. Three layers of four look back over a short **window** only;
+* every second layer adds a **value embedding** to v: a second table, looked up by the token itself, gated per head by the first few
+  channels of the block's input. Half of all parameters live here and they cost no matrix product;
+* the MLP is d -> 4d -> d with relu squared;
+* **backout** subtracts a learned part of the mid-depth stream before the final norm: what only early layers needed leaves again;
+* logits are softcapped, c tanh(z / c), in fp32.
+
+Precision: master weights are fp32, and a linear layer casts its weight to the dtype of its input; there is no autocast. The
+embedding tables are stored in the compute dtype, which thereby decides the dtype of the whole residual stream.
+
+Weights are drawn by parameter *name*: every parameter has its own generator, seeded by a hash of (seed, name). No order of
+creation, no number of processes and no other parameter can change them.
+
+Sources: the leaderboard's documents and the history of its training program, February ("feb") and July 2026 ("head").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import attention
+from model.loss import capped_logits, cross_entropy, token_losses
+
+SMEAR_CHANNELS = 24
+VOCAB_LIMIT = 1 << 16  # prepared rows are uint16
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built: one sentence with the offending value and what to do."""
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape and switches of one model. The defaults are the July generation's; `for_depth` fills in the width."""
+
+    depth: int
+    vocab_size: int
+    seq_len: int  # T, the context trained on
+    width: int
+    head_dim: int = 128
+    window_pattern: str = "SSSL"  # tiled over the layers; the last layer is always L
+    window_divisor: int = 4  # a short window is seq_len / window_divisor ...
+    window_tile: int = 128  # ... rounded up to a multiple of this
+    rope_base: float = 100_000.0
+    qk_scale: float = 1.2  # q and k are each multiplied by it after their norm
+    softcap: float = 15.0
+    ve_gate_channels: int = 12
+    ve_gate_limit: float = 3.0  # the gate is limit * sigmoid(.)
+    ve_gate_init: float = 0.02  # gate weights are drawn from U(0, this)
+    resid_init: tuple[float, float] = (1.15, 1.05)  # lambda of the first and the last layer, linear in between
+    x0_init: tuple[float, float] = (0.20, 0.05)  # mu likewise
+    smear: bool = True
+    backout: bool = True
+    wte_std: float = 0.8
+    mlp_in_scale: float = 0.4  # MLP-in is drawn from U(+-sqrt(3/d)) times this
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "vocab_size", "seq_len", "width", "head_dim", "window_divisor", "window_tile", "ve_gate_channels"):
+            _positive_int(name, getattr(self, name))
+        if self.vocab_size > VOCAB_LIMIT:
+            raise ConfigError(
+                f"vocab_size is {self.vocab_size}: at most {VOCAB_LIMIT} is possible, prepared rows are 16 bits a token"
+            )
+        if self.width % self.head_dim or self.head_dim % 2:
+            raise ConfigError(
+                f"head_dim {self.head_dim} must be even and divide the width {self.width}: choose one of {_head_dims(self.width)}"
+            )
+        if self.width < max(self.ve_gate_channels, SMEAR_CHANNELS * self.smear):
+            raise ConfigError(f"width {self.width} has fewer channels than the gates read ({self.ve_gate_channels}): make it wider")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ConfigError(f"window_pattern is {self.window_pattern!r}: write it with S (short) and L (long), for example SSSL")
+        if not self.softcap > 0:
+            raise ConfigError(f"softcap is {self.softcap}: it must be positive (the published runs use 15 or 20)")
+
+    @classmethod
+    def for_depth(cls, depth: int, vocab_size: int, seq_len: int, generation: str = "head", **overrides: object) -> GPTConfig:
+        """The published shape: width 128 ceil(64 depth / 128), heads of 128, and `generation`'s switches, then `overrides`."""
+        _positive_int("depth", depth)
+        if generation not in GENERATIONS:
+            raise ConfigError(f"no such generation: {generation!r}; there are {', '.join(GENERATIONS)}")
+        shape = {"depth": depth, "vocab_size": vocab_size, "seq_len": seq_len, "width": width_for_depth(depth)}
+        return cls(**{**shape, **GENERATIONS[generation], **overrides})
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding tables and the head: vocab_size rounded up to a multiple of 64."""
+        return -(-self.vocab_size // 64) * 64
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Per layer, how many predecessors a token sees."""
+        tile = self.window_tile
+        short = min(self.seq_len, -(-self.seq_len // (self.window_divisor * tile)) * tile)
+        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1)] + ["L"]
+        return tuple(self.seq_len if kind == "L" else short for kind in pattern)
+
+    @property
+    def value_embed_layers(self) -> tuple[int, ...]:
+        """Every second layer, so that the last one has a value embedding."""
+        return tuple(i for i in range(self.depth) if i % 2 == (self.depth - 1) % 2)
+
+
+# What the February generation has otherwise. Its softcap was 15 until 2c062aa and 20 from aba30cb to 324e69c; in between the two
+# generations (6ed7d1d) short windows were a third of the context: window_divisor=3.
+GENERATIONS: dict[str, dict[str, object]] = {
+    "head": {},
+    "feb": {
+        "window_divisor": 2,
+        "window_tile": 1,
+        "rope_base": 10_000.0,
+        "qk_scale": 1.0,
+        "ve_gate_channels": 32,
+        "ve_gate_limit": 2.0,
+        "ve_gate_init": 0.0,
+        "resid_init": (1.0, 1.0),
+        "x0_init": (0.1, 0.1),
+        "smear": False,
+        "backout": False,
+        "wte_std": 1.0,
+        "mlp_in_scale": 1.0,
+    },
+}
+
+
+def width_for_depth(depth: int) -> int:
+    """64 channels a layer, rounded up to whole heads of 128."""
+    return -(-64 * depth // 128) * 128
+
+
+def _positive_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}: it must be a whole number of at least 1")
+
+
+def _head_dims(width: int) -> str:
+    return ", ".join(str(d) for d in range(16, width + 1, 16) if width % d == 0) or str(width)
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, no gain, the framework's default epsilon."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """x W^T without bias, the weight cast to x's dtype. Filled by `GPT.init_weights`, not on construction."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is: `GPT.init_weights` fills every parameter by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table of `rows` vectors in the compute dtype. Filled by `GPT.init_weights`, not on construction."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is: `GPT.init_weights` fills every parameter by name."""
+
+
+class Rotary:
+    """cos and sin of position x frequency, made when first needed and longer when a longer sequence comes."""
+
+    def __init__(self, head_dim: int, base: float, length: int) -> None:
+        self.head_dim, self.base, self.length = head_dim, base, length
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def tables(self, T: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin: each (1, T, 1, head_dim / 2), on `like`'s device and in its dtype."""
+        key = (like.device, like.dtype)
+        if key not in self._tables or self._tables[key][0].size(1) < T:
+            with torch.inference_mode(False):  # training may follow, with the same tables
+                self._tables[key] = self._make(max(T, self.length), like.device, like.dtype)
+        cos, sin = self._tables[key]
+        return cos[:, :T], sin[:, :T]
+
+    def _make(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(dtype, torch.float32)
+        channel = torch.arange(0, self.head_dim, 2, dtype=wide, device=device)
+        position = torch.arange(length, dtype=wide, device=device)
+        angle = torch.outer(position, 1.0 / self.base ** (channel / self.head_dim))[None, :, None, :]
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]) of each head by minus the angle of their position; x: (B, T, H, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        d = config.width
+        self.q, self.k, self.v, self.o = (Linear(d, d) for _ in range(4))
+        self.gate_channels, self.gate_limit = config.ve_gate_channels, config.ve_gate_limit
+        if layer in config.value_embed_layers:
+            self.ve_gate = Linear(config.ve_gate_channels, config.heads)
+        self.heads, self.head_dim, self.window = config.heads, config.head_dim, config.windows[layer]
+        self.scale = config.qk_scale**2 / math.sqrt(config.head_dim)  # q and k times qk_scale each
+
+    def forward(self, x: Tensor, value_embed: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, d = x.shape
+        q, k, v = (project(x).view(B, T, self.heads, self.head_dim) for project in (self.q, self.k, self.v))
+        if value_embed is not None:
+            gate = self.gate_limit * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))
+            v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        return self.o(attention(q, k, v, self.window, self.scale).reshape(B, T, d))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.width, 4 * config.width)
+        self.down = Linear(4 * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, value_embed: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn(norm(x), value_embed, cos, sin)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The model of `config`. May be built under `torch.device("meta")`; then `to_empty` and `init_weights`."""
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        L, V, d = config.depth, config.padded_vocab, config.width
+        self.wte = Embedding(V, d, dtype=compute_dtype)
+        self.value_embeds = nn.ModuleDict({str(i): Embedding(V, d, dtype=compute_dtype) for i in config.value_embed_layers})
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(L))
+        self.head = Linear(d, V)
+        self.resid_lambdas = nn.Parameter(torch.empty(L))
+        self.x0_lambdas = nn.Parameter(torch.empty(L))
+        if config.smear:
+            self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+            self.smear_lambda = nn.Parameter(torch.empty(()))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.empty(()))
+        self._rotary = Rotary(config.head_dim, config.rope_base, config.seq_len)
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """idx (B, T) int64 -> (B, T, width) after the final norm, in the compute dtype. T may exceed config.seq_len."""
+        x = self._embed(idx)
+        cos, sin = self._rotary.tables(idx.size(1), x)
+        x0 = middle = x
+        for i, block in enumerate(self.blocks):
+            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            value_embed = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            x = block(x, value_embed, cos, sin)
+            if i == self.config.depth // 2:
+                middle = x
+        if self.config.backout:
+            x = x - self.backout_lambda * middle
+        return norm(x)
+
+    def _embed(self, idx: Tensor) -> Tensor:
+        x = norm(self.wte(idx))
+        if not self.config.smear:
+            return x
+        gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
+        return torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """hidden (..., width) -> softcapped logits (..., vocab_size), fp32."""
+        return capped_logits(hidden, self.head.weight, self.config.softcap, self.config.vocab_size)
+
+    def logits(self, idx: Tensor) -> Tensor:
+        """idx (B, T) -> softcapped logits (B, T, vocab_size), fp32: all of them at once, for short inputs."""
+        return self.readout(self.hidden(idx))
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats a token, fp32 scalar. idx, targets: (B, T) int64."""
+        hidden = self.hidden(idx).flatten(0, 1)
+        return cross_entropy(hidden, self.head.weight, targets.flatten(), self.config.softcap, self.config.vocab_size)
+
+    @torch.no_grad()
+    def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p(target) in nats (B, T) fp32, and the greedy next token (B, T) int64. idx, targets: (B, T) int64."""
+        hidden = self.hidden(idx).flatten(0, 1)
+        nll, greedy = token_losses(hidden, self.head.weight, targets.flatten(), self.config.softcap, self.config.vocab_size)
+        return nll.view_as(targets), greedy.view_as(targets)
+
+    def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Every parameter once, under the name of its optimizer group; "smear_backout" only where the model has them."""
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self.named_parameters():
+            groups.setdefault(_group_of(name), []).append((name, parameter))
+        return groups
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter from its own generator; depends on `seed`, the parameter's name and the kind of device only."""
+        for name, parameter in self.named_parameters():
+            generator = torch.Generator(device=parameter.device)
+            generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]))
+            wide = torch.empty_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            parameter.copy_(self._draw(name, wide, generator))
+
+    def _draw(self, name: str, out: Tensor, generator: torch.Generator) -> Tensor:
+        """Fill `out` as the parameter `name` begins."""
+        c, bound = self.config, math.sqrt(3 / self.config.width)  # U(-bound, bound) has the standard deviation 1 / sqrt(width)
+        group, layer = _group_of(name), name.split(".")[-2] if "." in name else name
+        if group == "wte":
+            return out.normal_(0.0, c.wte_std, generator=generator)
+        if group == "head":
+            return out.normal_(0.0, 0.001, generator=generator)
+        if layer in ("o", "down", "smear_lambda"):  # a fresh block adds nothing to the stream
+            return out.zero_()
+        if layer in ("ve_gate", "smear_gate"):
+            return out.uniform_(0.0, c.ve_gate_init if layer == "ve_gate" else 0.02, generator=generator)
+        if layer == "backout_lambda":
+            return out.fill_(0.2)
+        if layer in ("resid_lambdas", "x0_lambdas"):
+            first, last = c.resid_init if layer == "resid_lambdas" else c.x0_init
+            return out.copy_(torch.linspace(first, last, c.depth, device=out.device))
+        scale = bound * c.mlp_in_scale if layer == "up" else bound  # q, k, v, up and the value embeddings
+        return out.uniform_(-scale, scale, generator=generator)
+
+
+def _group_of(name: str) -> str:
+    first = name.split(".")[0]
+    if first == "blocks":
+        return "matrices"
+    return "smear_backout" if first.startswith(("smear", "backout")) else first

@@ -1,0 +1,310 @@
+"""The optimizer: Muon for the matrices, AdamW for the rest; on one rank or on many, by the same code.
+
+Two rules, because there are two kinds of parameter. A matrix that maps activations to activations is best moved by an
+orthogonal step (`model/muon.py` tells it step by step, with sources); tables that are looked up, the output head and the scalars
+have no such geometry and take AdamW (`model/adamw.py`). Which is which, and with what numbers, the caller says: `groups` and
+`specs`. What changes from step to step comes as a `StepHyper`.
+
+**Who does what (ZeRO stage 2, arXiv 1910.02054).** Every rank holds all weights and runs its own rows; gradients are averaged.
+Doing the update everywhere would cost every rank all of the optimizer's memory and arithmetic, so each rank updates what it owns,
+keeps the state for that only, and sends the result to the others. A reduce-scatter of gradients and an all-gather of weights
+move exactly as many bytes as the all-reduce that they replace. What can be owned differs (`model/shards.py`):
+
+* Muon needs whole matrices: Polar Express multiplies a matrix with its own transpose, any cut through it would be another exchange
+  of that size in each of its five iterations. So matrices of one shape are stacked, the stack is padded to a multiple of W, and
+  each rank owns ceil(K / W) whole ones. The price is the padding and an uneven remainder; remainders of different stacks start
+  at different ranks so that no rank gets all of them.
+* AdamW works entry by entry: a table is cut by rows, evenly, in the dtype of its gradient.
+* Tensors below 1024 entries are not worth cutting: one all-reduce of all of them, and every rank makes the same update.
+
+Per step each rank therefore sends (W-1)/W of: all gradients, once, all weights, once, small tensors twice (`traffic` counts it).
+
+**When it is sent.** The last micro-step's backward completes gradients from the head down to the embedding. `arm()` before it
+lets a hook on every parameter notice that; when all gradients of a bucket (some matrices of one shape, one table) are there, they
+are packed and their reduce-scatter starts, while the backward goes on below. Collectives must start in the same order on every
+rank. That order is not guessed: the first armed backward only watches, rank 0's order of arrival is sent to all, and from then on
+a bucket waits for those before it. A model compiled as one graph completes all gradients at its end and so overlaps nothing;
+compiled block by block it overlaps as an eager one does. `step()` launches what is missing, then goes through the shards in the
+order in which their gradients arrive: update, start the gather, next; gathers travel while later shards compute. Without `arm()`
+the same collectives run after the backward, with the same operands in the same order: the result is the same, bit for bit.
+
+**What is sent** is the parameter's own dtype, or `transport_dtype` where that is narrower. With bfloat16 transport the owner keeps
+the exact fp32 weight, everybody else its rounding. A forward pass that casts weights to bfloat16 first reads the same numbers on
+every rank, and rounding never accumulates: the owner adds the next update to the exact value. A forward pass that reads fp32
+weights would differ between ranks: it should not ask for bfloat16 transport.
+
+**State** is named slices: "muon_momentum/<parameter>" (rows 0 .. all: whole matrices), "adamw_first/<parameter>" (this rank's
+rows), and so on, wherever they are. `state_slices` and `weight_slices` of all ranks together hold every row of every name exactly
+once, the weights from their owners; `load_slices` asks its reader for exactly what this rank owns. No slice knows how many ranks
+wrote it, so a checkpoint of 8 ranks loads on 4 or on 1.
+
+**Nothing waits for the device.** Numbers that change are 0-d tensors in host memory (a compiled update never recompiles), and
+whether a gradient was finite is a tensor of flags, `nonfinite`, for the caller to copy and read some steps later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.adamw import AdamWScalars, adamw_update
+from model.collectives import Collectives, Named, Reduction, Traffic
+from model.muon import muon_update
+from model.shards import MuonStack, Options, RowShard, Shard, Slice, SmallTensors
+
+__all__ = ["GroupSpec", "Optimizer", "Slice", "StepHyper", "Traffic"]
+
+SMALL = 1024
+Reader = Callable[[str, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class StepHyper:
+    """What the schedule says for one step: multiplier of all learning rates, Muon's momentum, multiplier of Muon's decay."""
+
+    lr_mult: float = 1.0
+    momentum: float = 0.95
+    wd_mult: float = 1.0
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """One parameter group. AdamW reads betas and eps; Muon reads beta2 and the three switches, whose defaults are HEAD's.
+
+    FEB: norm_factor 1.02, muon_eq and muon_plus off, beta2 0.95. AdamW's decay is constant, Muon's is weight_decay * wd_mult.
+    """
+
+    name: str
+    kind: Literal["muon", "adamw"]
+    lr: float
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.8, 0.95)
+    eps: float = 1e-10
+    beta2: float = 0.9
+    norm_factor: float = 1.01
+    muon_eq: bool = True
+    muon_plus: bool = True
+
+    def adamw_scalars(self, hyper: StepHyper, step: int, dtype: torch.dtype) -> AdamWScalars:
+        """AdamW's numbers for step `step`, counted from 1."""
+        return AdamWScalars.of(step, self.lr * hyper.lr_mult, self.weight_decay, self.betas, self.eps, dtype)
+
+
+class Optimizer:
+    """Muon and AdamW over `groups` (name -> [(parameter name, parameter)]), as the specs of the same names say.
+
+    process_group: the data-parallel ranks; None: alone. Every rank builds it with the same groups and the same weights.
+    polar_dtype: what Polar Express computes in. transport_dtype: send wider gradients and weights as this (bfloat16).
+    bucket_bytes: about how much one reduce-scatter of matrices holds. compile: compile the two update functions.
+
+    `nonfinite` (bool, on the device) says for each name in `flagged` whether the last step's gradient had a NaN or Inf in what
+    this rank owns. `traffic` counts what this rank sent. Raises ValueError for groups and specs that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        groups: dict[str, Named],
+        specs: dict[str, GroupSpec],
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        polar_dtype: torch.dtype = torch.bfloat16,
+        transport_dtype: torch.dtype | None = None,
+        bucket_bytes: int = 64 << 20,
+        compile: bool = False,
+    ) -> None:
+        options = Options(polar_dtype, transport_dtype, bucket_bytes)
+        if compile:
+            # One variant for every shape of the model: more than the eight that torch allows by default.
+            fused = [torch.compile(f, fullgraph=True, dynamic=False, recompile_limit=64) for f in (muon_update, adamw_update)]
+            options = replace(options, muon=fused[0], adamw=fused[1])
+        self._comm = Collectives(process_group)
+        self._shards = _share_out(groups, specs, self._comm, options)
+        self._reductions: list[Reduction] = [reduction for shard in self._shards for reduction in shard.reductions]
+        self._parameters = [named for reduction in self._reductions for named in reduction.parameters]
+        self._step = torch.zeros(1, dtype=torch.int64)
+        self.flagged = [name for shard in self._shards for name in shard.flagged]
+        self.nonfinite = torch.zeros(len(self.flagged), dtype=torch.bool, device=self._parameters[0][1].device)
+        self._armed = False
+        self._order = list(range(len(self._reductions)))
+        self._order_agreed = False
+        self._missing: list[int] = []
+        self._ready: list[int] = []
+        self._next = 0
+        if self._comm.world > 1:
+            self._listen()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent since the start."""
+        return self._comm.traffic
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, over all attempts."""
+        return int(self._step)
+
+    def _listen(self) -> None:
+        """Have every parameter report its finished gradient while armed."""
+        for index, reduction in enumerate(self._reductions):
+            for _, parameter in reduction.parameters:
+
+                def arrived(_: Tensor, index: int = index) -> None:
+                    if self._armed:
+                        self._arrived(index)
+
+                parameter.register_post_accumulate_grad_hook(arrived)
+
+    def arm(self) -> None:
+        """The next backward is the step's last: reduce each gradient as soon as it is complete."""
+        self._armed = True
+        self._missing = [len(reduction.parameters) for reduction in self._reductions]
+        self._ready.clear()
+
+    def _arrived(self, index: int) -> None:
+        """A gradient of reduction `index` is complete. Launch what is ready, in the order that all ranks agreed on."""
+        self._missing[index] -= 1
+        if self._missing[index] < 0:
+            name = self._reductions[index].parameters[0][0]
+            raise RuntimeError(f"a second backward pass reached the reduction of {name}: arm() goes before the last one only.")
+        if self._missing[index] == 0:
+            self._ready.append(index)
+        while self._order_agreed and self._next < len(self._order) and not self._missing[self._order[self._next]]:
+            self._launch()
+
+    @torch.no_grad()
+    def _launch(self) -> None:
+        self._reductions[self._order[self._next]].launch()
+        self._next += 1
+
+    @torch.no_grad()
+    def step(self, hyper: StepHyper) -> None:
+        """Reduce what is not yet reduced, update what this rank owns, gather. The gradients are consumed (None afterwards).
+
+        Raises RuntimeError naming a parameter that has no gradient.
+        """
+        while self._next < len(self._order):
+            self._launch()
+        self._agree()
+        self._step += 1
+        finite = {}
+        for number in sorted(range(len(self._shards)), key=self._last_launch):
+            shard = self._shards[number]
+            for reduction in shard.reductions:
+                reduction.wait()
+            finite[number] = shard.update(hyper, self.steps)
+        for shard in self._shards:
+            shard.finish()
+        self.nonfinite = ~torch.cat([finite[number] for number in range(len(self._shards))])
+        self._armed, self._next = False, 0
+
+    def _last_launch(self, number: int) -> int:
+        """When the last gradients of shard `number` were sent: the first to be complete is the first to be updated."""
+        mine = {id(reduction) for reduction in self._shards[number].reductions}
+        return max(at for at, index in enumerate(self._order) if id(self._reductions[index]) in mine)
+
+    def _agree(self) -> None:
+        """After the first armed backward: the order in which its gradients arrived on rank 0 becomes everybody's."""
+        if self._armed and not self._order_agreed and len(self._ready) == len(self._order):
+            self._order = self._comm.agree(self._ready, self.nonfinite.device)
+            self._order_agreed = True
+
+    def zero_grad(self) -> None:
+        """Forget all gradients, also those that an armed backward has already sent."""
+        for reduction in self._reductions:
+            reduction.wait()
+        for _, parameter in self._parameters:
+            parameter.grad = None
+        self._armed, self._next = False, 0
+
+    def state_slices(self) -> list[Slice]:
+        """The state that this rank has to save: every name's every row on exactly one rank, whatever the number of ranks."""
+        mine = [s for shard in self._shards if not shard.replicated or self._comm.rank == 0 for s in shard.state()]
+        return [*mine, *self._counter()] if self._comm.rank == 0 else mine
+
+    def _counter(self) -> list[Slice]:
+        return [Slice("optimizer/steps", 0, self._step, 1)]
+
+    def weight_slices(self) -> list[Slice]:
+        """The weights that this rank has to save: every parameter's every row on exactly one rank, in full precision."""
+        return [s for shard in self._shards for s in shard.weights()]
+
+    @torch.no_grad()
+    def load_slices(self, reader: Reader) -> None:
+        """Fill this rank's state: reader(name, start, stop) returns these rows of a state that any number of ranks wrote.
+
+        Raises ValueError naming a slice whose shape or dtype is not what this model needs.
+        """
+        for shard in self._shards:
+            _fill(shard.state(), reader)
+        _fill(self._counter(), reader)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Whatever happens inside leaves weights, state and step count bit for bit as they were: for warming up.
+
+        The copies are kept in host memory. What survives is what warming up is for: compiled code, the order of launches.
+        """
+        kept = [p.detach() for _, p in self._parameters]
+        kept += [s.tensor for shard in self._shards for s in shard.state()] + [self._step]
+        copies = [tensor.to("cpu", copy=True) for tensor in kept]
+        try:
+            yield
+        finally:
+            self.zero_grad()
+            for tensor, copy in zip(kept, copies, strict=True):
+                tensor.copy_(copy)
+
+
+def _fill(slices: Iterable[Slice], reader: Reader) -> None:
+    for s in slices:
+        rows = reader(s.name, s.start, s.start + len(s.tensor))
+        if rows.shape != s.tensor.shape or rows.dtype != s.tensor.dtype:
+            found, needed = (f"{tuple(t.shape)} {t.dtype}" for t in (rows, s.tensor))
+            raise ValueError(f"{s.name} from row {s.start}: found {found}, needed {needed}: it belongs to another model.")
+        s.tensor.copy_(rows)
+
+
+def _share_out(groups: dict[str, Named], specs: dict[str, GroupSpec], comm: Collectives, options: Options) -> list[Shard]:
+    """Every parameter into exactly one shard. Muon's stacks are filled from the last parameter, whose gradient comes first."""
+    _check(groups, specs)
+    shards: list[Shard] = []
+    small: dict[torch.dtype, list[tuple[str, nn.Parameter, GroupSpec]]] = {}
+    turn = 0
+    for key, named in groups.items():
+        spec = specs[key]
+        stacks: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
+        for name, p in reversed(named):
+            if spec.kind == "muon":
+                stacks.setdefault((p.shape, p.dtype), []).append((name, p))
+            elif p.numel() < SMALL:
+                small.setdefault(p.dtype, []).append((name, p, spec))
+            else:
+                shards.append(RowShard(name, p, spec, comm, options))
+        for stack in stacks.values():
+            shards.append(MuonStack(stack, spec, comm, turn, options))
+            turn += len(stack)
+    return shards + [SmallTensors(entries, comm) for entries in small.values()]
+
+
+def _check(groups: dict[str, Named], specs: dict[str, GroupSpec]) -> None:
+    """Raises ValueError for groups and specs that do not fit each other or the kinds."""
+    if not groups.keys() <= specs.keys():
+        raise ValueError(f"no spec for group {sorted(groups.keys() - specs.keys())}: specs has {sorted(specs)}.")
+    seen: set[int] = set()
+    for key, named in groups.items():
+        if specs[key].kind not in ("muon", "adamw"):
+            raise ValueError(f"group {key}: kind is {specs[key].kind!r}, must be muon or adamw.")
+        for name, p in named:
+            if specs[key].kind == "muon" and p.dim() != 2:
+                raise ValueError(f"{name} in group {key} has shape {tuple(p.shape)}: Muon takes matrices only.")
+            if id(p) in seen:
+                raise ValueError(f"{name} is in two groups, or twice in {key}.")
+            seen.add(id(p))
+    if not seen:
+        raise ValueError("the optimizer was given no parameters.")

@@ -1,0 +1,284 @@
+"""Three ways to share parameters out among ranks: whole matrices, rows, and not at all. See the essay of `model/optimizer.py`.
+
+Each kind offers the same verbs, so that the optimizer is a loop over them:
+
+    reductions        what may be launched once the parameters that it names have their gradients
+    update(...)       this rank's arithmetic on what it owns; the gather of the new weights is begun. Returns a flag for each
+                      name in `flagged`: was its reduced gradient (this rank's part of it) finite
+    finish()          the gathered weights stand in the parameters; temporaries are gone
+    state()           the slices of optimizer state that this rank holds
+    weights()         the slices of the weights that this rank owns
+    replicated        whether every rank holds the same state, so that one of them is enough to save it
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.adamw import adamw_update, math_dtype
+from model.collectives import Collectives, Named, Reduction
+from model.muon import MuonScalars, muon_update, second_moment_shape, step_size
+
+if TYPE_CHECKING:
+    from model.optimizer import GroupSpec, StepHyper
+
+# An update's temporaries are made for about this many bytes of weights at a time: a CPU's cache, a share of a GPU's memory.
+CHUNK_BYTES = {"cpu": 1 << 20, "other": 128 << 20}
+
+
+@dataclass
+class Slice:
+    """Rows start .. start + len(tensor) of the state or weight `name`, which has total_rows rows.
+
+    `tensor` is the live storage, not a copy: whoever writes it while training goes on copies it first.
+    """
+
+    name: str
+    start: int
+    tensor: Tensor
+    total_rows: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all shards of one optimizer share: the dtypes of Polar Express and of transport, bucket size, the update functions."""
+
+    polar_dtype: torch.dtype
+    transport_dtype: torch.dtype | None
+    bucket_bytes: int
+    muon: Callable[..., None] = muon_update
+    adamw: Callable[..., None] = adamw_update
+
+    def wire(self, dtype: torch.dtype, world: int) -> torch.dtype:
+        """What a tensor of `dtype` is sent as: the transport dtype if that is narrower and there is anybody to send to."""
+        narrow = self.transport_dtype
+        return narrow if narrow is not None and world > 1 and narrow.itemsize < dtype.itemsize else dtype
+
+
+def _finite(grad: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """Whether all entries are finite (one flag, or one for each matrix): a sum with one bad term is not finite."""
+    return torch.isfinite(grad.sum(dim=dim, dtype=math_dtype(grad.dtype)))
+
+
+def _chunks(count: int, item_bytes: int, device: torch.device) -> Iterator[slice]:
+    """0 .. count in pieces of about CHUNK_BYTES."""
+    step = max(1, CHUNK_BYTES["cpu" if device.type == "cpu" else "other"] // item_bytes)
+    return (slice(low, min(low + step, count)) for low in range(0, count, step))
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """A 0-d parameter as one row; anything else as it is."""
+    return tensor.detach().view(1) if tensor.dim() == 0 else tensor.detach()
+
+
+class MuonStack:
+    """All Muon matrices of one shape and group, shared out whole: number j belongs to rank (j + turn) mod W.
+
+    The stack is padded to M = ceil(K / W) slots a rank. It is reduced in buckets, each the next few slots of every rank (so the
+    first bucket holds the first matrices of `named`, which should be the first to get gradients), updated at once and gathered
+    at once. `turn` starts each stack's round where the last one's ended: remainders do not all fall to the low ranks.
+    """
+
+    replicated = False
+
+    def __init__(self, named: Named, spec: GroupSpec, comm: Collectives, turn: int, options: Options) -> None:
+        self.named, self.spec, self.comm, self.options = list(named), spec, comm, options
+        example = self.named[0][1]
+        self.shape, self.device, self.dtype = example.shape, example.device, math_dtype(example.dtype)
+        self.wire = options.wire(example.dtype, comm.world)
+        self.slots = math.ceil(len(self.named) / comm.world)
+        self.place = [((j + turn) % comm.world, j // comm.world) for j in range(len(self.named))]
+        self.own = [pair for pair, (rank, _) in zip(self.named, self.place, strict=True) if rank == comm.rank]
+        self.momentum = self._buffer(len(self.own), self.shape, self.dtype).zero_()
+        self.second = self._buffer(len(self.own), second_moment_shape(*self.shape), self.dtype).zero_()
+        self.flagged = [name for name, _ in self.own]
+        self.static = {name: getattr(spec, name) for name in ("norm_factor", "muon_eq", "muon_plus")}
+        self.static["dtype"] = options.polar_dtype
+        self.reduced: list[Tensor | None] | Tensor = [None] * len(self.own)
+        self.reductions = list(self._cut())
+
+    def _buffer(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, *shape, dtype=dtype, device=self.device)
+
+    def _cut(self) -> Iterator[Reduction]:
+        """A reduction for every few slots, as many as `bucket_bytes` holds and at least one."""
+        world = self.comm.world
+        step = max(1, self.options.bucket_bytes // (self.shape.numel() * self.wire.itemsize * world))
+        for low in range(0, self.slots, step):
+            high = min(low + step, self.slots)
+            yield Reduction(self.named[low * world : high * world], partial(self._reduce, low, high))
+
+    def _reduce(self, low: int, high: int, grads: list[Tensor]) -> dist.Work | None:
+        """Pack the gradients of every rank's slots low .. high and scatter their mean to the owners."""
+        world = self.comm.world
+        if world == 1:
+            self.reduced[low:high] = grads
+            return None
+        if not any(reduction.launched for reduction in self.reductions):
+            self.reduced = self._buffer(self.slots, self.shape, self.wire)
+        full = self._buffer(world * (high - low), self.shape, self.wire).view(world, high - low, *self.shape)
+        if len(grads) < world * (high - low):
+            full.zero_()
+        places = self.place[low * world : high * world]
+        torch._foreach_copy_([full[rank, slot - low] for rank, slot in places], grads)
+        return self.comm.reduce_scatter(self.reduced[low:high], full)
+
+    def update(self, hyper: StepHyper, step: int) -> Tensor:
+        """Muon on the owned matrices, some at a time, then begin the gather."""
+        spec, count, alone = self.spec, len(self.own), self.comm.world == 1
+        eta = step_size(spec.lr * hyper.lr_mult, *self.shape)
+        scalars = MuonScalars.of(eta, spec.weight_decay * hyper.wd_mult, hyper.momentum, spec.beta2, self.dtype)
+        finite = torch.ones(count, dtype=torch.bool, device=self.device)
+        sent = None if alone else self._buffer(self.slots, self.shape, self.wire)
+        for part in _chunks(count, self.shape.numel() * self.dtype.itemsize, self.device):
+            owned = [p.detach() for _, p in self.own[part]]
+            weight = torch.stack(owned).to(self.dtype)
+            grad = (torch.stack(self.reduced[part]) if alone else self.reduced[part]).to(self.dtype)
+            finite[part] = _finite(grad, dim=(1, 2))
+            self.options.muon(weight, grad, self.momentum[part], self.second[part], scalars, **self.static)
+            torch._foreach_copy_(owned, list(weight.unbind()))
+            if not alone:
+                sent[part].copy_(weight)
+        if not alone:
+            sent[count:].zero_()
+            self.gathered = self._buffer(self.comm.world * self.slots, self.shape, self.wire)
+            self.gathering = self.comm.all_gather(self.gathered, sent)
+        return finite
+
+    def finish(self) -> None:
+        """Owners keep the exact weights, the others take what was sent."""
+        if self.comm.world > 1:
+            self.gathering.wait()
+            foreign = [(p, at) for (_, p), at in zip(self.named, self.place, strict=True) if at[0] != self.comm.rank]
+            if foreign:
+                sources = [self.gathered[rank * self.slots + slot] for _, (rank, slot) in foreign]
+                torch._foreach_copy_([p.detach() for p, _ in foreign], sources)
+        self.gathered = self.gathering = None
+        self.reduced = [None] * len(self.own)
+
+    def state(self) -> Iterator[Slice]:
+        for (name, _), momentum, second in zip(self.own, self.momentum, self.second, strict=True):
+            yield Slice(f"muon_momentum/{name}", 0, momentum, momentum.size(0))
+            yield Slice(f"muon_second/{name}", 0, second, second.size(0))
+
+    def weights(self) -> Iterator[Slice]:
+        for name, parameter in self.own:
+            yield Slice(f"weight/{name}", 0, parameter.detach(), parameter.size(0))
+
+
+class RowShard:
+    """One large AdamW tensor, shared out by rows: rank r owns the r-th ceil(rows / W) of them (the last rank's may be fewer)."""
+
+    replicated = False
+
+    def __init__(self, name: str, parameter: nn.Parameter, spec: GroupSpec, comm: Collectives, options: Options) -> None:
+        self.name, self.parameter, self.spec, self.comm, self.options = name, parameter, spec, comm, options
+        self.wire = options.wire(parameter.dtype, comm.world)
+        self.total = parameter.size(0)
+        self.share = math.ceil(self.total / comm.world)
+        self.start = min(comm.rank * self.share, self.total)
+        self.stop = min(self.start + self.share, self.total)
+        # Nothing padded, nothing cast: the gather may write into the parameter itself.
+        self.direct = self.wire == parameter.dtype and self.share * comm.world == self.total
+        self.first = torch.zeros_like(self._own())
+        self.second = torch.zeros_like(self._own())
+        self.flagged = [name]
+        self.reductions = [Reduction([(name, parameter)], self._reduce)]
+
+    def _own(self) -> Tensor:
+        return self.parameter.detach()[self.start : self.stop]
+
+    def _padded(self, rows: Tensor, count: int) -> Tensor:
+        """`rows` in the wire dtype, contiguous, with zero rows after them up to `count`; itself where it is so already."""
+        if rows.size(0) == count:
+            return rows.to(self.wire).contiguous()
+        padded = rows.new_zeros(count, *rows.shape[1:], dtype=self.wire)
+        padded[: rows.size(0)].copy_(rows)
+        return padded
+
+    def _reduce(self, grads: list[Tensor]) -> dist.Work | None:
+        world = self.comm.world
+        full = self._padded(grads[0], world * self.share)
+        self.reduced = full if world == 1 else full.new_empty(self.share, *full.shape[1:])
+        return None if world == 1 else self.comm.reduce_scatter(self.reduced, full)
+
+    def update(self, hyper: StepHyper, step: int) -> Tensor:
+        """AdamW on the owned rows, some at a time, then begin the gather."""
+        scalars = self.spec.adamw_scalars(hyper, step, math_dtype(self.parameter.dtype))
+        own = self._own()
+        for part in _chunks(len(own), own.element_size() * self.parameter[0].numel(), own.device):
+            self.options.adamw(own[part], self.reduced[part], self.first[part], self.second[part], scalars)
+        if self.comm.world > 1:
+            sent = self._padded(own, self.share)
+            whole = (self.comm.world * self.share, *sent.shape[1:])
+            self.gathered = self.parameter.detach() if self.direct else sent.new_empty(whole)
+            self.gathering = self.comm.all_gather(self.gathered, sent.clone() if sent is own else sent)
+        return _finite(self.reduced).view(1)
+
+    def finish(self) -> None:
+        """Owners keep the exact rows, the others take what was sent."""
+        if self.comm.world > 1:
+            self.gathering.wait()
+            if not self.direct:
+                weight = self.parameter.detach()
+                weight[: self.start].copy_(self.gathered[: self.start])
+                weight[self.stop :].copy_(self.gathered[self.stop : self.total])
+        self.reduced = self.gathered = self.gathering = None
+
+    def state(self) -> Iterator[Slice]:
+        if self.start < self.stop:
+            yield Slice(f"adamw_first/{self.name}", self.start, self.first, self.total)
+            yield Slice(f"adamw_second/{self.name}", self.start, self.second, self.total)
+
+    def weights(self) -> Iterator[Slice]:
+        if self.start < self.stop:
+            yield Slice(f"weight/{self.name}", self.start, self._own(), self.total)
+
+
+class SmallTensors:
+    """All AdamW tensors of one dtype below SMALL elements: one all-reduce for all of them, and every rank updates every one."""
+
+    replicated = True
+
+    def __init__(self, entries: list[tuple[str, nn.Parameter, GroupSpec]], comm: Collectives) -> None:
+        self.entries, self.comm = entries, comm
+        self.first = [torch.zeros_like(p.detach()) for _, p, _ in entries]
+        self.second = [torch.zeros_like(p.detach()) for _, p, _ in entries]
+        self.flagged = [name for name, _, _ in entries]
+        self.reductions = [Reduction([(name, p) for name, p, _ in entries], self._reduce)]
+
+    def _reduce(self, grads: list[Tensor]) -> dist.Work | None:
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        parts = flat.split([grad.numel() for grad in grads])
+        self.reduced = [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)]
+        return None if self.comm.world == 1 else self.comm.all_reduce(flat)
+
+    def update(self, hyper: StepHyper, step: int) -> Tensor:
+        for (_, p, spec), grad, first, second in zip(self.entries, self.reduced, self.first, self.second, strict=True):
+            adamw_update(p.detach(), grad, first, second, spec.adamw_scalars(hyper, step, math_dtype(p.dtype)))
+        return torch.stack([_finite(grad) for grad in self.reduced])
+
+    def finish(self) -> None:
+        self.reduced = None
+
+    def state(self) -> Iterator[Slice]:
+        for (name, _, _), first, second in zip(self.entries, self.first, self.second, strict=True):
+            yield Slice(f"adamw_first/{name}", 0, as_rows(first), len(as_rows(first)))
+            yield Slice(f"adamw_second/{name}", 0, as_rows(second), len(as_rows(second)))
+
+    def weights(self) -> Iterator[Slice]:
+        """Every parameter belongs to exactly one rank: these to rank 0."""
+        if self.comm.rank == 0:
+            for name, p, _ in self.entries:
+                yield Slice(f"weight/{name}", 0, as_rows(p), len(as_rows(p)))
+
+
+Shard = MuonStack | RowShard | SmallTensors
