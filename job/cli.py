@@ -15,6 +15,7 @@ import click
 
 from job.console import Console
 from job.errors import MEANING, ExitCode, SpeedrunError, UsageError
+from job.published_line import check_core_every, line_options, recipe_flags
 
 STAGES = ("prepare", "pretrain", "evaluate", "report")
 
@@ -69,11 +70,12 @@ def json_option(command: Callable) -> Callable:
     return click.option("--json", "as_json", is_flag=True, help="Print result.json, and nothing else, on stdout.")(command)
 
 
-def recipe_options(default_preset: str) -> Callable[[Callable], Callable]:
-    """The options that make a recipe; the command is given `recipe` instead of them."""
+def recipe_options(default_preset: str, *, published_line: bool = False) -> Callable[[Callable], Callable]:
+    """The options that make a recipe; the command is given `recipe` instead of them. `published_line`: the leaderboard's flags too."""
 
     def decorate(command: Callable) -> Callable:
-        @click.option("--preset", default=default_preset, show_default=True, metavar="NAME", help="Named recipe.")
+        @(line_options if published_line else lambda command: command)
+        @click.option("--preset", metavar="NAME", help=f"Named recipe.  [default: {default_preset}]")
         @click.option(
             "-o", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value of the recipe; may be repeated."
         )
@@ -85,16 +87,20 @@ def recipe_options(default_preset: str) -> Callable[[Callable], Callable]:
         )
         @click.option("--core-bundle", metavar="PATH", help="The CORE bundle: folder, .zip or .tar.zst.")
         @functools.wraps(command)
-        def wrapped(preset: str, overrides: tuple[str, ...], data: tuple[str, ...], core_bundle: str | None, **others: Any) -> Any:
+        def wrapped(
+            preset: str | None, overrides: tuple[str, ...], data: tuple[str, ...], core_bundle: str | None, **others: Any
+        ) -> Any:
             from job.config import resolve
 
             flags: dict[str, tuple[str, Any]] = {}
+            if published_line:
+                preset, flags = recipe_flags(preset, others)
             if data:
                 flags["data.source"] = ("--data", "local")
                 flags["data.paths"] = ("--data", data)
             if core_bundle is not None:
                 flags["eval.core_bundle"] = ("--core-bundle", core_bundle)
-            return command(recipe=resolve(preset, flags, overrides), **others)
+            return command(recipe=resolve(preset or default_preset, flags, overrides), **others)
 
         return wrapped
 
@@ -163,16 +169,42 @@ def prepare(recipe: Any, out: Path, quiet: bool, verbose: bool, dry_run: bool) -
 
 
 @main.command()
-@recipe_options("smoke")
+@recipe_options("smoke", published_line=True)
 @run_options
-def pretrain(**options: Any) -> None:
-    """Train the model (preparing its data first where that is not done).
+def pretrain(core_every: int | None, run_id: str | None, run_name: str | None, model_tag: str | None, **options: Any) -> None:
+    """Train the model (preparing its data first where that is not done). Takes the leaderboard's own flags.
 
     \b
     Example:
       speedrun pretrain --preset smoke -o train.steps=100
+      speedrun pretrain --generation run2 --depth=26 --target-param-data-ratio=8.5 --device-batch-size=16 --fp8 --dry-run
     """
-    _run(("prepare", "pretrain"), **options)
+    check_core_every(core_every, options["recipe"])
+    _run(("prepare", "pretrain"), run_id=run_id or model_tag or run_name, **options)
+
+
+@main.command()
+@recipe_options("run6")
+@click.option(
+    "--gpu", metavar="NAME", help="h100, h200, a100-80gb, or cpu for a plan without a GPU.  [default: what the preset is made for]"
+)
+@click.option("--gpus", type=int, metavar="N", help="How many, in one node.  [default: what the preset is made for]")
+@click.option(
+    "--price", type=float, metavar="DOLLARS", help="What the whole node costs an hour.  [default: the leaderboard's $3 an H100]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, and nothing else, on stdout.")
+def plan(recipe: Any, gpu: str | None, gpus: int | None, price: float | None, as_json: bool) -> None:
+    """What a run would need and cost, before anything is rented: steps, text, memory, minutes, dollars. Computes, and does nothing else.
+
+    \b
+    Example:
+      speedrun plan --preset run6 --price 24
+    """
+    from job.plan import make_plan
+    from job.plan_page import page
+
+    made = make_plan(recipe, gpu, gpus, price)
+    click.echo(json.dumps(made.document(), indent=1) if as_json else page(made))
 
 
 @main.command()
@@ -248,11 +280,12 @@ def _run(
     from job import launch
 
     run_id = run_id or recipe.preset
+    console = Console(_verbosity(quiet, verbose))
     if dry_run:
         click.echo(launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=ranks))
         return
     run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=ranks)
-    launch.execute(out, run_path, recipe, stages, console=Console(_verbosity(quiet, verbose)), world_size=ranks)
+    launch.execute(out, run_path, recipe, stages, console=console, world_size=ranks)
     if "report" in stages:
         _show_result(run_path, as_json, quiet)
 

@@ -22,6 +22,7 @@ from job.errors import UsageError
 
 PRESETS = Path(__file__).parent / "presets"
 SCHEMA = 1
+SOURCES = ("embedded", "local", "climbmix", "fineweb-edu")
 
 
 def _check(ok: bool, key: str, value: Any, remedy: str) -> None:
@@ -52,7 +53,8 @@ class DataConfig:
     """The text, its tokenizer and its split."""
 
     source: str = "embedded"
-    """"embedded" (text that every Python installation carries) or "local" (the files of `paths`)"""
+    """"embedded" (text that every Python installation carries), "local" (the files of `paths`), "climbmix" or "fineweb-edu"
+    (the datasets of the published runs)"""
     paths: tuple[str, ...] = ()
     """for "local": folders (their own files only) or files: parquet with a `text` column, jsonl, txt"""
     vocab_size: int = 32768
@@ -71,7 +73,7 @@ class DataConfig:
     """seed of the row permutation"""
 
     def check(self) -> None:
-        _check(self.source in ("embedded", "local"), "data.source", self.source, 'give "embedded" or "local"')
+        _check(self.source in SOURCES, "data.source", self.source, f"give one of {', '.join(SOURCES)}")
         _check(self.source != "local" or bool(self.paths), "data.paths", "()", "name the text with --data FOLDER or --data FILE")
         _check(
             265 < self.vocab_size <= 65536,
@@ -101,6 +103,8 @@ class TrainConfig:
     """factor on every learning rate of the published rules"""
     dtype: str = "auto"
     """"bf16", "fp32", or "auto": bf16 where the processor has bf16 matrix instructions"""
+    fp8: bool = False
+    """matrix products of the large layers in fp8, as published from run 2 on"""
     threads: int = 0
     """CPU threads per rank; 0 = all cores, divided among the ranks"""
     seed: int = 42
@@ -231,16 +235,38 @@ def _coerce(key: str, value: Any) -> Any:
     raise UsageError(f"{key}={value} cannot be used: give {words[name]}")
 
 
-def load_preset(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
-    """Values by `section.key`, where each came from, and the preset's evidence; follows `base`."""
+@dataclasses.dataclass(frozen=True)
+class PresetHeader:
+    """What a preset says of itself, beside its values."""
+
+    machine: str
+    """what it is made for: cpu, or a number and a GPU, e.g. 8xh100"""
+    notes: tuple[str, ...]
+    """what was assumed in it, one sentence each"""
+
+
+def preset_header(name: str) -> PresetHeader:
+    """The header of the preset called `name`; UsageError where there is none."""
+    table = _read_preset(name)
+    return PresetHeader(table["machine"], tuple(table.get("notes", ())))
+
+
+def _read_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise UsageError(f"no preset {name!r}; {_nearest(name, preset_names())} (presets: {', '.join(preset_names())})")
-    table = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+    return tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def load_preset(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
+    """Values by `section.key`, where each came from, and the preset's evidence; follows `base`."""
+    table = _read_preset(name)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     if base := table.pop("base", None):
         values, sources, _ = load_preset(base)
     evidence = table.pop("evidence")
+    table.pop("machine")
+    table.pop("notes", None)
     for section, entries in table.items():
         if section not in SECTIONS:
             raise UsageError(f"preset {name}: unknown section {section!r}; {_nearest(section, list(SECTIONS))}")

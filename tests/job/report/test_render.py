@@ -13,7 +13,7 @@ import pytest
 
 from job.report.render import write_report
 from job.report.result import build_result
-from job.report.words import summary_lines
+from job.report.words import short, summary_lines
 from job.sealed import open_sealed
 
 EVIL = "<script>alert('x')</script> & | `tick` \x1b[31m"
@@ -235,10 +235,12 @@ def test_the_recipe_that_a_run_really_writes(run):
     recipe = resolve(
         "smoke", {"data.source": ("--data", "local"), "data.paths": ("--data", ("my texts", "more"))}, ["train.seed=7"]
     )
-    (run.path / "recipe.json").write_text(json.dumps(recipe_document(recipe, "smoke")))
+    document = recipe_document(recipe, "smoke")
+    (run.path / "recipe.json").write_text(json.dumps(document))
     run.pretrain(run.start(), 0, 10)
     page = page_of(run)
-    assert "7.34 M" in page.text and "learning_rates.matrices" in page.text and "preset smoke" in page.text
+    assert short(document["derived"]["total_parameters"]["value"]) in page.text
+    assert "learning_rates.matrices" in page.text and "preset smoke" in page.text
     assert "-o data.source=local -o 'data.paths=my texts,more' -o train.seed=7" in page.text
 
 

@@ -1,0 +1,110 @@
+"""The published runs: what was trained, in how many seconds, how it scored. The reference of `speedrun plan`.
+
+The leaderboard's rule: 8xH100 SXM, the seconds of the optimizer steps from the twelfth on (the first eleven compile), nothing else.
+Nothing here was measured by this program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from model import scaling
+from model.gpt import GPTConfig
+
+UNTIMED_STEPS = 11
+GPUS = 8
+GPT2_CORE = 0.256525
+"""CORE of GPT-2 XL (1.6 billion parameters): what the leaderboard asks to beat"""
+FP8_OVER_BF16 = 740 / 630
+"""tokens per second in fp8 over bf16 on a d26, end to end, as the leaderboard's log states them"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One published run on 8xH100."""
+
+    name: str
+    when: str
+    dataset: str
+    depth: int
+    generation: str
+    ratio: float
+    batch_tokens: int
+    seconds: float
+    """of the timed steps"""
+    core: float
+    core_runs: int
+    """how many runs the CORE is the mean of"""
+    bpb: float
+    fp8: bool = True
+    device_rows: int = 16
+    vocab_size: int = 32768
+    switches: tuple[tuple[str, Any], ...] = ()
+    """switches in which its model differs from its generation's"""
+    besides: str = ""
+    """what it did that this configuration cannot say"""
+
+    @functools.cached_property
+    def config(self) -> GPTConfig:
+        return GPTConfig.for_depth(self.depth, self.vocab_size, 2048, self.generation, **dict(self.switches))
+
+    @functools.cached_property
+    def steps(self) -> int:
+        tokens = int(self.ratio * scaling.scaling_parameters(self.config))
+        return tokens // self.batch_tokens
+
+    @property
+    def step_seconds(self) -> float:
+        return self.seconds / (self.steps - UNTIMED_STEPS)
+
+
+HALF, ONE = 1 << 19, 1 << 20
+THIRDS = (("window_divisor", 3), ("smear", False), ("backout", False))
+
+RUNS = (
+    Run("Run 1", "348fbb3, 29 Jan 2026", "fineweb-edu", 24, "feb", 12, HALF, 10949.47, 0.25851, 1, 0.74833, fp8=False),
+    Run("Run 2", "a67eba3, 2 Feb 2026", "fineweb-edu", 26, "feb", 8.5, HALF, 10493, 0.2578, 1, 0.745036),
+    Run("Run 3", "2c062aa, 5 Feb 2026", "fineweb-edu", 26, "feb", 8.25, ONE, 9922, 0.26024, 1, 0.74645),
+    Run("Run 4 (seed)", "PR #516, 8 Feb 2026", "fineweb-edu", 26, "feb", 7.25, HALF, 8967, 0.2626, 1, 0.750008),
+    Run("Run 4 (upstream)", "324e69c, 4 Mar 2026", "climbmix", 24, "feb", 9.5, ONE, 2.01 * 3600, 0.2571, 7, 0.71854,
+        switches=(("softcap", 20.0),)),
+    Run("Run 5", "6ed7d1d, 9 Mar 2026", "climbmix", 24, "head", 8.7, ONE, 1.80 * 3600, 0.2690, 1, 0.71808, switches=THIRDS),
+    Run("Run 6", "a825e63, 14 Mar 2026", "climbmix", 24, "head", 8, ONE, 5934, 0.2626, 5, 0.71800),
+    Run("PR #733", "d22, not merged", "climbmix", 22, "head", 11.05, ONE, 5294, 0.2634, 3, 0.7242,
+        besides="a longer warm-down to 0 and a clip of q and k"),
+    Run("PR #830", "d22, Aug 2026, not merged", "climbmix", 22, "head", 9.4, ONE, 81.835 * 60, 0.2618, 6, 0.71879,
+        device_rows=32, vocab_size=49152, besides="gains in some norms; its step count is derived"),
+)  # fmt: skip
+
+
+def closest(config: GPTConfig, batch_tokens: int, steps: int, fp8: bool, dataset: str) -> tuple[Run, list[str]]:
+    """The published run with the fewest differences (then the nearest FLOPs), and those differences in words."""
+    flops = scaling.flops_per_token(config) * batch_tokens * steps
+
+    def differences(run: Run) -> list[str]:
+        changed = [
+            f"{field.name} {getattr(run.config, field.name)} -> {getattr(config, field.name)}"
+            for field in dataclasses.fields(config)
+            if getattr(run.config, field.name) != getattr(config, field.name)
+        ]
+        pairs = (
+            ("batch", f"{run.batch_tokens:,}", f"{batch_tokens:,}"),
+            ("steps", f"{run.steps:,}", f"{steps:,}"),
+            ("precision", _precision(run.fp8), _precision(fp8)),
+            ("text", run.dataset, dataset),
+        )
+        changed += [f"{what} {theirs} -> {ours}" for what, theirs, ours in pairs if theirs != ours]
+        return [*changed, f"without {run.besides}"] if run.besides else changed
+
+    def distance(run: Run) -> tuple[int, float]:
+        theirs = scaling.flops_per_token(run.config) * run.batch_tokens * run.steps
+        return len(differences(run)), abs(theirs / flops - 1)
+
+    nearest = min(RUNS, key=distance)
+    return nearest, differences(nearest)
+
+
+def _precision(fp8: bool) -> str:
+    return "fp8" if fp8 else "bf16"

@@ -1,0 +1,100 @@
+"""Memory before there is a GPU: static parts equal the optimizer's own, the rest agrees with what is known to fit."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.memory import checkpoint_bytes, largest_batch, parameter_bytes, state_bytes, step_memory
+from model.gpt import GPT, GPTConfig
+from model.optimizer import Optimizer, _share_out
+from model.scaling import RULES, derive
+from model.shards import Options
+
+CARD = 85.5e9
+
+
+def config(depth: int, generation: str = "head", vocab_size: int = 32768) -> GPTConfig:
+    return GPTConfig.for_depth(depth, vocab_size, 2048, generation)
+
+
+def built(config: GPTConfig) -> GPT:
+    with torch.device("meta"):
+        return GPT(config, torch.bfloat16)
+
+
+def size(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@settings(max_examples=12)
+@given(st.integers(1, 9), st.sampled_from(["feb", "head"]), st.integers(300, 5000), st.integers(1, 8))
+def test_static_parts_are_those_of_the_optimizer(depth: int, generation: str, vocab_size: int, ranks: int) -> None:
+    c = GPTConfig.for_depth(depth, vocab_size, 64, generation)
+    model = built(c)
+    specs = derive(c, RULES[generation], steps=1, batch_tokens=64).specs
+    assert parameter_bytes(c) == size(list(model.parameters()))
+    everything = size(list(model.parameters()))
+    for rank in range(ranks):
+        alone = SimpleNamespace(world=ranks, rank=rank)
+        shards = _share_out(model.groups(), specs, alone, Options(torch.bfloat16, None, 1 << 20))
+        held = size([s.tensor for shard in shards for s in shard.state()])
+        assert state_bytes(c, ranks, rank) == held
+        everything += size([s.tensor for shard in shards if rank == 0 or not shard.replicated for s in shard.state()])
+    assert checkpoint_bytes(c, ranks) == everything
+
+
+def test_alone_a_rank_holds_all_state() -> None:
+    c = config(12)
+    optimizer = Optimizer(built(c).groups(), derive(c, RULES["head"]).specs)
+    assert state_bytes(c, 1, 0) == size([s.tensor for s in optimizer.state_slices() if s.name != "optimizer/steps"])
+
+
+@pytest.mark.parametrize(("depth", "published"), [(22, 7.9e9), (24, 9.9e9), (26, 12.2e9)])
+def test_static_parts_as_published(depth: int, published: float) -> None:
+    assert step_memory(config(depth), 16, 8, fp8=True).static == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("depth", "rows", "plain_loss", "fits"),
+    [
+        (24, 16, True, True),
+        (24, 32, True, False),
+        (26, 16, True, True),
+        (26, 32, True, False),
+        (22, 32, False, True),
+        (24, 16, False, True),
+        (24, 32, False, False),
+        (26, 32, False, False),
+    ],
+)
+def test_what_is_known_to_fit(depth: int, rows: int, plain_loss: bool, fits: bool) -> None:
+    assert step_memory(config(depth), rows, 8, fp8=True, plain_loss=plain_loss).fits(CARD) == fits
+
+
+def test_a_larger_vocabulary_fits_in_chunks_only() -> None:
+    c = config(22, vocab_size=49152)
+    assert step_memory(c, 32, 8, fp8=True).fits(CARD)
+    assert not step_memory(c, 32, 8, fp8=True, plain_loss=True).fits(CARD)
+
+
+def test_a_d12_in_bf16_as_measured() -> None:
+    assert step_memory(config(12, "feb"), 32, 8, fp8=False, plain_loss=True).total == pytest.approx(34e9, rel=0.25)
+
+
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(1, 64), st.booleans())
+def test_more_rows_never_take_less(depth: int, ranks: int, rows: int, fp8: bool) -> None:
+    less, more = (step_memory(config(depth), r, ranks, fp8) for r in (rows, rows + 1))
+    assert less.static == more.static and less.total <= more.total
+
+
+def test_the_largest_batch_divides_and_fits() -> None:
+    assert largest_batch(config(24), 512, 8, True, CARD).rows == 16
+    assert largest_batch(config(22), 512, 8, True, CARD).rows == 32
+    assert largest_batch(config(24), 24 * 8, 8, True, CARD).rows == 24
+    assert largest_batch(config(12), 256, 8, True, CARD).rows == 32  # no more than there are
+    assert largest_batch(config(40), 512, 8, True, 24e9) is None
