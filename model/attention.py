@@ -13,13 +13,46 @@ with T x window; nothing is approximated.
     query 2         . . x x x    x x x . .
 
 The first block has no predecessor and is plainly causal.
+
+On a GPU the window is the kernel's business: torch's `varlen_attn` takes it, with the rows of a batch as sequences of one length. What
+kernel stands behind that call is chosen once per process, before the first step (`choose_backend`, `activate`):
+
+    fa2   FlashAttention 2, part of torch          Ampere and later       about 3 % of a step slower than the next (estimated)
+    fa3   FlashAttention 3, a package of its own   Hopper
+    fa4   FlashAttention 4, a package of its own   Hopper, Blackwell      pinned: later releases return more values than torch unpacks
+
+The kernels compute in 16 bits; a model that computes in fp32 on a GPU takes the blocks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
+from torch.nn.attention.varlen import varlen_attn
+
+FA4_PACKAGE, FA4_FITS = "flash-attn-4", "4.0.0b12"
+FA2_COST = 0.03
+"""estimated share of a step that FlashAttention 2 takes longer on Hopper and Blackwell"""
+
+
+class BackendError(ValueError):
+    """No acceptable attention kernel: one sentence with what is missing and what to do."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The kernel that attention runs on: "blocks", "fa2", "fa3" or "fa4", and a sentence for people."""
+
+    name: str
+    description: str
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
@@ -28,11 +61,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None 
     q, k, v: (B, T, H, D), same number of heads; `scale` is 1/sqrt(D) unless given. Returns (B, T, H, D) in v's dtype.
     """
     T = q.size(1)
+    if q.device.type != "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        return _kernel(q, k, v, window, scale)
     if window >= T - 1:
         return _sdpa(q, k, v, scale, causal=True)
     first = _sdpa(q[:, :window], k[:, :window], v[:, :window], scale, causal=True)
     rest = _later_blocks(q, k, v, window, scale)
     return torch.cat([first, rest], dim=1)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
+    """Through the flash-attention kernel: the rows of the batch one after another, each a sequence of T."""
+    B, T, _, _ = q.shape
+    starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    seen = (-1 if window >= T - 1 else window, 0)
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    return varlen_attn(*flat, starts, starts, T, T, scale=scale, window_size=seen).view_as(q)
 
 
 def _later_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
@@ -65,3 +109,65 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool = F
     """torch's fused attention, which wants (B, H, T, D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+# ---- which kernel
+
+
+def installed() -> dict[str, str]:
+    """The kernels that this environment has, each with the version of its package (for FlashAttention 2, torch's)."""
+    found = {"fa2": torch.__version__}
+    if importlib.util.find_spec("flash_attn_interface"):
+        found["fa3"] = "unversioned"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["fa4"] = importlib.metadata.version(FA4_PACKAGE)
+    return found
+
+
+def choose_backend(
+    wanted: str, capability: tuple[int, int] | None, have: Mapping[str, str], *, strict: bool, allow_fa2: bool = False
+) -> Backend:
+    """The kernel to run on.
+
+    wanted: "fa2", "fa3", "fa4", or "fastest" for what the hardware can do at best. capability: the GPU's, (9, 0); None: a CPU.
+    have: as `installed` returns. strict: somebody pays for this machine, so a slower kernel than wanted raises BackendError
+    unless allow_fa2 accepts it; otherwise it is taken, and the description says what it costs.
+    """
+    if capability is None:
+        return Backend("blocks", "attention: torch's SDPA on blocks of one window")
+    if capability < (8, 0):
+        raise BackendError(
+            f"a GPU of compute capability {capability[0]}.{capability[1]} has no attention kernel here: use Ampere or later"
+        )
+    fast = [name for name in ("fa3", "fa4") if _runs(name, capability)]
+    usable = [name for name in fast if name in have and (name != "fa4" or have[name] == FA4_FITS)]
+    if wanted not in ("fa2", "fa3", "fa4", "fastest"):
+        raise BackendError(f"there is no attention kernel called {wanted!r}: choose fastest, fa2, fa3 or fa4")
+    if wanted in ("fa3", "fa4") and wanted not in fast:
+        raise BackendError(f"{wanted} does not run on compute capability {capability[0]}.{capability[1]}: choose fastest")
+    if wanted == "fa2" or not fast:
+        return Backend("fa2", "attention: FlashAttention 2, part of torch")
+    if usable:
+        name = wanted if wanted in usable else usable[0]
+        return Backend(name, f"attention: FlashAttention {name[-1]} ({have[name]})")
+    missing = f"{FA4_PACKAGE}=={FA4_FITS} is not installed"
+    if "fa4" in have:
+        missing = f"{FA4_PACKAGE} {have['fa4']} does not fit this torch, {FA4_FITS} does"
+    slower = f"FlashAttention 2, {FA2_COST:.0%} of each step slower (estimated): {missing}"
+    if strict and not allow_fa2:
+        raise BackendError(f"attention would run on {slower}; install it, or accept that with --allow-fa2")
+    return Backend("fa2", f"attention: {slower}")
+
+
+def _runs(name: str, capability: tuple[int, int]) -> bool:
+    return capability[0] in {"fa3": (9,), "fa4": (9, 10)}[name]
+
+
+def activate(backend: Backend) -> None:
+    """Put the chosen kernel behind `varlen_attn`, for this process. BackendError for a package that torch cannot call."""
+    if backend.name not in ("fa3", "fa4"):
+        return
+    try:
+        activate_flash_attention_impl(backend.name.upper())
+    except (ImportError, RuntimeError) as error:
+        raise BackendError(f"{backend.name} cannot be used: {error}; install it again or choose fa2") from error

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +34,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import attention
+from model.fork import Fork
+from model.fp8 import Quantised
 from model.loss import capped_logits, cross_entropy, token_losses
 
 SMEAR_CHANNELS = 24
 VOCAB_LIMIT = 1 << 16  # prepared rows are uint16
+Pair = tuple[Tensor, Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 class ConfigError(ValueError):
@@ -171,6 +176,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
+    def quantised(self) -> Quantised | None:
+        """The weight in fp8, where the layer is an fp8 one (`model/fp8_linear.py`); here None."""
+        return None
+
 
 class Embedding(nn.Embedding):
     """A table of `rows` vectors in the compute dtype. Filled by `GPT.init_weights`, not on construction."""
@@ -220,14 +229,14 @@ class Attention(nn.Module):
         self.heads, self.head_dim, self.window = config.heads, config.head_dim, config.windows[layer]
         self.scale = config.qk_scale**2 / math.sqrt(config.head_dim)  # q and k times qk_scale each
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, value_embed: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         B, T, d = x.shape
         q, k, v = (project(x).view(B, T, self.heads, self.head_dim) for project in (self.q, self.k, self.v))
         if value_embed is not None:
             gate = self.gate_limit * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        return self.o(attention(q, k, v, self.window, self.scale).reshape(B, T, d))
+        return self.o(attend(q, k, v, self.window, self.scale).reshape(B, T, d))
 
 
 class MLP(nn.Module):
@@ -246,8 +255,10 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(norm(x), value_embed, cos, sin)
+    def forward(self, x: Tensor, x0: Tensor, mix: Pair, value_embed: Tensor | None, turn: Pair, attend: Attend) -> Tensor:
+        """x, x0 (B, T, width); mix: lambda and mu, 0-d; turn: cos and sin of `Rotary.tables`; attend: `attention` or a fork's."""
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn(norm(x), value_embed, *turn, attend)
         return x + self.mlp(norm(x))
 
 
@@ -270,26 +281,33 @@ class GPT(nn.Module):
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.empty(()))
         self._rotary = Rotary(config.head_dim, config.rope_base, config.seq_len)
+        self._compiled = False
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """idx (B, T) int64 -> (B, T, width) after the final norm, in the compute dtype. T may exceed config.seq_len."""
-        x = self._embed(idx)
-        cos, sin = self._rotary.tables(idx.size(1), x)
+    def hidden(self, idx: Tensor, fork: Fork | None = None) -> Tensor:
+        """idx (B, T) int64 -> (B, T, width) after the final norm, in the compute dtype. T may exceed config.seq_len.
+
+        With `fork` each row is a prefix and its branches, and every token is what it would be in a row of its own sequence alone.
+        """
+        x = self._embed(idx, fork)
+        turn, attend = self._rotary.tables(idx.size(1), x), attention
+        if fork is not None:
+            turn, attend = fork.turn(*turn), fork.attention
         x0 = middle = x
         for i, block in enumerate(self.blocks):
-            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value_embed = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
-            x = block(x, value_embed, cos, sin)
+            x = block(x, x0, (self.resid_lambdas[i], self.x0_lambdas[i]), value_embed, turn, attend)
             if i == self.config.depth // 2:
                 middle = x
         if self.config.backout:
             x = x - self.backout_lambda * middle
         return norm(x)
 
-    def _embed(self, idx: Tensor) -> Tensor:
+    def _embed(self, idx: Tensor, fork: Fork | None) -> Tensor:
         x = norm(self.wte(idx))
         if not self.config.smear:
             return x
+        if fork is not None:
+            return x + self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * fork.before(x)
         gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
         return torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)
 
@@ -304,7 +322,26 @@ class GPT(nn.Module):
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats a token, fp32 scalar. idx, targets: (B, T) int64."""
         hidden = self.hidden(idx).flatten(0, 1)
-        return cross_entropy(hidden, self.head.weight, targets.flatten(), self.config.softcap, self.config.vocab_size)
+        return cross_entropy(
+            hidden,
+            self.head.weight,
+            targets.flatten(),
+            self.config.softcap,
+            self.config.vocab_size,
+            quantised=self.head.quantised(),
+            compiled=self._compiled,
+        )
+
+    def compile_blocks(self) -> None:
+        """Compile each block by itself, and the loss between its products; the first calls will take their time.
+
+        By blocks, because gradients of a model compiled as one graph all come at its end (nothing could be sent meanwhile), and
+        because blocks of one shape share their code. What looks up tables stays outside: its compiled gradient adds up in an order
+        that differs from run to run on a CPU.
+        """
+        self._compiled = True
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False, recompile_limit=64)
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,87 @@
+"""The compiled step: one graph a block, nothing compiled twice, gradients as they come, the same bits from run to run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from model import fp8
+from model.gpt import GPT, GPTConfig
+from model.optimizer import Optimizer
+from model.scaling import RULES, derive
+from model.schedule import Schedule
+
+V, T, B, STEPS = 512, 128, 2, 50
+CONFIG = GPTConfig.for_depth(
+    4, V, T, width=128, head_dim=64, window_tile=32
+)  # windows 32 and 128, with value embeddings and without
+
+pytestmark = pytest.mark.slow
+
+
+def rows(step: int) -> tuple[Tensor, Tensor]:
+    block = torch.randint(0, V, (B, T + 1), generator=torch.Generator().manual_seed(step))
+    return block[:, :-1], block[:, 1:]
+
+
+def prepared(compiled: bool, in_fp8: bool = False) -> tuple[GPT, Optimizer]:
+    model = GPT(CONFIG, compute_dtype=torch.bfloat16)
+    model.init_weights(0)
+    if in_fp8:
+        fp8.apply(model, B * T)
+    if compiled:
+        model.compile_blocks()
+    specs = derive(CONFIG, RULES["head"], ratio=None, steps=STEPS, batch_tokens=B * T).specs
+    return model, Optimizer(model.groups(), specs, compile=compiled)
+
+
+def steps(model: GPT, optimizer: Optimizer, count: int, first: int = 0) -> list[float]:
+    schedule, losses = Schedule.for_generation(STEPS, "head"), []
+    for step in range(first, first + count):
+        loss = model.loss(*rows(step))
+        loss.backward()
+        optimizer.step(schedule.at(step))
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_no_break_and_nothing_compiled_again_in_50_steps(in_fp8: bool) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model, optimizer = prepared(True, in_fp8)
+    compiled = steps(model, optimizer, 1)
+    after_one = dict(counters["stats"])
+    assert after_one["unique_graphs"] >= 4 + 1, "four kinds of block, and the loss"
+    compiled += steps(model, optimizer, STEPS - 1, first=1)
+    assert dict(counters["stats"]) == after_one and not counters["graph_break"]
+    assert compiled[:3] == pytest.approx(steps(*prepared(False, in_fp8), 3), abs=0.01), "as the eager step"
+
+
+def test_the_same_bits_from_run_to_run() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = []
+        for _ in range(2):
+            model, optimizer = prepared(True)
+            steps(model, optimizer, 5)
+            runs.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
+
+
+def test_gradients_of_a_block_are_there_before_the_backward_of_those_below() -> None:
+    model, _ = prepared(True)
+    missing: dict[int, int] = {}
+    for number, block in enumerate(model.blocks):
+        below = [p for lower in model.blocks[:number] for p in lower.parameters()]
+        for parameter in block.parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, number=number, below=below: missing.update({number: sum(p.grad is None for p in below)})
+            )
+    model.loss(*rows(0)).backward()
+    assert missing == {number: sum(len(list(lower.parameters())) for lower in model.blocks[:number]) for number in range(4)}
