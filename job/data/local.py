@@ -31,7 +31,7 @@ class FileShard:
 
     def texts(self) -> Iterator[str | None]:
         for file in self.files:
-            with _readable(file):
+            with readable(file):
                 yield from READERS[file.suffix](file)
 
 
@@ -42,8 +42,8 @@ def open_local(paths: tuple[str, ...]) -> Source:
         raise DataError("data.source is local but no path is given; point --data to a folder or to files that hold text")
     identity, sizes = [], []
     for file in files:
-        with _readable(file):
-            sizes.append(_parquet_text_bytes(file) if file.suffix == ".parquet" else file.stat().st_size)
+        with readable(file):
+            sizes.append(parquet_text_bytes(file) if file.suffix == ".parquet" else file.stat().st_size)
             identity.append({"name": file.name, "size": file.stat().st_size, "sha256": sha256_file(file)})
     shards = []
     for run in group(sizes):
@@ -56,7 +56,7 @@ def open_local(paths: tuple[str, ...]) -> Source:
 def _files(path: Path) -> list[Path]:
     """`path` itself, or a folder's own files (not its subfolders') in the order of their names."""
     suffixes = ", ".join(READERS)
-    with _readable(path):
+    with readable(path):
         if path.is_dir():
             inside = sorted(
                 file for file in path.iterdir() if file.suffix in READERS and file.is_file() and not file.name.startswith(".")
@@ -72,7 +72,7 @@ def _files(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to read `path`, and a damaged parquet, into DataError."""
     try:
         yield
@@ -94,7 +94,7 @@ def read_parquet(file: Path) -> Iterator[str | None]:
                 yield _decoded(value.as_py, f"{file}, row {row}")
 
 
-def _parquet_text_bytes(file: Path) -> int:
+def parquet_text_bytes(file: Path) -> int:
     """Uncompressed bytes of the text column; DataError when there is no such column of text."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,30 +1,42 @@
 """prepare: from text to a sealed tokenizer, held-out rows and training rows, once.
 
+    prepared/<id>/split         hashes.npy of the validation shard's documents (named datasets only)
     prepared/<id>/tokenizer     trained on training documents
-    prepared/<id>/val           rows.npy of the held-out documents of all shards; held_out.jsonl, some of their texts
+    prepared/<id>/val           rows.npy of the held-out documents; held_out.jsonl, some of their texts
     prepared/<id>/rows/00000    rows.npy of the training documents of shard 0; and so on
+    prepared/<id>/begun         training can start: what precedes is sealed (named datasets only)
     prepared/<id>/set           names the row files and their totals; written last: the set is whole
 
 The id is a hash of what the rows are made from: the text's identity, the recipe's [data], the row length and FORMAT. Each part is a
 sealed folder made by one worker from one shard, so that an interrupted prepare goes on with what is missing, and equal inputs
 give equal bytes on any number of workers.
+
+Of a named dataset no run needs all. Its shards are fetched and packed in their order until their rows are enough for the run that
+asks; how many shards that takes is estimated from the rows of those packed so far. The id does not depend on it: a longer run adds row
+files to the same set, and rows that exist never move. `prepare(..., whole=False)` returns when the first row file is sealed, for
+training to start while `job.data.feed` makes the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
+import math
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.data.pack import PackCounts, pack, write_rows
-from job.data.sources import Counts, Shard, Source, documents, open_source
+from job.data.memory import check_training
+from job.data.parts import PackTask
+from job.data.sources import ByHash, ByShard, Counts, Shard, Source, Split, document_hash, documents, open_source
 from job.data.tokenizer import Tokenizer, train_tokenizer
 from job.data.workers import run_tasks
 from job.errors import DataError, StorageError
@@ -37,14 +49,16 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raised whenever the same inputs would give other bytes."""
 REPORTED = ("train_rows", "val_rows", "train_tokens", "val_tokens", "vocab_size", "seq_len", "bytes_per_token", "crop_share")
-HELD_OUT_BYTES = 2 << 20
 SAMPLE_CHARS = 1 << 20
-PROGRESS_BYTES = 1 << 18
+ASSUMED_CROP = 0.3
+"""of a dataset's tokens, until its first shard is packed; FineWeb-Edu's is 0.346 (leaderboard §6), and too few shards are soon more"""
+LOCK_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A whole prepared set. `facts`: train_rows, val_rows, train_tokens, val_tokens, vocab_size, seq_len, files, crop_share."""
+    """A prepared set, whole or begun. `facts`: train_rows, val_rows, train_tokens, val_tokens, vocab_size, seq_len, files, crop_share;
+    of a set that is only begun, `files` is empty and train_rows what the run that began it needs."""
 
     path: Path
     id: str
@@ -54,12 +68,18 @@ class Prepared:
     @classmethod
     def open(cls, path: Path, verify: bool = False) -> Prepared:
         """Open `prepared/<id>`; every size is compared, and with `verify` every hash. DataError names what is missing."""
-        whole = open_sealed(path / "set", kind="prepared")
+        begun = not is_sealed(path / "set") and is_sealed(path / "begun")
+        top = open_sealed(path / "begun", kind="begun") if begun else open_sealed(path / "set", kind="prepared")
         open_sealed(path / "tokenizer", kind="tokenizer")
         open_sealed(path / "val", kind="val", verify=verify)
-        for file in whole.facts["files"]:
+        for file in top.facts["files"]:
             open_sealed(path / "rows" / file["name"], kind="rows", verify=verify)
-        return cls(path, whole.id, whole.made_from, whole.facts)
+        return cls(path, content_id("prepared", top.made_from), top.made_from, top.facts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is all of it; the row files of a set that is only begun are found by `Rows` as they come."""
+        return bool(self.facts["files"])
 
     @property
     def seq_len(self) -> int:
@@ -71,8 +91,11 @@ class Prepared:
 
     @property
     def row_files(self) -> list[Path]:
-        """The .npy files of training rows in order, each (n, T+1) uint16 with n > 0."""
-        return [self.path / "rows" / file["name"] / "rows.npy" for file in self.facts["files"] if file["rows"]]
+        """The .npy files of training rows in order, each (n, T+1) uint16 with n > 0; of a set only begun, those sealed so far."""
+        if self.is_whole:
+            return [self.path / "rows" / file["name"] / "rows.npy" for file in self.facts["files"] if file["rows"]]
+        folders = itertools.takewhile(is_sealed, (self.path / "rows" / f"{index:05d}" for index in itertools.count()))
+        return [path / "rows.npy" for path in folders if open_sealed(path, kind="rows", verify=False).facts["rows"]]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -89,33 +112,25 @@ class Prepared:
             return [json.loads(line)["text"] for line in lines]
 
 
-def prepare(out: Path, data: DataConfig, seq_len: int, reporter: Reporter, workers: int) -> Prepared:
+def prepare(
+    out: Path, data: DataConfig, seq_len: int, reporter: Reporter, workers: int, *, rows: int = 0, whole: bool = True
+) -> Prepared:
     """Make (or finish, or find) the prepared set of `data` with rows of seq_len + 1 tokens below `out`/prepared.
 
+    Of a named dataset, `rows` training rows are made (0: all it has); unless `whole`, only as far as training can start.
     Raises DataError for text that is missing, damaged or too small, StorageError when `out` cannot be written.
     """
-    source = open_source(data)
-    made_from = {"format": FORMAT, "text": source.identity, "data": _relevant(data), "seq_len": seq_len}
-    root = Path(out) / "prepared" / content_id("prepared", made_from)
-    _make_folder(root)
-    tokenizer = _sealed_tokenizer(root, source, data, reporter)
-    tasks = _tasks(root, source, data, seq_len)
-    _run(tasks, workers, reporter)
-    if not is_sealed(root / "set"):
-        _seal_set(root, made_from, tokenizer, tasks)
-    prepared = Prepared.open(root, verify=True)
+    source = open_source(data, Path(out))
+    making = Making(Path(out), source, data, seq_len, reporter, workers, rows)
+    _make_folder(making.root)
+    try:
+        with alone(making.root, reporter):
+            prepared = making.whole() if whole or source.hub is None else making.begin()
+    finally:
+        if source.hub:
+            source.hub.close()
     reporter.emit("prepare.done", id=prepared.id, **{key: prepared.facts[key] for key in REPORTED})
     return prepared
-
-
-def _relevant(data: DataConfig) -> dict[str, Any]:
-    """What of the recipe's [data] decides the bytes of rows, beside the text itself."""
-    return {**_of_tokenizer(data), "split_long": data.split_long, "seed": data.seed}
-
-
-def _of_tokenizer(data: DataConfig) -> dict[str, Any]:
-    keys = ("vocab_size", "tokenizer_chars", "document_chars", "val_fraction", "max_chars")
-    return {key: getattr(data, key) for key in keys}
 
 
 def _make_folder(root: Path) -> None:
@@ -127,179 +142,243 @@ def _make_folder(root: Path) -> None:
         raise StorageError(f"{root} cannot be made: {file} is a file, not a folder; choose another --out") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------- tokenizer
+@contextlib.contextmanager
+def alone(root: Path, reporter: Reporter) -> Iterator[None]:
+    """Hold the set's lock: two processes that prepare the same set do so one after the other."""
+    with open(_lock(root), "ab") as handle:
+        waited = 0.0
+        while not _locked(handle):
+            reporter.progress(f"waiting for the process that prepares {root.name}", waited, waited, "s")
+            time.sleep(LOCK_SECONDS)
+            waited += LOCK_SECONDS
+        yield
 
 
-def _sealed_tokenizer(root: Path, source: Source, data: DataConfig, reporter: Reporter) -> Sealed:
-    path = root / "tokenizer"
-    made_from = {"format": FORMAT, "text": source.identity, "data": _of_tokenizer(data)}
-    if not is_sealed(path):
-        started = time.perf_counter()
-        reporter.progress("tokenizer", 0, 1, "vocabularies")
-        with sealing(path, kind="tokenizer", made_from=made_from) as folder:
-            tokenizer, characters = train_tokenizer(
-                _training_text(source, data),
-                vocab_size=data.vocab_size,
-                max_chars=data.tokenizer_chars,
-                document_chars=data.document_chars,
+def is_being_made(root: Path) -> bool:
+    """Whether some process of this machine is preparing the set."""
+    with open(_lock(root), "ab") as handle:
+        return not _locked(handle)
+
+
+def _lock(root: Path) -> Path:
+    return root.with_name(f"{root.name}.lock")
+
+
+def _locked(handle: Any) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Making:
+    """A set being made: what it is made from, where, and the parts that are there."""
+
+    def __init__(
+        self, out: Path, source: Source, data: DataConfig, seq_len: int, reporter: Reporter, workers: int, rows: int
+    ) -> None:
+        self.source, self.data, self.seq_len = source, data, seq_len
+        self.reporter, self.workers = reporter, workers
+        self.text = {"format": FORMAT, "text": source.identity, "data": self._of_tokenizer()}
+        of_rows = {**self._of_tokenizer(), "split_long": data.split_long, "seed": data.seed}
+        self.made_from = {"format": FORMAT, "text": source.identity, "data": of_rows, "seq_len": seq_len}
+        self.root = out / "prepared" / content_id("prepared", self.made_from)
+        self.rows = rows or math.inf
+        if source.hub:
+            source.hub.on_progress(lambda done, total: reporter.progress("fetch", done, total, "bytes"))
+
+    def _of_tokenizer(self) -> dict[str, Any]:
+        """What of the recipe's [data] decides the tokenizer, beside the text itself."""
+        keys = ["vocab_size", "tokenizer_chars", "document_chars"]
+        keys += [] if self.source.hub else ["val_fraction", "max_chars"]
+        return {key: getattr(self.data, key) for key in keys}
+
+    def whole(self) -> Prepared:
+        """Make what is missing; the whole set."""
+        if not self._is_enough():
+            tokenizer, tasks = self._start()
+            parts = self._pack_all(tasks, tokenizer)
+            self._seal_set(tokenizer, tasks[0], parts)
+        return Prepared.open(self.root, verify=True)
+
+    def begin(self) -> Prepared:
+        """Make tokenizer, held-out rows and the first row file; the set so far."""
+        if not self._is_enough():
+            tokenizer, tasks = self._start()
+            self._pack(tasks[:2])
+            val, first = (_facts(task) for task in tasks[:2])
+            with sealing(self.root / "begun", kind="begun", made_from=self.made_from) as folder:
+                rows = int(min(self.rows, first["rows"] * len(self.source.shards)))
+                totals = {"train_rows": rows, "train_tokens": rows * self.seq_len, "crop_share": first["crop_share"]}
+                folder.facts |= {"files": [], **totals, **self._shared_facts(tokenizer, val)}
+            shutil.rmtree(self.root / "set", ignore_errors=True)  # of a shorter run: its row files are the first of this one
+        return Prepared.open(self.root)
+
+    def _is_enough(self) -> bool:
+        """Whether the set is sealed with all the rows that are asked for, and its parts are there."""
+        if not is_sealed(self.root / "set"):
+            return False
+        facts = open_sealed(self.root / "set", kind="prepared").facts
+        parts = ["tokenizer", "val", *(f"rows/{file['name']}" for file in facts["files"])]
+        if not all(is_sealed(self.root / part) for part in parts):
+            return False
+        return not self.source.hub or facts["train_rows"] >= self.rows or len(facts["files"]) == len(self.source.shards)
+
+    def _start(self) -> tuple[Sealed, list[PackTask]]:
+        """The tokenizer, and a task for every folder of rows that the source can give: the held-out ones, then shard by shard."""
+        if self.source.hub:
+            wanted = [] if is_sealed(self.root / "val") and is_sealed(self.root / "split") else [self.source.val]
+            if not is_sealed(self.root / "tokenizer"):
+                wanted += self.source.shards[: math.ceil(self.data.tokenizer_chars / self.source.shards[0].size)]
+            self._want(wanted)
+        split = self._split()
+        return self._tokenizer(split), self._tasks(split)
+
+    def _want(self, shards: list[Shard], also_bytes: int = 0) -> None:
+        if self.source.hub:
+            self.source.hub.want([shard.name for shard in shards], also_bytes)
+
+    # ---- split and tokenizer
+
+    def _split(self) -> Split:
+        val = self.source.val
+        if val is None:
+            return ByHash(self.data.val_fraction)
+        path = self.root / "split"
+        if not is_sealed(path):
+            self.source.hub.wait(val.name)
+            with sealing(path, kind="split", made_from={"text": self.source.identity, "shard": val.name}) as folder:
+                hashes = {document_hash(text.encode()) for text in val.texts() if text is not None}
+                np.save(folder.path / "hashes.npy", np.array(sorted(hashes), dtype=np.uint64))
+        return ByShard(open_sealed(path, kind="split").path / "hashes.npy")
+
+    def _tokenizer(self, split: Split) -> Sealed:
+        path = self.root / "tokenizer"
+        if not is_sealed(path):
+            started = time.perf_counter()
+            check_training(self._characters(), self.reporter)
+            self.reporter.progress("tokenizer", 0, 1, "vocabularies")
+            with sealing(path, kind="tokenizer", made_from=self.text) as folder:
+                tokenizer, characters = train_tokenizer(
+                    self._training_text(split),
+                    vocab_size=self.data.vocab_size,
+                    max_chars=self.data.tokenizer_chars,
+                    document_chars=self.data.document_chars,
+                )
+                tokenizer.save(folder.path)
+                bytes_per_token = _bytes_per_token(tokenizer, self._training_text(split))
+                folder.facts |= {"vocab_size": self.data.vocab_size, "characters": characters, "bytes_per_token": bytes_per_token}
+                self.reporter.emit("prepare.tokenizer", **folder.facts, seconds=time.perf_counter() - started)
+            self.reporter.progress("tokenizer", 1, 1, "vocabularies")
+        return open_sealed(path, kind="tokenizer")
+
+    def _characters(self) -> int:
+        """At most so many characters train the tokenizer."""
+        return min(self.data.tokenizer_chars, sum(shard.size for shard in self.source.shards))
+
+    def _training_text(self, split: Split) -> Iterator[str]:
+        """Training documents from the first shard on: the order is the source's, whatever has arrived."""
+        for shard in self.source.shards:
+            if self.source.hub:
+                self._want([shard])
+                self.source.hub.wait(shard.name)
+            yield from documents(shard, split, held_out=False, counts=Counts())
+
+    # ---- rows
+
+    def _tasks(self, split: Split) -> list[PackTask]:
+        """The held-out rows, then each shard's training rows."""
+
+        def task(part: str, kind: str, name: str, shards: tuple[Shard, ...]) -> PackTask:
+            made_from = {"prepared": self.root.name, "part": part, "shard": name}
+            tokenizer = self.root / "tokenizer"
+            return PackTask(name, self.root / part, kind, made_from, shards, tokenizer, split, self.data, self.seq_len)
+
+        held_out = (self.source.val,) if self.source.val else self.source.shards
+        rows = (task(f"rows/{index:05d}", "rows", shard.name, (shard,)) for index, shard in enumerate(self.source.shards))
+        return [task("val", "val", "held-out", held_out), *rows]
+
+    def _pack(self, tasks: list[PackTask]) -> None:
+        """Do what is not sealed yet, reporting each part as it ends."""
+        missing = [task for task in tasks if not is_sealed(task.path)]
+        # sealed folders of the same id in a bucket would be pulled here, and what is missing after that be packed
+        hub, total, done = self.source.hub, sum(task.size for task in missing), 0
+        if hub:
+            self._want([shard for task in missing for shard in task.shards], 2 * total // 3)
+
+        def advance(amount: int) -> None:
+            nonlocal done
+            done += amount
+            self.reporter.progress("rows", min(done, total), total, "bytes")
+
+        def is_ready(task: PackTask) -> bool:
+            return hub is None or all([hub.is_here(shard.name) for shard in task.shards])
+
+        for _, facts in run_tasks(missing, self.workers, advance, is_ready):
+            keys = ("shard", "rows", "documents", "tokens", "bytes", "cropped_tokens", "crop_share", "seconds")
+            self.reporter.emit("prepare.rows", **{key: facts[key] for key in keys})
+
+    def _pack_all(self, tasks: list[PackTask], tokenizer: Sealed) -> list[dict[str, Any]]:
+        """Pack the held-out rows and as many shards as it takes; the facts of those row files, in order."""
+        if not self.source.hub:
+            self._pack(tasks)
+            return [_facts(task) for task in tasks[1:]]
+        val, *rows = tasks
+        kept = 1.0 if self.data.split_long else 1 - ASSUMED_CROP
+        per_file = kept * rows[0].size / tokenizer.facts["bytes_per_token"] / (self.seq_len + 1)
+        self._pack([val])
+        while True:
+            made = [_facts(task) for task in itertools.takewhile(lambda task: is_sealed(task.path), rows)]
+            sums = list(itertools.accumulate(facts["rows"] for facts in made))
+            enough = next((count for count, total in enumerate(sums, 1) if total >= self.rows), 0)
+            if enough or len(made) == len(rows):
+                return made[: enough or len(made)]
+            if made:
+                per_file = max(1.0, sums[-1] / len(made))
+            missing = (self.rows - (sums[-1] if sums else 0)) / per_file
+            self._pack(rows[: int(min(len(rows), len(made) + math.ceil(missing)))] if missing < len(rows) else rows)
+
+    def _seal_set(self, tokenizer: Sealed, val_task: PackTask, parts: list[dict[str, Any]]) -> None:
+        """Name the parts and their totals; DataError when there is not one row to train on."""
+        rows = sum(part["rows"] for part in parts)
+        if not rows:
+            tokens = sum(part["tokens"] for part in parts)
+            raise DataError(
+                f"the training text ({tokens} tokens) does not fill one row of {self.seq_len + 1} tokens;"
+                " give more text or a smaller model.seq_len"
             )
-            tokenizer.save(folder.path)
-            bytes_per_token = _bytes_per_token(tokenizer, _training_text(source, data))
-            folder.facts |= {"vocab_size": data.vocab_size, "characters": characters, "bytes_per_token": bytes_per_token}
-            reporter.emit("prepare.tokenizer", **folder.facts, seconds=time.perf_counter() - started)
-        reporter.progress("tokenizer", 1, 1, "vocabularies")
-    return open_sealed(path, kind="tokenizer")
+        summed = ("documents", "tokens", "bytes", "cropped_tokens", "split_bos", "skipped")
+        totals = {key: sum(part[key] for part in parts) for key in summed}
+        with sealing(self.root / "set", kind="prepared", made_from=self.made_from) as folder:
+            folder.facts |= {
+                "files": [{"name": f"{index:05d}", "rows": part["rows"]} for index, part in enumerate(parts)],
+                "train_rows": rows,
+                "train_tokens": rows * self.seq_len,
+                "crop_share": totals["cropped_tokens"] / totals["tokens"],
+                **self._shared_facts(tokenizer, _facts(val_task)),
+                **totals,
+            }
+
+    def _shared_facts(self, tokenizer: Sealed, val: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "val_rows": val["rows"],
+            "val_tokens": val["rows"] * self.seq_len,
+            "vocab_size": tokenizer.facts["vocab_size"],
+            "bytes_per_token": tokenizer.facts["bytes_per_token"],
+            "seq_len": self.seq_len,
+        }
 
 
-def _training_text(source: Source, data: DataConfig) -> Iterator[str]:
-    return itertools.chain.from_iterable(
-        documents(shard, data.val_fraction, held_out=False, counts=Counts()) for shard in source.shards
-    )
+def _facts(task: PackTask) -> dict[str, Any]:
+    return open_sealed(task.path, kind=task.kind, verify=False).facts
 
 
 def _bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> float:
     """Of the first SAMPLE_CHARS characters of the training text."""
-    characters = size = tokens = 0
-    for text in texts:
-        characters, size, tokens = characters + len(text), size + len(text.encode()), tokens + len(tokenizer.encode_document(text))
-        if characters >= SAMPLE_CHARS:
-            break
-    return size / tokens
-
-
-# --------------------------------------------------------------------------------------------------------------------- rows
-
-
-@dataclasses.dataclass(frozen=True)
-class PackTask:
-    """One sealed folder of rows: the documents of `shards` on one side of the split."""
-
-    name: str
-    path: Path
-    kind: str
-    made_from: dict[str, Any]
-    shards: tuple[Shard, ...]
-    tokenizer: Path
-    data: DataConfig
-    seq_len: int
-
-    @property
-    def size(self) -> int:
-        return sum(shard.size for shard in self.shards)
-
-    def run(self, advance: Callable[[int], None]) -> dict[str, Any]:
-        """Encode, pack and seal; the manifest's facts."""
-        started = time.perf_counter()
-        tokenizer = Tokenizer.load(self.tokenizer)
-        counts, packed = Counts(), PackCounts()
-        with sealing(self.path, kind=self.kind, made_from=self.made_from) as folder:
-            texts = _advancing(self._texts(counts), advance)
-            if self.kind == "val":
-                texts = _kept(texts, folder.path / "held_out.jsonl")
-            rows = pack(
-                map(tokenizer.encode_document, texts),
-                row_tokens=self.seq_len + 1,
-                bos=tokenizer.bos_id,
-                split_long=self.data.split_long,
-                counts=packed,
-            )
-            write_rows(folder.path / "rows.npy", rows, self.seq_len + 1, (self.data.seed, "stored", self.path.name))
-            if self.kind == "val" and not packed.rows:
-                raise self._too_small(packed)
-            share = packed.cropped_tokens / max(1, packed.tokens)
-            folder.facts |= {
-                "shard": self.name,
-                **dataclasses.asdict(packed),
-                "bytes": counts.bytes,
-                "skipped": counts.skipped,
-                "crop_share": share,
-            }
-            return folder.facts | {"seconds": time.perf_counter() - started}
-
-    def _texts(self, counts: Counts) -> Iterator[str]:
-        for shard in self.shards:
-            yield from documents(shard, self.data.val_fraction, held_out=self.kind == "val", counts=counts)
-
-    def _too_small(self, packed: PackCounts) -> DataError:
-        return DataError(
-            f"the held-out text ({packed.documents} documents, {packed.tokens} tokens) does not fill one row of {self.seq_len + 1}"
-            " tokens; give more text, a larger data.val_fraction or a smaller model.seq_len"
-        )
-
-
-def _tasks(root: Path, source: Source, data: DataConfig, seq_len: int) -> list[PackTask]:
-    """The held-out rows, then each shard's training rows."""
-
-    def task(part: str, kind: str, name: str, shards: tuple[Shard, ...]) -> PackTask:
-        made_from = {"prepared": root.name, "part": part, "shard": name}
-        return PackTask(name, root / part, kind, made_from, shards, root / "tokenizer", data, seq_len)
-
-    rows = (task(f"rows/{index:05d}", "rows", shard.name, (shard,)) for index, shard in enumerate(source.shards))
-    return [task("val", "val", "held-out", source.shards), *rows]
-
-
-def _run(tasks: list[PackTask], workers: int, reporter: Reporter) -> None:
-    """Do what is not sealed yet, reporting each part as it ends."""
-    missing = [task for task in tasks if not is_sealed(task.path)]
-    total, done = sum(task.size for task in missing), [0]
-
-    def advance(amount: int) -> None:
-        done[0] += amount
-        reporter.progress("rows", min(done[0], total), total, "bytes")
-
-    for _, facts in run_tasks(missing, workers, advance):
-        keys = ("shard", "rows", "documents", "tokens", "bytes", "cropped_tokens", "crop_share", "seconds")
-        reporter.emit("prepare.rows", **{key: facts[key] for key in keys})
-
-
-def _advancing(texts: Iterator[str], advance: Callable[[int], None]) -> Iterator[str]:
-    """`texts`, telling `advance` of their characters now and then."""
+    sample: list[str] = []
     characters = 0
-    for text in texts:
-        yield text
+    while characters < SAMPLE_CHARS and (text := next(texts, None)) is not None:
+        sample.append(text)
         characters += len(text)
-        if characters >= PROGRESS_BYTES:
-            advance(characters)
-            characters = 0
-    advance(characters)
-
-
-def _kept(texts: Iterator[str], file: Path) -> Iterator[str]:
-    """`texts`, the first HELD_OUT_BYTES of them also written to `file`, whole documents."""
-    left = HELD_OUT_BYTES
-    with open(file, "w", encoding="utf-8") as handle:
-        for text in texts:
-            size = len(text.encode())
-            if size <= left:
-                handle.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                left -= size
-            yield text
-
-
-def _seal_set(root: Path, made_from: dict[str, Any], tokenizer: Sealed, tasks: list[PackTask]) -> None:
-    """Name the parts and their totals; DataError when there is not one row to train on."""
-    val, *parts = [open_sealed(task.path, kind=task.kind, verify=False).facts for task in tasks]
-    rows = sum(part["rows"] for part in parts)
-    seq_len = made_from["seq_len"]
-    if not rows:
-        tokens = sum(part["tokens"] for part in parts)
-        raise DataError(
-            f"the training text ({tokens} tokens) does not fill one row of {seq_len + 1} tokens;"
-            " give more text or a smaller model.seq_len"
-        )
-    totals = {
-        key: sum(part[key] for part in parts) for key in ("documents", "tokens", "bytes", "cropped_tokens", "split_bos", "skipped")
-    }
-    with sealing(root / "set", kind="prepared", made_from=made_from) as folder:
-        folder.facts |= {
-            "files": [{"name": task.path.name, "rows": part["rows"]} for task, part in zip(tasks[1:], parts, strict=True)],
-            "train_rows": rows,
-            "train_tokens": rows * seq_len,
-            "val_rows": val["rows"],
-            "val_tokens": val["rows"] * seq_len,
-            "vocab_size": tokenizer.facts["vocab_size"],
-            "bytes_per_token": tokenizer.facts["bytes_per_token"],
-            "seq_len": seq_len,
-            "crop_share": totals["cropped_tokens"] / totals["tokens"],
-            **totals,
-        }
+    return sum(len(text.encode()) for text in sample) / sum(map(len, tokenizer.encode_documents(sample)))

@@ -4,22 +4,28 @@ A document is one text (a row of a parquet file, a line of a jsonl file, a piece
 A shard is what one worker reads and packs: a source file, or consecutive small ones together. The identity says what the text is
 (file names, sizes and SHA-256; or the Python version and the SHA-256 of its text), so that equal text gives the id of equal work.
 
-The validation split goes by document, not by file: a document is held out when the first 64 bits of its SHA-256, read as a
-fraction of 2^64, lie below `val_fraction`. Identical documents therefore fall on the same side; duplicates are kept.
-Null, empty and blank documents are skipped and counted.
+The validation split goes by document: embedded and local text hold out a document when the first 64 bits of its SHA-256, read as a
+fraction of 2^64, lie below `val_fraction`; of a named dataset the documents of the last shard are held out, wherever else they
+occur. Identical documents therefore always fall on the same side; duplicates are kept. Null, empty and blank documents are skipped
+and counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from job.errors import UsageError
 
 if TYPE_CHECKING:
     from job.config import DataConfig
+    from job.data.hub import Hub
 
 SHARD_BYTES = 4 << 20
 """Consecutive files are grouped into one shard while their text stays below this many bytes."""
@@ -36,10 +42,13 @@ class Shard(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Text to prepare: what it is, and its shards in the order in which they are read."""
+    """Text to prepare: what it is, and its shards in the order in which they are read; `val` is a shard for validation alone."""
 
     identity: dict[str, Any]
     shards: tuple[Shard, ...]
+    val: Shard | None = None
+    hub: Hub | None = None
+    """what brings the shards here, where they are not"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +67,20 @@ class Head:
             yield text
 
 
-def open_source(data: DataConfig) -> Source:
-    """The source that `data` names. Raises DataError when it is not there or cannot be what it says."""
-    from job.data import embedded, local
+def open_source(data: DataConfig, out: Path) -> Source:
+    """The text that `data` names; what has to be fetched comes below `out`/text.
 
-    if data.source == "local":
-        source = local.open_local(data.paths)
-    elif data.source == "embedded":
-        source = embedded.open_embedded()
-    else:
-        raise UsageError(f"data.source is {data.source!r}; choose embedded or local")
+    Raises DataError when it is not there or cannot be what it says.
+    """
+    from job.data import embedded, hub, local
+
+    if data.source in hub.DATASETS:
+        if data.max_chars:
+            raise UsageError(
+                f"data.max_chars={data.max_chars} cannot be used with {data.source}: of a named dataset a run takes the shards it needs; give 0"
+            )
+        return hub.open_hub(data.source, Path(out) / "text")
+    source = local.open_local(data.paths) if data.source == "local" else embedded.open_embedded()
     return limit(source, data.max_chars) if data.max_chars else source
 
 
@@ -97,29 +110,61 @@ def _documents_within(shard: Shard, max_chars: int) -> tuple[int, int, bool]:
 
 @dataclasses.dataclass
 class Counts:
-    """What reading a shard found: `documents` and `bytes` of the wanted side, `skipped` of either."""
+    """What reading a shard found: `documents` and `bytes` of the wanted side, documents of the other, `skipped` of either."""
 
     documents: int = 0
     bytes: int = 0
+    other_side: int = 0
     skipped: int = 0
 
 
-def documents(shard: Shard, val_fraction: float, *, held_out: bool, counts: Counts) -> Iterator[str]:
+Split = Callable[[bytes], bool]
+"""whether a document (its UTF-8 bytes) is held out for validation"""
+
+
+def documents(shard: Shard, split: Split, *, held_out: bool, counts: Counts) -> Iterator[str]:
     """The training (or held-out) documents of `shard` in order, counted into `counts` as they are read."""
     for text in shard.texts():
         if text is None or not text.strip():
             counts.skipped += 1
             continue
         encoded = text.encode()
-        if is_held_out(encoded, val_fraction) == held_out:
+        if split(encoded) == held_out:
             counts.documents += 1
             counts.bytes += len(encoded)
             yield text
+        else:
+            counts.other_side += 1
 
 
-def is_held_out(document: bytes, val_fraction: float) -> bool:
-    """Whether the document (its UTF-8 bytes) belongs to the validation side."""
-    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") < val_fraction * 2.0**64
+def document_hash(document: bytes) -> int:
+    """The first 64 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
+
+
+@dataclasses.dataclass(frozen=True)
+class ByHash:
+    """Hold out `fraction` of all documents, by their hash alone."""
+
+    fraction: float
+
+    def __call__(self, document: bytes) -> bool:
+        return document_hash(document) < self.fraction * 2.0**64
+
+
+@dataclasses.dataclass(frozen=True)
+class ByShard:
+    """Hold out the documents whose hashes are in `file`, a .npy of uint64: those of the validation shard."""
+
+    file: Path
+
+    def __call__(self, document: bytes) -> bool:
+        return document_hash(document) in _hashes(self.file)
+
+
+@functools.lru_cache(maxsize=1)
+def _hashes(file: Path) -> frozenset[int]:
+    return frozenset(np.load(file).tolist())
 
 
 def group(sizes: list[int]) -> Iterator[slice]:

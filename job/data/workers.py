@@ -21,6 +21,8 @@ from typing import Any, Protocol
 from job.errors import ExitCode, InterruptedRun, OutOfMemoryError, SpeedrunError
 
 GRACE_SECONDS = 5.0
+POLL_SECONDS = 0.1
+"""between two looks whether a task that waits for its text is ready"""
 
 
 class Task(Protocol):
@@ -29,27 +31,35 @@ class Task(Protocol):
     def run(self, advance: Callable[[int], None]) -> Any: ...
 
 
-def run_tasks(tasks: Sequence[Task], workers: int, advance: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
+def run_tasks(
+    tasks: Sequence[Task], workers: int, advance: Callable[[int], None], is_ready: Callable[[Any], bool] = lambda task: True
+) -> Iterator[tuple[int, Any]]:
     """(index, result) of every task as it ends, at most `workers` at a time; the first error ends them all.
 
-    With one worker or one task everything runs in this process.
+    Tasks start in order, each when `is_ready(task)`. With one worker or one task everything runs in this process.
     """
     if workers == 1 or len(tasks) == 1:
-        yield from ((index, task.run(advance)) for index, task in enumerate(tasks))
+        for index, task in enumerate(tasks):
+            while not is_ready(task):
+                time.sleep(POLL_SECONDS)
+            yield index, task.run(advance)
         return
     context = multiprocessing.get_context("spawn")
     pending = list(enumerate(tasks))[::-1]
     running: dict[Connection, tuple[int, Any]] = {}
     try:
         while pending or running:
-            while pending and len(running) < workers:
+            while pending and len(running) < workers and is_ready(pending[-1][1]):
                 index, task = pending.pop()
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_child, args=(task, sender), name=task.name)
                 process.start()
                 sender.close()
                 running[receiver] = index, process
-            for receiver in wait(list(running)):
+            room = pending and len(running) < workers
+            if not running:
+                time.sleep(POLL_SECONDS)
+            for receiver in wait(list(running), POLL_SECONDS if room else None):
                 index, process = running[receiver]
                 kind, value = _receive(receiver, process)
                 if kind == "advance":
@@ -96,7 +106,7 @@ def _end(processes: list[Any]) -> None:
 def _child(task: Task, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.RESUME))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         result = task.run(lambda amount: sender.send(("advance", amount)))
     except SpeedrunError as error:
@@ -105,7 +115,8 @@ def _child(task: Task, sender: Connection) -> None:
         sender.send(("done", result))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """In a thread of a child: SIGTERM to itself when its parent is gone."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -92,6 +92,7 @@ def test_events_and_progress(corpus, tmp_path, helpers, one_file_shards):
     reporter = helpers.Recorder()
     prepared = helpers.small_prepare(tmp_path, helpers.config(corpus), reporter=reporter)
     kinds = [kind for kind, _ in reporter.events]
+    assert kinds.pop(0) == "prepare.memory" and reporter.events.pop(0)[1]["estimated_bytes"] > 0
     assert kinds == ["prepare.tokenizer", *["prepare.rows"] * 4, "prepare.done"]
     events = [fields for _, fields in reporter.events]
     assert 1 < events[0]["bytes_per_token"] < 4 and events[0]["characters"] <= 200_000
@@ -172,7 +173,7 @@ def start(corpus: Path, out: Path, workers: int, stop: int = 0, **options) -> su
 
 
 @pytest.mark.parametrize(
-    ("workers", "stop", "half_written"), [(1, 2, ".tokenizer.tmp-*"), (1, 4, ".val.tmp-*"), (1, 8, "rows/.00001.tmp-*"), (2, 7, "")]
+    ("workers", "stop", "half_written"), [(1, 3, ".tokenizer.tmp-*"), (1, 5, ".val.tmp-*"), (1, 9, "rows/.00001.tmp-*"), (2, 8, "")]
 )
 def test_killed_and_run_again_gives_the_same_bytes(corpus, tmp_path, helpers, one_file_shards, workers, stop, half_written):
     expected = helpers.small_prepare(tmp_path / "undisturbed", helpers.config(corpus))
@@ -223,6 +224,15 @@ def test_a_flipped_byte_is_refused_and_made_again_when_removed(corpus, tmp_path,
     (file.parent / "manifest.json").unlink()
     helpers.small_prepare(tmp_path, helpers.config(corpus))
     assert file.read_bytes() == good
+
+
+@pytest.mark.parametrize("part", ["set", "tokenizer", "val", "rows/00000"])
+def test_a_manifest_of_another_version_is_refused(corpus, tmp_path, helpers, part):
+    prepared = helpers.small_prepare(tmp_path, helpers.config(corpus))
+    manifest = prepared.path / part / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema": 1,', '"schema": 2,'))
+    with pytest.raises(DataError, match=rf"{part} was sealed by another version \(not schema 1\); delete it and run again"):
+        helpers.small_prepare(tmp_path, helpers.config(corpus))
 
 
 # ---- bad input
@@ -288,6 +298,61 @@ def test_disk_full_in_mid_write(corpus, tmp_path, helpers, workers):
     assert "run the same command again (what was sealed is kept)" in errors
     assert not leftovers(tmp_path) and list(tmp_path.glob("prepared/*/tokenizer/manifest.json"))
     helpers.small_prepare(tmp_path, helpers.config(corpus))
+
+
+# ---- extremes
+
+BOUNDED = """
+import pathlib, re, sys
+from job.config import DataConfig
+from job.data.prepare import prepare
+from job.progress import Reporter
+
+data = DataConfig(source="local", paths=(sys.argv[1],), vocab_size=400, tokenizer_chars=200_000, val_fraction=0.01, split_long=False)
+prepared = prepare(pathlib.Path(sys.argv[2]), data, 256, Reporter(), 1)
+status = pathlib.Path("/proc/self/status").read_text()
+print(prepared.facts["documents"], prepared.train_rows, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) // 1024)
+"""
+
+
+def megabytes(folder: Path, out: Path) -> tuple[int, int, int]:
+    """Documents, rows and peak memory of a prepare in a process of its own."""
+    command = [sys.executable, "-c", BOUNDED, str(folder), str(out)]
+    answer = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True).stdout
+    documents, rows, peak = map(int, answer.split())
+    return documents, rows, peak
+
+
+@pytest.mark.slow
+def test_a_million_tiny_documents_in_a_shard(tmp_path, prose, helpers):
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    for count in (20_000, 1_000_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        pq.write_table(
+            pa.table({"text": [f"{prose[i % 400][:20]} {i}" for i in range(count)]}), folder / "a.parquet", row_group_size=count
+        )
+    small, many = (megabytes(tmp_path / str(count), tmp_path / "out") for count in (20_000, 1_000_000))
+    assert many[0] > 980_000 and many[1] > 40 * small[1]
+    assert many[2] < small[2] + 150  # one row group: its compressed pages are read as they come
+
+
+@pytest.mark.slow
+def test_a_document_of_50_megabytes_in_a_shard(tmp_path, prose, helpers):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    long = " ".join(prose) * (50_000_000 // len(" ".join(prose)) + 1)
+    helpers.write_jsonl(folder / "a.jsonl", [*prose, *prose[:50], long])
+    small = tmp_path / "small"
+    small.mkdir()
+    helpers.write_jsonl(small / "a.jsonl", [*prose, *prose[:50]])
+    assert len(long) >= 50_000_000
+    documents, rows, peak = megabytes(folder, tmp_path / "out")
+    without = megabytes(small, tmp_path / "out")
+    assert documents == without[0] + 1 and rows == without[1] + 1  # cropped: all but its first row is dropped
+    assert peak < without[2] + 12 * 50  # the text, its bytes, its ids; never a Python object for each token
 
 
 @pytest.mark.skipif(not REAL_CORPUS.is_dir(), reason="the corpus of real text is not beside this repository")

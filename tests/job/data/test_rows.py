@@ -15,6 +15,8 @@ from job.data.rows import Rows
 class Stored:
     """The part of Prepared that Rows reads."""
 
+    is_whole = True
+
     def __init__(self, folder, sizes, seq_len=3):
         self.seq_len, self.row_files, first = seq_len, [], 0
         for index, size in enumerate(sizes):

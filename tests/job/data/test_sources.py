@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,12 +13,12 @@ from hypothesis import strategies as st
 
 from job.config import DataConfig
 from job.data import embedded, local
-from job.data.sources import Counts, documents, group, is_held_out, open_source
+from job.data.sources import ByHash, Counts, documents, group, open_source
 from job.errors import DataError
 
 
 def local_source(*paths, max_chars=0):
-    return open_source(DataConfig(source="local", paths=tuple(map(str, paths)), max_chars=max_chars))
+    return open_source(DataConfig(source="local", paths=tuple(map(str, paths)), max_chars=max_chars), Path())
 
 
 def all_texts(source):
@@ -41,7 +42,7 @@ def test_a_folder_is_its_own_text_files_by_name(tmp_path):
     assert all_texts(source) == ["from a", None, "", "from b\n", "from c", None]
     assert [file["name"] for file in source.identity["files"]] == ["a.jsonl", "b.txt", "c.parquet"]
     counts = Counts()
-    kept = [text for shard in source.shards for text in documents(shard, 0.0, held_out=False, counts=counts)]
+    kept = [text for shard in source.shards for text in documents(shard, ByHash(0.0), held_out=False, counts=counts)]
     assert kept == ["from a", "from b\n", "from c"] and (counts.documents, counts.skipped) == (3, 3)
     assert counts.bytes == sum(map(len, kept))
 
@@ -80,13 +81,15 @@ def test_a_long_text_file_is_cut_at_blank_lines(tmp_path):
 @given(st.binary(max_size=40), st.floats(0, 1), st.floats(0, 1))
 def test_the_split_depends_on_the_document_alone(document, one, other):
     low, high = sorted((one, other))
-    assert is_held_out(document, low) <= is_held_out(document, high)
-    assert not is_held_out(document, 0.0) and is_held_out(document, 1.0)
+    assert ByHash(low)(document) <= ByHash(high)(document)
+    assert not ByHash(0.0)(document) and ByHash(1.0)(document)
 
 
 def test_both_sides_are_all_documents_and_share_none(corpus):
     shards = local_source(corpus).shards
-    sides = [[t for shard in shards for t in documents(shard, 0.2, held_out=side, counts=Counts())] for side in (False, True)]
+    sides = [
+        [t for shard in shards for t in documents(shard, ByHash(0.2), held_out=side, counts=Counts())] for side in (False, True)
+    ]
     assert set(sides[0]).isdisjoint(sides[1]) and len(sides[0]) + len(sides[1]) == 400
     assert 0.1 < len(sides[1]) / 400 < 0.3
 
