@@ -1,96 +1,149 @@
-"""Checkpoints: named slices of state in safetensors, sealed under the number of rows consumed.
+"""A rank's side of checkpoints: named slices of state, written in the background, read by any number of ranks.
 
 A slice is (name, first row, rows): "weight/blocks.0.attn.q.weight" rows 0-255, "muon_momentum/..." and so on. Each rank writes the
-slices it owns to one file; the manifest maps every name to its files and rows. A reader asks for a name and a range of rows, so a
-checkpoint written by any number of ranks is read by any other number. There is no pickle: safetensors and JSON.
+slices it owns; the manifest maps every name to its files and rows (job/checkpoint_folder.py). A reader asks for a name and a range of
+rows, so a checkpoint written by eight ranks is read by four or by one. There is no pickle: safetensors and JSON.
 
-    checkpoints/000000000409600/    rank-00000.safetensors ...  manifest.json     (409,600 rows consumed)
+**What training waits for** is one copy of the state into host buffers that are kept from checkpoint to checkpoint. A thread then
+writes, hashes and fsyncs them, each of which lets go of the interpreter, and reports the part. Only a second checkpoint that comes before
+the first is written waits for it. safetensors' own writer is not used for that reason: it holds the interpreter while it writes, and
+hides a full disk behind an error of its own. Its reader is; the format is one JSON header and raw bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import shutil
+import hashlib
+import json
+import os
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
+from job.checkpoint_folder import KIND, OPTIMIZER, folder_of, identity, parts_folder
 from job.errors import DataError
-from job.sealed import Sealed, content_id, is_sealed, open_sealed, sealing
+from job.sealed import Sealed, open_sealed, storage_errors
 from model.gpt import GPT
-from model.shards import as_rows
+from model.shards import Slice, as_rows
 
 if TYPE_CHECKING:
     from job.pretrain import Run
 
-KIND = "checkpoint"
 WEIGHT = "weight/"
 """what the names of weights begin with; all other slices are the optimizer's"""
-KEEP = 2
-"""newest checkpoints that stay on disk"""
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+"""safetensors' names of the dtypes that state has"""
 
 
-def folders(run: Path) -> list[Path]:
-    """The sealed checkpoints of a run, newest first."""
-    parent = run / "checkpoints"
-    found = [p for p in parent.iterdir() if p.name.isdigit() and is_sealed(p)] if parent.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name), reverse=True)
+class Writer:
+    """Copies this rank's state and writes it while training goes on; one checkpoint at a time."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._made_from = identity(run.recipe.values(), run.prepared.id)
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._thread: threading.Thread | None = threading.Thread(target=self._make_buffers, args=(self._slices(),), daemon=True)
+        self._thread.start()
+        self._error: BaseException | None = None
+        self._step = -1
+
+    def save(self) -> None:
+        """Begin the checkpoint of the run's present step; returns when the state is copied."""
+        if self._step == self._run.step:
+            return
+        self.finish()
+        started = time.perf_counter()
+        self._step = self._run.step
+        slices = self._slices()
+        for s in slices:
+            self._buffers[s.name, s.start].copy_(s.tensor, non_blocking=True)
+        if any(s.tensor.is_cuda for s in slices):
+            torch.cuda.synchronize()
+        stall = time.perf_counter() - started
+        self._thread = threading.Thread(target=self._write, args=(slices, self._step, stall))
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until everything begun is written and reported; raises what the writing raised."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            raise self._error
+
+    def _slices(self) -> list[Slice]:
+        return [*self._run.optimizer.weight_slices(), *self._run.optimizer.state_slices()]
+
+    def _make_buffers(self, slices: Sequence[Slice]) -> None:
+        """While training begins: zeros, because memory that was never written costs a page fault a page when it first is."""
+        for s in slices:
+            zeros = torch.zeros(s.tensor.shape, dtype=s.tensor.dtype)
+            self._buffers[s.name, s.start] = zeros.pin_memory() if s.tensor.is_cuda else zeros.fill_(0)
+
+    def _write(self, slices: Sequence[Slice], step: int, stall: float) -> None:
+        started = time.perf_counter()
+        context = self._run.context
+        rows = step * self._run.batches.rows_per_step
+        folder = parts_folder(context.run, rows, context.attempt)
+        try:
+            with storage_errors(folder_of(context.run, rows)):
+                folder.mkdir(parents=True, exist_ok=True)
+                files, index = {}, []
+                for prefix, mine in _by_file(slices):
+                    file = f"{prefix}{context.rank:05d}.safetensors"
+                    tensors = {_key(s.name, s.start): self._buffers[s.name, s.start] for s in mine}
+                    files[file] = write_tensors(folder / file, tensors)
+                    index += [(s.name, file, s.start, s.start + len(s.tensor)) for s in mine]
+        except BaseException as error:
+            self._error = error
+            return
+        part = {"rows": rows, "step": step, "files": files, "slices": index, "made_from": self._made_from | {"rows": rows}}
+        context.reporter.send({"part": part | {"seconds": time.perf_counter() - started, "stall": stall}})
 
 
-def folder_of(run: Path, rows: int) -> Path:
-    """Where the checkpoint after `rows` rows stands, or will."""
-    return run / "checkpoints" / f"{rows:015d}"
+def _by_file(slices: Sequence[Slice]) -> list[tuple[str, list[Slice]]]:
+    weights = [s for s in slices if s.name.startswith(WEIGHT)]
+    return [("weights-", weights), (OPTIMIZER, [s for s in slices if not s.name.startswith(WEIGHT)])]
 
 
-def save(run: Run) -> None:
-    """Seal the state after `run.step` steps; every rank calls it, rank 0 seals and reports."""
-    context, started = run.context, time.perf_counter()
-    rows = run.step * run.batches.rows_per_step
-    folder = folder_of(context.run, rows)
-    made_from = {"recipe": content_id("recipe", run.recipe.values()), "prepared": run.prepared.id, "rows": rows}
-    slices = [*run.optimizer.weight_slices(), *run.optimizer.state_slices()]
-    file = f"rank-{context.rank:05d}.safetensors"
-    with sealing(folder, kind=KIND, made_from=made_from) if context.rank == 0 else contextlib.nullcontext() as sealed:
-        target = _shared(sealed.path if sealed else None, context.world_size)
-        save_file({_key(s.name, s.start): s.tensor.contiguous() for s in slices}, target / file)
-        index = [(s.name, file, s.start, s.start + len(s.tensor), s.total_rows) for s in slices]
-        indices = _gathered(index, context.world_size)
-        if sealed:
-            sealed.facts |= {"rows": rows, "step": run.step, "world_size": context.world_size, "slices": _by_name(indices)}
-    if context.rank == 0:
-        size = sum(p.stat().st_size for p in folder.iterdir())
-        seconds = time.perf_counter() - started
-        context.reporter.emit("checkpoint.sealed", step=run.step, rows=rows, folder=folder.name, bytes=size, seconds=seconds)
-        for old in folders(context.run)[KEEP:]:
-            shutil.rmtree(old)
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a safetensors file, fsynced; its size and SHA-256 as a manifest has them. Tensors are contiguous and on the CPU."""
+    header, at = {}, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+        for block in (len(encoded).to_bytes(8, "little"), encoded, *(_raw(t) for t in tensors.values())):
+            view = memoryview(block)
+            digest.update(view)
+            while view:
+                view = view[file.write(view) :]
+        os.fsync(file.fileno())
+    return {"size": 8 + len(encoded) + at, "sha256": digest.hexdigest()}
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def resume(run: Run) -> None:
-    """Put `run` where the newest usable checkpoint stands; without any, leave it at step 0.
-
-    A damaged checkpoint is passed over with an event; DataError when there are checkpoints and none is usable.
-    """
-    candidates = folders(run.context.run)
-    for folder in candidates:
-        try:
-            sealed = open_sealed(folder, kind=KIND)
-        except DataError as error:
-            run.context.reporter.emit("checkpoint.refused", folder=folder.name, why=str(error))
-            continue
-        load_weights(run.model, sealed)
-        run.optimizer.load_slices(Reader(sealed))
-        run.step = sealed.facts["step"]
+    """Put `run` where the checkpoint stands that the supervisor chose and verified; without one, leave it at step 0."""
+    folder = run.context.resume
+    if folder is None:
         return
-    if candidates:
-        raise DataError(
-            f"no checkpoint below {run.context.run / 'checkpoints'} is usable; delete that folder to train again from the first step"
-        )
+    sealed = open_sealed(folder, kind=KIND, verify=False)
+    load_weights(run.model, sealed)
+    run.optimizer.load_slices(Reader(sealed))
+    run.step = sealed.facts["step"]
 
 
 class Reader:
@@ -99,19 +152,24 @@ class Reader:
     def __init__(self, sealed: Sealed) -> None:
         self._sealed = sealed
         self._slices: dict[str, list[dict[str, Any]]] = sealed.facts["slices"]
+        self._files: dict[str, Any] = {}
 
-    def __call__(self, name: str, start: int, stop: int) -> torch.Tensor:
-        parts = []
-        at = start
+    def __call__(self, name: str, start: int, stop: int) -> Tensor:
+        parts, at = [], start
         for entry in self._slices.get(name, []):
             if entry["start"] <= at < min(entry["stop"], stop):
-                with safe_open(self._sealed.path / entry["file"], framework="pt") as file:
-                    rows = file.get_slice(_key(name, entry["start"]))
-                    parts.append(rows[at - entry["start"] : min(entry["stop"], stop) - entry["start"]])
-                at = min(entry["stop"], stop)
+                until = min(entry["stop"], stop)
+                rows = self._file(entry["file"]).get_slice(_key(name, entry["start"]))
+                parts.append(rows[at - entry["start"] : until - entry["start"]])
+                at = until
         if at != stop:
             raise DataError(f"{self._sealed.path} lacks rows {at}-{stop} of {name}; delete it and run again")
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = safe_open(self._sealed.path / name, framework="pt").__enter__()
+        return self._files[name]
 
 
 def load_weights(model: GPT, sealed: Sealed) -> None:
@@ -125,39 +183,10 @@ def load_weights(model: GPT, sealed: Sealed) -> None:
         for name, parameter in wanted.items():
             rows = reader(name, 0, len(parameter))
             if rows.shape != parameter.shape:
-                raise DataError(
-                    f"{sealed.path} holds {name} as {tuple(rows.shape)}, not {tuple(parameter.shape)}; it belongs to another recipe"
-                )
+                shapes = f"{tuple(rows.shape)}, not {tuple(parameter.shape)}"
+                raise DataError(f"{sealed.path} holds {name} as {shapes}; it belongs to another recipe")
             parameter.copy_(rows)
 
 
 def _key(name: str, start: int) -> str:
     return f"{name}@{start}"
-
-
-def _by_name(indices: Iterable[list[tuple[str, str, int, int, int]]]) -> dict[str, list[dict[str, Any]]]:
-    slices: dict[str, list[dict[str, Any]]] = {}
-    for index in indices:
-        for name, file, start, stop, total in index:
-            slices.setdefault(name, []).append({"file": file, "start": start, "stop": stop, "total": total})
-    for entries in slices.values():
-        entries.sort(key=lambda e: e["start"])
-    return dict(sorted(slices.items()))
-
-
-def _shared(path: Path | None, world_size: int) -> Path:
-    """Rank 0's folder, known to all."""
-    if world_size == 1:
-        return path
-    box = [path]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _gathered(index: list[tuple[str, str, int, int, int]], world_size: int) -> list[list[tuple[str, str, int, int, int]]]:
-    """Every rank's index, once every rank's file is written."""
-    if world_size == 1:
-        return [index]
-    everyone: list[Any] = [None] * world_size
-    dist.all_gather_object(everyone, index)
-    return everyone

@@ -85,7 +85,7 @@ def recipe_options(default_preset: str, *, published_line: bool = False) -> Call
             metavar="PATH",
             help="Your text: a folder (without its subfolders) or a file; parquet, jsonl or txt; may be repeated.",
         )
-        @click.option("--core-bundle", metavar="PATH", help="The CORE bundle: folder, .zip or .tar.zst.")
+        @click.option("--core-bundle", metavar="PATH", help="The CORE bundle: folder, .zip, .tar.zst, or the address of one.")
         @functools.wraps(command)
         def wrapped(
             preset: str | None, overrides: tuple[str, ...], data: tuple[str, ...], core_bundle: str | None, **others: Any
@@ -209,19 +209,30 @@ def plan(recipe: Any, gpu: str | None, gpus: int | None, price: float | None, as
 
 @main.command()
 @out_option
-@click.option("--run-id", required=True, metavar="ID", help="The run whose finished model is scored.")
+@click.option("--run-id", metavar="ID", help="The run whose finished model is scored.")
 @click.option(
-    "--core-bundle", metavar="PATH", help="The CORE bundle: folder, .zip or .tar.zst.  [default: what the run's recipe says]"
+    "--hf",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Score this local Hugging Face model instead of a run's.",
+)
+@click.option(
+    "--core-bundle",
+    metavar="PATH",
+    help="The CORE bundle: folder, .zip, .tar.zst, or the address of one.  [default: what the run's recipe says; with --hf, the published one]",
 )
 @click.option("-o", "overrides", multiple=True, metavar="eval.KEY=VALUE", help="Override one value of the recipe's eval section.")
+@click.option("--ranks", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that share the work.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
 @json_option
 @talk_options
 def evaluate(
     out: Path,
-    run_id: str,
+    run_id: str | None,
+    hf: Path | None,
     core_bundle: str | None,
     overrides: tuple[str, ...],
+    ranks: int,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -232,16 +243,24 @@ def evaluate(
     \b
     Example:
       speedrun evaluate --run-id smoke --core-bundle core_bundle.zip -o eval.cap=20
+      speedrun evaluate --hf models/gpt2 -o eval.cap=1000
     """
     from job import launch
+
+    if (run_id is None) == (hf is None):
+        raise UsageError("say what is scored: --run-id ID for a run's model, or --hf DIR for another")
+    if hf is not None:
+        _evaluate_hf(out, hf, core_bundle, overrides, ranks, dry_run, as_json, _verbosity(quiet, verbose))
+        return
 
     run_path = launch.existing_run(out, run_id)
     recipe = launch.recipe_for_evaluation(run_path, core_bundle, overrides)
     if dry_run:
-        click.echo(launch.describe_plan(out, run_path, recipe, ("evaluate", "report"), ranks=1))
+        click.echo(launch.describe_plan(out, run_path, recipe, ("evaluate", "report"), ranks=ranks))
         return
     launch.change_evaluation(run_path, recipe)
-    launch.execute(out, run_path, recipe, ("evaluate", "report"), console=Console(_verbosity(quiet, verbose)), again=True)
+    console = Console(_verbosity(quiet, verbose))
+    launch.execute(out, run_path, recipe, ("evaluate", "report"), console=console, world_size=ranks, again=True)
     _show_result(run_path, as_json, quiet)
 
 
@@ -288,6 +307,32 @@ def _run(
     launch.execute(out, run_path, recipe, stages, console=console, world_size=ranks)
     if "report" in stages:
         _show_result(run_path, as_json, quiet)
+
+
+def _evaluate_hf(
+    out: Path,
+    folder: Path,
+    core_bundle: str | None,
+    overrides: tuple[str, ...],
+    ranks: int,
+    dry_run: bool,
+    as_json: bool,
+    verbosity: int,
+) -> None:
+    from job import hf_launch
+    from job.core_eval.ledger import table_lines
+
+    asked = hf_launch.options(core_bundle, overrides)
+    hf_launch.check(folder)
+    if dry_run:
+        items = f"at most {asked.cap:,} items a task" if asked.cap else "all items"
+        click.echo(f"{folder}: {items} of {asked.core_bundle}; answers below {hf_launch.folder_of(out, folder)}")
+        return
+    ledger = hf_launch.evaluate(out, folder, asked, ranks=ranks, console=Console(verbosity))
+    if as_json:
+        click.echo(json.dumps(ledger.as_dict(), indent=1))
+    elif verbosity >= 0:
+        click.echo("\n".join(table_lines(ledger)))
 
 
 def _show_result(run_path: Path, as_json: bool, quiet: bool) -> None:

@@ -110,7 +110,9 @@ class TrainConfig:
     seed: int = 42
     """seed of the initial weights"""
     checkpoint_every: int = 0
-    """steps between checkpoints; 0 = at the end only"""
+    """steps between checkpoints, beside those by the clock; 0 = none by steps"""
+    checkpoint_minutes: float = 10.0
+    """minutes between checkpoints, beside those of checkpoint_every; 0 = none by the clock"""
     val_every: int = 0
     """steps between validations; 0 = at the end only"""
     val_tokens: int = 41_943_040
@@ -134,6 +136,13 @@ class TrainConfig:
         )
         _check(self.dtype in ("auto", "bf16", "fp32"), "train.dtype", self.dtype, 'give "auto", "bf16" or "fp32"')
         _check(self.threads >= 0, "train.threads", self.threads, "give a positive number of threads, or 0 for all cores")
+        minutes = self.checkpoint_minutes
+        _check(
+            math.isfinite(minutes) and minutes >= 0,
+            "train.checkpoint_minutes",
+            minutes,
+            "give a positive number of minutes, or 0 for none",
+        )
         for key in ("checkpoint_every", "val_every"):
             _check(
                 getattr(self, key) >= 0,
@@ -149,7 +158,7 @@ class EvalConfig:
     """What the finished model is asked."""
 
     core_bundle: str = ""
-    """the CORE bundle: folder, .zip or .tar.zst; empty = a small bundle made from held-out text (its score is the smoke score)"""
+    """the CORE bundle: folder, .zip, .tar.zst or the address of one; empty = a small bundle made from held-out text (its score is the smoke score)"""
     cap: int = 0
     """items per task; 0 = all"""
     samples: int = 3

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
-from job import checkpoint, machine, pretrain
-from job.core_eval.bundle import open_bundle
+from job import bpb, checkpoint, machine
+from job.checkpoint_folder import final_checkpoint
+from job.config import Recipe
+from job.core_eval.score import Forward
 from job.core_eval.score import evaluate as score_bundle
-from job.core_eval.score import forward_of
 from job.data.bigram import bigram_bpb
 from job.data.prepare import Prepared
 from job.data.rows import Rows
-from job.errors import DataError
-from job.prepare import SMOKE_BUNDLE
+from job.prepare import eval_bundle, items_folder
+from job.progress import Reporter
+from job.ranks import Ranks, joined
 from job.sealed import Sealed, is_sealed, open_sealed, sealing
 from job.worker import RankContext
 from model.generate import generate
@@ -23,50 +24,50 @@ from model.gpt import GPT
 
 
 def main(context: RankContext) -> None:
-    """Bits per byte, the tasks, and a few samples of the finished model."""
+    """Bits per byte, the tasks, and a few samples of the finished model; the ranks share the first two."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe, derived, prepared = context.load()
     final = final_checkpoint(context.run, derived.rows)
     model = GPT(derived.config, compute_dtype=machine.compute_dtype(recipe.train.dtype))
     checkpoint.load_weights(model, final)
-    seal_bits_per_byte(context, model, prepared, final)
-    score(context, model, prepared, final)
-    write_samples(context, model, prepared)
+    with joined(context.rank, context.world_size) as ranks:
+        seal_bits_per_byte(context, model, prepared, final, ranks)
+        score(context, model, prepared, final, ranks)
+        if ranks.rank == 0:
+            write_samples(context, model, prepared)
 
 
-def final_checkpoint(run: Path, rows: int) -> Sealed:
-    """The sealed checkpoint of the last step; DataError with the command that makes it otherwise."""
-    folder = checkpoint.folder_of(run, rows)
-    if not is_sealed(folder):
-        raise DataError(
-            f"run {run.name} has no finished model ({folder} is not there); finish it with: speedrun run --run-id {run.name}"
-        )
-    return open_sealed(folder, kind=checkpoint.KIND)
-
-
-def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, final: Sealed) -> None:
+def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks) -> None:
     """`eval/bpb`: the model's and the bigram's bits per byte on the same held-out rows."""
     folder = context.run / "eval" / "bpb"
     recipe = context.recipe()
     made_from = {"weights": final.id, "prepared": prepared.id, "val_tokens": recipe.train.val_tokens}
-    if not is_sealed(folder) or open_sealed(folder, kind="bpb").made_from != made_from:
-        measured = pretrain.validate(model, prepared, recipe)
-        val_rows = pretrain.validation_rows(prepared, recipe)
-        trained = Rows(prepared, seed=recipe.data.seed)
-        bigram = bigram_bpb(
-            trained.chunks(final.facts["rows"]), val_rows, prepared.tokenizer.token_bytes, prepared.tokenizer.vocab_size
-        )
-        with sealing(folder, kind="bpb", made_from=made_from) as unsealed:
-            unsealed.facts |= measured | {"bigram_bpb": bigram}
-    facts = open_sealed(folder, kind="bpb").facts
-    context.reporter.emit("eval.bpb", step=final.facts["step"], rows=final.facts["rows"], **facts)
+    missing = not is_sealed(folder) or open_sealed(folder, kind="bpb").made_from != made_from
+    if ranks.all_gather(missing)[0]:
+        measured = bpb.validate(model, prepared, recipe, context.reporter)
+        if ranks.rank == 0:
+            with sealing(folder, kind="bpb", made_from=made_from) as unsealed:
+                unsealed.facts |= measured | {"bigram_bpb": fit_bigram(prepared, recipe, final)}
+    if ranks.rank == 0:
+        facts = open_sealed(folder, kind="bpb").facts
+        context.reporter.emit("eval.bpb", step=final.facts["step"], rows=final.facts["rows"], **facts)
 
 
-def score(context: RankContext, model: GPT, prepared: Prepared, final: Sealed) -> None:
+def fit_bigram(prepared: Prepared, recipe: Recipe, final: Sealed) -> float | None:
+    """Bits per byte, on the model's validation rows, of a bigram model of the rows that the model was trained on."""
+    tokenizer = prepared.tokenizer
+    trained = Rows(prepared, seed=recipe.data.seed).chunks(final.facts["rows"])
+    return bigram_bpb(trained, bpb.validation_rows(prepared, recipe), tokenizer.token_bytes, tokenizer.vocab_size)
+
+
+def score(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks) -> None:
     """CORE from the recipe's bundle, or the smoke score from the bundle made of held-out text."""
     recipe = context.recipe()
-    core = recipe.eval.core_bundle
-    bundle = open_bundle(core).require_core() if core else open_bundle(prepared.path / SMOKE_BUNDLE)
+    cap = recipe.eval.cap or None
+    if ranks.rank == 0:
+        eval_bundle(context.out, recipe, prepared, context.reporter)  # fetched by one rank, found by the others
+    ranks.all_gather(None)
+    bundle = eval_bundle(context.out, recipe, prepared, Reporter())
     answered_by = {
         "weights": final.id,
         "tokenizer": prepared.id,
@@ -74,13 +75,16 @@ def score(context: RankContext, model: GPT, prepared: Prepared, final: Sealed) -
         "backend": "cpu",
     }
     score_bundle(
-        forward_of(model),
+        Forward(model),
         prepared.tokenizer,
         bundle,
         context.run / "eval",
-        cap=recipe.eval.cap or None,
+        cap=cap,
         reporter=context.reporter,
         made_from=answered_by,
+        items=items_folder(prepared, bundle, cap),
+        workers=machine.usable_cores(),
+        ranks=ranks,
     )
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from job import machine
-from job.attempt import Attempt
+from job.attempt import Attempt, fold
+from job.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
 from job.config import SCHEMA, Recipe, differing_keys, from_document, resolve
 from job.console import Console
 from job.errors import ExitCode, PreflightError, SpeedrunError, UsageError
@@ -115,7 +116,6 @@ def read_recipe(run: Path) -> dict:
 
 def is_done(stage: str, run: Path, recipe: Recipe) -> bool:
     """Whether sealed folders say that `stage` has nothing left to do."""
-    from job.checkpoint import folder_of
     from job.derive import derive
 
     final = folder_of(run, derive(recipe).rows)
@@ -134,6 +134,8 @@ def execute(
 
     Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
     """
+    from job.derive import derive
+
     attempt = Attempt.claim(run)
     attempt.emit("attempt.started", argv=sys.argv[1:], **machine.describe())
     with Interrupts() as interrupts, _last_word(attempt):
@@ -149,16 +151,32 @@ def execute(
             if stage == "report":
                 write_report(run)
             else:
-                ranks = start_ranks(
-                    [stage, str(out), str(run / "recipe.json"), str(run)],
-                    world_size=world_size if stage == "pretrain" else 1,
-                    threads=recipe.train.threads,
-                    logs=run / "logs",
-                    label=f"{attempt.number}.{stage}",
-                )
-                supervise(stage, ranks, reporter=attempt, console=console, interrupts=interrupts)
+                _run_ranks(stage, out, run, recipe, attempt, console, interrupts, world_size)
             attempt.emit("stage.done", stage=stage, seconds=time.monotonic() - started)
             console.say(f"{stage}: done in {time.monotonic() - started:.1f} s")
+        if "report" in stages:
+            drop_optimizer(folder_of(run, derive(recipe).rows))
+
+
+def _run_ranks(
+    stage: str, out: Path, run: Path, recipe: Recipe, attempt: Attempt, console: Console, interrupts: Interrupts, world_size: int
+) -> None:
+    """Start the ranks of `stage` and see them to their end."""
+    from job.derive import derive
+
+    keeper, resume = None, None
+    if stage == "pretrain":
+        final_rows = derive(recipe).rows
+        keeper = Keeper(run, attempt, world_size=world_size, final_rows=final_rows, minutes=recipe.train.checkpoint_minutes)
+        resume = newest_usable(run, identity(recipe.values(), fold(run).prepared["id"]), attempt, console)
+    ranks = start_ranks(
+        [stage, str(out), str(run / "recipe.json"), str(run), str(attempt.number), str(resume or "")],
+        world_size=1 if stage == "prepare" else world_size,
+        threads=recipe.train.threads,
+        logs=run / "logs",
+        label=f"{attempt.number}.{stage}",
+    )
+    supervise(stage, ranks, reporter=attempt, console=console, interrupts=interrupts, keeper=keeper)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,22 @@
-"""The prepare stage: tokenizer, training rows, held-out rows and the smoke bundle, each sealed. Needs no torch and no GPU."""
+"""The prepare stage: tokenizer, training rows, held-out rows, the smoke bundle and the evaluation's items, each sealed.
+
+Needs no torch and no GPU: what a machine with GPUs would wait for is done before one is needed.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from job import machine
+from job.config import Recipe
+from job.core_eval.bundle import Bundle, open_bundle
+from job.core_eval.fetch import open_core
+from job.core_eval.items import seal_items
 from job.core_eval.smoke_bundle import write_smoke_bundle
 from job.data import prepare as data
+from job.data.leaks import seal_leaks
 from job.data.prepare import Prepared
+from job.progress import Reporter
 from job.sealed import is_sealed, sealing
 from job.worker import RankContext
 
@@ -15,8 +26,20 @@ SMOKE_BUNDLE = "smoke_bundle"
 def main(context: RankContext) -> None:
     """The prepare stage, in one process that starts its own packers."""
     recipe = context.recipe()
-    prepared = data.prepare(context.out, recipe.data, recipe.model.seq_len, context.reporter, workers=machine.usable_cores())
+    prepared = data.prepare(
+        context.out,
+        recipe.data,
+        recipe.model.seq_len,
+        context.reporter,
+        workers=machine.usable_cores(),
+        rows=context.rows_of_the_run(),
+        whole=context.run is None,
+    )
     seal_smoke_bundle(prepared, recipe.data.seed)
+    seal_eval_items(context.out, recipe, prepared, context.reporter)
+    if recipe.eval.core_bundle and prepared.is_whole:
+        bundle = eval_bundle(context.out, recipe, prepared, context.reporter)
+        seal_leaks(prepared, context.out, recipe.data, bundle, context.reporter, machine.usable_cores())
 
 
 def seal_smoke_bundle(prepared: Prepared, seed: int) -> None:
@@ -25,3 +48,29 @@ def seal_smoke_bundle(prepared: Prepared, seed: int) -> None:
     if not is_sealed(folder):
         with sealing(folder, kind=SMOKE_BUNDLE, made_from={"prepared": prepared.id, "seed": seed}) as unsealed:
             write_smoke_bundle(prepared.held_out_documents(), unsealed.path, seed=seed)
+
+
+def seal_eval_items(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter) -> None:
+    """The tokens of the bundle that the recipe names, where the evaluation will look for them."""
+    bundle, cap = eval_bundle(out, recipe, prepared, reporter), recipe.eval.cap or None
+    seal_items(
+        bundle,
+        prepared.tokenizer,
+        items_folder(prepared, bundle, cap),
+        tokenizer_id=prepared.id,
+        cap=cap,
+        workers=machine.usable_cores(),
+        reporter=reporter,
+    )
+
+
+def eval_bundle(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter) -> Bundle:
+    """CORE where the recipe's eval.core_bundle says it is (an address is fetched once), or else the smoke bundle."""
+    if recipe.eval.core_bundle:
+        return open_core(recipe.eval.core_bundle, out / "bundles", reporter)
+    return open_bundle(prepared.path / SMOKE_BUNDLE)
+
+
+def items_folder(prepared: Prepared, bundle: Bundle, cap: int | None) -> Path:
+    """Where the tokens of this bundle's items are: runs on the same data share them."""
+    return prepared.path / "items" / f"{bundle.id}-{cap or 'all'}"

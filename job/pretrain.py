@@ -4,26 +4,34 @@
 
 Row i of a run is the same row whatever the number of ranks: step s takes rows [s*R, (s+1)*R) with R = B/T rows per step, split
 into micro-steps of `device_batch_size` rows per rank. The position is therefore one integer, the rows consumed.
+
+On a GPU a step is queued and not waited for: rows go there from pinned memory, nothing inside a step reads a number back, and what
+the step measured is looked at some steps later (`job/readings.py`), always before a checkpoint. There the blocks, the loss and the
+update are compiled, which a warm-up on made-up rows gets over with. A CPU runs the same code as it stands: smoke must need no compiler.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+import gc
 import os
-import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from job import checkpoint, machine
+from job.bpb import validate
 from job.config import Recipe
+from job.data.feed import Job, training_rows
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.derive import Derived
-from job.errors import DivergedError, InterruptedRun
+from job.errors import DivergedError, InterruptedRun, PreflightError, UsageError
+from job.readings import Reading, Readings
 from job.worker import RankContext
+from model import attention, fp8
 from model.gpt import GPT
 from model.optimizer import Optimizer
 
@@ -41,29 +49,49 @@ class Run:
     batches: Batches
     step: int = 0
 
+    def __post_init__(self) -> None:
+        self.writer = checkpoint.Writer(self)
+        self.readings = Readings(self.batches.device, self.optimizer.flagged, functools.partial(record_step, self))
+
 
 def train(run: Run) -> None:
-    """Steps `run.step` ... N-1. Seals checkpoints on the way and one at the end; InterruptedRun after a stop."""
+    """Steps `run.step` ... N-1, checkpoints on the way and one at the end; InterruptedRun after a stop."""
     recipe, steps = run.recipe.train, run.derived.steps
     while run.step < steps:
-        if run.context.borders.reached(run.step):
-            checkpoint.save(run)
+        order = run.context.borders.reached(run.step)
+        if order:
+            save(run)
+        if order == "stop":
+            run.writer.finish()
             raise InterruptedRun(f"stopped before step {run.step} of {steps} with a checkpoint; the same command goes on")
-        started = time.perf_counter()
-        loss = accumulate_gradients(run)
-        hyper = run.derived.schedule.at(run.step)
-        run.optimizer.step(hyper)
-        run.step += 1
-        record_step(run, loss, hyper.lr_mult, time.perf_counter() - started)
-        if run.step == steps or due(run.step, recipe.checkpoint_every):
-            checkpoint.save(run)
+        take_step(run)
+        if due(run.step, recipe.checkpoint_every):
+            save(run)
         if run.step < steps and due(run.step, recipe.val_every):
             record_validation(run)
+    save(run)
+    run.writer.finish()
+
+
+def take_step(run: Run) -> None:
+    """One optimizer step. Nothing in it waits for a GPU."""
+    run.readings.begin_step()
+    loss = accumulate_gradients(run)
+    hyper = run.derived.schedule.at(run.step)
+    run.optimizer.step(hyper)
+    run.readings.end_step(run.step, loss, run.optimizer.nonfinite, hyper.lr_mult)
+    run.step += 1
+
+
+def save(run: Run) -> None:
+    """Begin a checkpoint of steps that are all known to be sound."""
+    run.readings.settle()
+    run.writer.save()
 
 
 def accumulate_gradients(run: Run) -> torch.Tensor:
-    """Mean loss (0-d, nats per token) of step `run.step` over all ranks; gradients are left in the parameters."""
-    total = torch.zeros(())
+    """This rank's mean loss of step `run.step` (0-d, nats per token); gradients are left in the parameters."""
+    total = torch.zeros((), device=run.batches.device)
     micro_steps = run.batches.micro_steps
     for micro, (inputs, targets) in enumerate(run.batches.of_step(run.step)):
         if micro == micro_steps - 1:
@@ -71,26 +99,22 @@ def accumulate_gradients(run: Run) -> torch.Tensor:
         loss = run.model.loss(inputs, targets) / micro_steps
         loss.backward()
         total += loss.detach()
-    if run.context.world_size > 1:
-        dist.all_reduce(total)
-        total /= run.context.world_size
     return total
 
 
-def record_step(run: Run, loss: torch.Tensor, lr_mult: float, seconds: float) -> None:
-    """Report the step that just ended; DivergedError when its loss is not a number."""
-    step, nats = run.step - 1, loss.item()
-    if not math.isfinite(nats):
-        broken = [name for name, bad in zip(run.optimizer.flagged, run.optimizer.nonfinite.tolist(), strict=True) if bad]
-        where = f", first in the gradient of {broken[0]}" if broken else ""
+def record_step(run: Run, reading: Reading) -> None:
+    """Report a step; DivergedError when its loss or a gradient is not a number."""
+    if reading.diverged:
+        where = f", not finite is the gradient of {reading.broken[0]}" if reading.broken else ""
+        where += f" (and of {len(reading.broken) - 1} others)" if len(reading.broken) > 1 else ""
         raise DivergedError(
-            f"training diverged at step {step}: the loss is {nats}{where}; lower train.lr_scale and start with --fresh"
+            f"training diverged at step {reading.step}: the loss is {reading.loss}{where}; lower train.lr_scale and start with --fresh"
         )
     if run.context.rank == 0:
-        tokens = run.batches.rows_per_step * run.recipe.model.seq_len
-        rows = run.step * run.batches.rows_per_step
-        run.context.reporter.emit("train.step", step=step, rows=rows, loss=nats, lr_mult=lr_mult, ms=seconds * 1000, tokens=tokens)
-        run.context.reporter.progress("pretrain", run.step * tokens, run.derived.steps * tokens, "tokens")
+        done, tokens = reading.step + 1, run.batches.rows_per_step * run.recipe.model.seq_len
+        numbers = {"loss": reading.loss, "lr_mult": reading.lr_mult, "ms": reading.seconds * 1000, "tokens": tokens}
+        run.context.reporter.emit("train.step", step=reading.step, rows=done * run.batches.rows_per_step, **numbers)
+        run.context.reporter.progress("pretrain", done * tokens, run.derived.steps * tokens, "tokens")
 
 
 def record_validation(run: Run) -> None:
@@ -105,82 +129,118 @@ def due(step: int, every: int) -> bool:
 
 
 class Batches:
-    """The rows of each step as this rank's micro-batches of (inputs, targets), int64 (B, T)."""
+    """The rows of each step as this rank's micro-batches of (inputs, targets), int64 (B, T), on their way to `device`."""
 
-    def __init__(self, rows: Rows, *, rows_per_step: int, device_rows: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, rows: Rows, *, rows_per_step: int, device_rows: int, rank: int, world_size: int, device: torch.device
+    ) -> None:
         self._rows, self._rank, self._world_size = rows, rank, world_size
-        self._device_rows = device_rows
+        self.device_rows, self.device = device_rows, device
         self.rows_per_step = rows_per_step
         self.micro_steps = rows_per_step // (device_rows * world_size)
 
     def of_step(self, step: int):
         for micro in range(self.micro_steps):
-            start = step * self.rows_per_step + (micro * self._world_size + self._rank) * self._device_rows
-            block = torch.from_numpy(self._rows.take(start, self._device_rows).astype(np.int64))
+            start = step * self.rows_per_step + (micro * self._world_size + self._rank) * self.device_rows
+            block = torch.from_numpy(self._rows.take(start, self.device_rows).astype(np.int64))
+            if self.device.type == "cuda":  # of whatever index; from pinned memory a copy does not wait for the queue
+                block = block.pin_memory()
+            block = block.to(self.device, non_blocking=True)
             yield block[:, :-1], block[:, 1:]
 
 
-def validation_rows(prepared: Prepared, recipe: Recipe) -> np.ndarray:
-    """The first rows of the held-out set, `val_tokens` of them or all there are: (n, T+1) uint16."""
-    return prepared.val[: max(1, recipe.train.val_tokens // recipe.model.seq_len)]
+def warm_up(run: Run) -> None:
+    """Two steps and a validation batch on made-up rows: compiles, and settles the order of collectives. Leaves no trace."""
+    rows = torch.zeros(run.batches.device_rows, run.recipe.model.seq_len, dtype=torch.int64, device=run.batches.device)
+    with run.optimizer.rehearsal():
+        for _ in range(2):
+            run.optimizer.arm()
+            run.model.loss(rows, rows).backward()
+            run.optimizer.step(run.derived.schedule.at(run.step))
+    run.model.token_losses(rows, rows)
 
 
-def validate(model: GPT, prepared: Prepared, recipe: Recipe) -> dict[str, float]:
-    """Bits per byte of the held-out rows: sum of nats over (ln 2 x bytes), special tokens left out (leaderboard §8).
-
-    Returns {"bpb", "nats", "bytes", "tokens"}; the same number on every rank.
-    """
-    rows = validation_rows(prepared, recipe)
-    token_bytes = torch.from_numpy(prepared.tokenizer.token_bytes.astype(np.int64))
-    nats, n_bytes, tokens = 0.0, 0, 0
-    for start in range(0, len(rows), recipe.train.device_batch_size):
-        block = torch.from_numpy(rows[start : start + recipe.train.device_batch_size].astype(np.int64))
-        nll, _ = model.token_losses(block[:, :-1], block[:, 1:])
-        counted = token_bytes[block[:, 1:]]
-        nats += (nll.double() * (counted > 0)).sum().item()
-        n_bytes += counted.sum().item()
-        tokens += block[:, 1:].numel()
-    return {"bpb": nats / (np.log(2) * n_bytes), "nats": nats, "bytes": n_bytes, "tokens": tokens}
+def device_of(context: RankContext) -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", context.rank)
+    torch.cuda.set_device(device)
+    return device
 
 
-def build(context: RankContext, recipe: Recipe, derived: Derived, prepared: Prepared) -> Run:
+def choose_kernels(device: torch.device, recipe: Recipe) -> dict[str, str]:
+    """Put the attention kernel in place; what was chosen and why, in words. PreflightError where the device cannot."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    try:
+        backend = attention.choose_backend("fastest", capability, attention.installed(), strict=False)
+        attention.activate(backend)
+        in_fp8 = fp8.require_hardware(device) if recipe.train.fp8 else "off"
+    except (attention.BackendError, fp8.Fp8Error) as error:
+        raise PreflightError(str(error)) from None
+    return {"attention": backend.description, "fp8": in_fp8}
+
+
+def build(context: RankContext, recipe: Recipe, derived: Derived, prepared: Prepared, rows: Rows, device: torch.device) -> Run:
     """The run at its first step, or at the newest checkpoint's."""
-    train_config = recipe.train
-    dtype = machine.compute_dtype(train_config.dtype)
+    train_config, on_gpu = recipe.train, device.type == "cuda"
+    dtype = machine.compute_dtype("bf16" if on_gpu and train_config.dtype == "auto" else train_config.dtype)
     batches = Batches(
-        Rows(prepared, seed=recipe.data.seed),
+        rows,
         rows_per_step=derived.rows_per_step,
         device_rows=train_config.device_batch_size,
         rank=context.rank,
         world_size=context.world_size,
+        device=device,
     )
-    model = GPT(derived.config, compute_dtype=dtype)
+    with device:
+        model = GPT(derived.config, compute_dtype=dtype)
     model.init_weights(train_config.seed)
+    if train_config.fp8:
+        use_fp8(model, recipe)
+    if on_gpu:
+        model.compile_blocks()
     group = dist.group.WORLD if context.world_size > 1 else None
-    optimizer = Optimizer(model.groups(), derived.specs, group, polar_dtype=dtype)
+    optimizer = Optimizer(model.groups(), derived.specs, group, polar_dtype=dtype, compile=on_gpu)
     run = Run(context, recipe, derived, prepared, model, optimizer, batches)
     checkpoint.resume(run)
     return run
+
+
+def use_fp8(model: GPT, recipe: Recipe) -> None:
+    """fp8 in the large layers; UsageError where the recipe's sizes do not allow it."""
+    try:
+        fp8.apply(model, recipe.train.device_batch_size * recipe.model.seq_len, recipe.model.generation)
+    except fp8.Fp8Error as error:
+        raise UsageError(str(error)) from None
 
 
 def main(context: RankContext) -> None:
     """The pretrain stage of one rank."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe, derived, prepared = context.load()
+    device = device_of(context)
     if context.world_size > 1:
-        dist.init_process_group("gloo", rank=context.rank, world_size=context.world_size)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=context.rank, world_size=context.world_size)
+    job = Job(context.out, recipe.data, recipe.model.seq_len, max(1, machine.usable_cores() - context.world_size), derived.rows)
     try:
-        run = build(context, recipe, derived, prepared)
-        context.borders.start_from(run.step)
-        if context.rank == 0:
-            announce(run)
-        train(run)
+        kernels = choose_kernels(device, recipe)
+        with training_rows(prepared, job, context.reporter, feeds=context.rank == 0) as rows:
+            run = build(context, recipe, derived, prepared, rows, device)
+            if device.type == "cuda":
+                warm_up(run)
+            gc.collect()
+            gc.freeze()  # what is alive now stays: no later collection looks at it
+            context.borders.start_from(run.step)
+            if context.rank == 0:
+                announce(run, kernels)
+            train(run)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def announce(run: Run) -> None:
+def announce(run: Run, kernels: dict[str, str]) -> None:
     derived = run.derived
     run.context.reporter.emit(
         "train.start",
@@ -191,7 +251,8 @@ def announce(run: Run) -> None:
         params=derived.scaling.total_parameters.value,
         flops_per_token=derived.scaling.flops_per_token.value,
         world_size=run.context.world_size,
-        device="cpu",
+        device=str(run.batches.device),
         dtype=str(run.model.wte.weight.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        **kernels,
     )

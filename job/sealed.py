@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ class Sealed:
 
     def verify(self) -> Sealed:
         """Hash every file against the manifest; DataError names the first one that differs."""
-        for name, entry in self.files.items():
-            if sha256_file(self.path / name) != entry["sha256"]:
+        with ThreadPoolExecutor(4) as pool:
+            hashes = pool.map(sha256_file, [self.path / name for name in self.files])
+        for (name, entry), found in zip(self.files.items(), hashes, strict=True):
+            if found != entry["sha256"]:
                 raise DataError(
                     f"{self.path / name} is not the file that was sealed (SHA-256 differs); delete {self.path} and run again"
                 )
@@ -147,19 +150,38 @@ def _seal(folder: Unsealed, kind: str, made_from: Mapping[str, Any]) -> None:
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
         files[file.relative_to(folder.path).as_posix()] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
+    write_manifest(folder.path, kind=kind, made_from=made_from, facts=folder.facts, files=files)
+
+
+def write_manifest(
+    folder: Path, *, kind: str, made_from: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write `folder`'s manifest, replacing an older one whole."""
     manifest = {
         "schema": SCHEMA,
         "kind": kind,
         "id": content_id(kind, made_from),
         "made_from": dict(made_from),
-        "facts": folder.facts,
-        "files": files,
+        "facts": dict(facts),
+        "files": dict(files),
     }
-    with open(folder.path / MANIFEST, "w", encoding="utf-8") as handle:
-        json.dump(manifest, handle, indent=1, ensure_ascii=False)
-        handle.flush()
-        os.fsync(handle.fileno())
-    fsync_folder(folder.path)
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+
+
+def seal_written(
+    written: Path,
+    path: Path,
+    *,
+    kind: str,
+    made_from: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Seal as `path` the sibling folder `written`, whose files (name -> size, sha256) their writers have hashed and fsynced."""
+    with storage_errors(path):
+        write_manifest(written, kind=kind, made_from=made_from, facts=facts, files=files)
+        _replace_folder(written, path)
+        fsync_folder(path.parent)
 
 
 def _replace_folder(new: Path, old: Path) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from job.checkpoint_folder import Keeper
 from job.console import Console
 from job.errors import InterruptedRun, error_for
 from job.machine import usable_cores
@@ -30,9 +31,6 @@ from job.progress import Reporter
 
 GRACE = 15.0
 """seconds that ranks have to reach the shared border and seal a checkpoint (the table allows 20 in all)"""
-
-STOPPABLE = {"pretrain"}
-"""stages that stop at a border of their own; the others are ended at once"""
 
 CPU_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -139,94 +137,120 @@ def free_port() -> int:
 def start_ranks(arguments: list[str], *, world_size: int, threads: int, logs: Path, label: str) -> list[Rank]:
     """Start `world_size` children of this machine. `threads` CPU threads each (0: the cores, divided)."""
     per_rank = threads or max(1, usable_cores() // world_size)
-    shared = CPU_ENVIRONMENT | os.environ | {
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": str(per_rank),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])),
-    }
+    shared = (
+        CPU_ENVIRONMENT
+        | os.environ
+        | {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": str(per_rank),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])),
+        }
+    )
     return [
         Rank(arguments, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, logs / f"{label}.rank{rank}.log")
         for rank in range(world_size)
     ]
 
 
-def supervise(stage: str, ranks: list[Rank], *, reporter: Reporter, console: Console, interrupts: Interrupts) -> None:
-    """Write down what the ranks of `stage` report until all have ended.
+def supervise(
+    stage: str, ranks: list[Rank], *, reporter: Reporter, console: Console, interrupts: Interrupts, keeper: Keeper | None = None
+) -> None:
+    """Write down what the ranks of `stage` report until all have ended; `keeper` seals their checkpoints and says when one is due.
 
     Raises InterruptedRun after a signal, the error a rank named, or RuntimeError (a bug of ours, exit 1) with the tail of its log.
     """
     selector = selectors.DefaultSelector()
     for rank in ranks:
         selector.register(rank.pipe, selectors.EVENT_READ, rank)
-    stop = _Stop(stage, ranks, interrupts, console)
+    borders = _Borders(stage, ranks, interrupts, console, keeper)
     try:
         while selector.get_map() and all(rank.process.poll() in (None, 0) for rank in ranks):
             for key, _ in selector.select(timeout=0.2):
                 try:
                     for message in key.data.messages():
-                        _take(key.data, message, reporter, console)
+                        _take(key.data, message, reporter, console, keeper)
                 except EOFError:
                     selector.unregister(key.fd)
                     os.close(key.fd)
-            stop.advance()
+            borders.advance()
         codes = [rank.ended() for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-        _drain(selector, reporter, console)
+        _drain(selector, reporter, console, keeper)
         selector.close()
     _raise_failure(stage, ranks, codes)
 
 
-class _Stop:
-    """What follows a signal: hold, the shared border, and the end of patience."""
+class _Borders:
+    """Agreements on a shared border: for a checkpoint when one is due, for the end after a signal."""
 
-    def __init__(self, stage: str, ranks: list[Rank], interrupts: Interrupts, console: Console) -> None:
-        self.stage, self.ranks, self.interrupts, self.console = stage, ranks, interrupts, console
-        self.since: float | None = None
-        self.border: int | None = None
+    def __init__(self, stage: str, ranks: list[Rank], interrupts: Interrupts, console: Console, keeper: Keeper | None) -> None:
+        self.stage, self.ranks, self.interrupts, self.console, self.keeper = stage, ranks, interrupts, console, keeper
+        self.stopping: float | None = None
+        self.asked = False
+        self.told_to_stop = False
 
     def advance(self) -> None:
-        if self.since is None:
-            if not self.interrupts.count:
-                return
-            self.since = time.monotonic()
+        if self.interrupts.count:
+            self._patience()
+        if self.asked:
+            self._agree()
+        elif self.interrupts.count and not self.told_to_stop:
+            self._ask()
+        elif self.keeper and self.keeper.due():
+            self.keeper.asked()
+            self._ask()
+
+    def _patience(self) -> None:
+        if self.stopping is None:
+            self.stopping = time.monotonic()
             self.console.say(f"{self.interrupts.name}: stopping {self.stage} ...")
-            if self.stage not in STOPPABLE:
-                raise _interrupted(self.stage)
-            for rank in self.ranks:
-                rank.tell({"do": "hold"})
-        if self.interrupts.count > 1 or time.monotonic() - self.since > GRACE:
+        if self.keeper is None or self.interrupts.count > 1 or time.monotonic() - self.stopping > GRACE:
             raise _interrupted(self.stage)
-        if self.border is None and all(rank.boundary is not None for rank in self.ranks):
-            self.border = max(rank.boundary for rank in self.ranks)
-            for rank in self.ranks:
-                rank.tell({"do": "stop", "at": self.border})
+
+    def _ask(self) -> None:
+        self.asked = True
+        for rank in self.ranks:
+            rank.boundary = None
+            rank.tell({"do": "hold"})
+
+    def _agree(self) -> None:
+        if any(rank.boundary is None for rank in self.ranks):
+            return
+        self.asked, self.told_to_stop = False, bool(self.interrupts.count)
+        order = {"do": "go", "at": max(rank.boundary for rank in self.ranks), "then": "stop" if self.told_to_stop else "checkpoint"}
+        for rank in self.ranks:
+            rank.tell(order)
 
 
-def _take(rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console) -> None:
+def _take(rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, keeper: Keeper | None) -> None:
     match message:
         case {"progress": [stage, done, total, unit]}:
             console.progress(stage, done, total, unit)
         case {"error": [code, text]}:
             rank.error = (code, text)
+        case {"part": part} if keeper:
+            keeper.take(part)
         case {"boundary": step}:
             rank.boundary = step
         case {"kind": kind, **fields}:
             reporter.emit(kind, **fields)
+            if kind == "warning":
+                console.say(f"warning: {fields['text']}")
             console.detail(f"{kind} {json.dumps(fields)}")
 
 
-def _drain(selector: selectors.BaseSelector, reporter: Reporter, console: Console) -> None:
+def _drain(selector: selectors.BaseSelector, reporter: Reporter, console: Console, keeper: Keeper | None) -> None:
     """Take what dead ranks had still said: a pipe outlives its writer."""
     for key in list(selector.get_map().values()):
         with contextlib.suppress(EOFError, BlockingIOError):
             while True:
                 for message in key.data.messages():
-                    _take(key.data, message, reporter, console)
+                    _take(key.data, message, reporter, console, keeper)
         os.close(key.fd)
 
 

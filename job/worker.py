@@ -1,13 +1,14 @@
 """The process a stage runs in: one rank's side of the conversation with the supervisor.
 
-    supervisor --(stdin: one JSON object a line)--> rank     {"do": "hold"}  {"do": "stop", "at": 120}
-    rank --(the pipe of SPEEDRUN_EVENTS_FD)--> supervisor    {"kind": ..}  {"progress": ..}  {"boundary": 118}  {"error": ..}
+    supervisor --(stdin: one JSON object a line)--> rank     {"do": "hold"}  {"do": "go", "at": 120, "then": "stop"}
+    rank --(the pipe of SPEEDRUN_EVENTS_FD)--> supervisor    {"kind": ..} {"progress": ..} {"boundary": 118} {"part": ..} {"error": ..}
 
-Ranks compute: they write sealed folders, and all else they have to say goes up this pipe; the supervisor alone writes events.
+Ranks compute: they write the files of sealed folders, and all else they have to say goes up this pipe; the supervisor alone writes events.
 
-**Stopping at one step everywhere.** Ranks run at most a collective apart, so "stop now" would leave one waiting for another. The
-supervisor asks all ranks to hold: each answers with the number of the next step border it will reach and waits there. The greatest
-answer is a border that every rank can still reach; it becomes the shared "stop at". No collective is spent on asking.
+**The same step border everywhere.** Ranks run at most a collective apart, so "stop now" would leave one waiting for another, and
+"checkpoint now" would mix two steps. The supervisor asks all ranks to hold: each answers with the number of the next border it will
+reach and waits there. The greatest answer is a border that every rank can still reach; it becomes the shared one. No collective is
+spent on asking.
 
 When the supervisor dies, stdin ends, and the rank ends its whole process group: nothing is left running on a machine that bills.
 """
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from job.data.prepare import Prepared
     from job.derive import Derived
 
-STAGES = {"prepare": "job.prepare", "pretrain": "job.pretrain", "evaluate": "job.evaluate"}
+STAGES = {"prepare": "job.prepare", "pretrain": "job.pretrain", "evaluate": "job.evaluate", "evaluate_hf": "job.evaluate_hf"}
 """the module whose `main(context)` is a rank's part of a stage"""
 
 
@@ -64,18 +65,18 @@ class Borders:
         self._changed = threading.Condition()
         self._next = 0
         self._held = False
-        self._stop_at: int | None = None
+        self._order: tuple[int, str] | None = None
 
     def hold(self) -> None:
-        """From the control thread: answer with the next border and wait there for `stop`."""
+        """From the control thread: answer with the next border and wait there for `go`."""
         with self._changed:
             self._held = True
             self._reporter.send({"boundary": self._next})
 
-    def stop(self, at: int) -> None:
-        """From the control thread: the border at which every rank stops."""
+    def go(self, at: int, then: str) -> None:
+        """From the control thread: `then` ("checkpoint" or "stop") is what every rank does at border `at`."""
         with self._changed:
-            self._stop_at = at
+            self._held, self._order = False, (at, then)
             self._changed.notify_all()
 
     def start_from(self, step: int) -> None:
@@ -83,15 +84,16 @@ class Borders:
         with self._changed:
             self._next = max(self._next, step)
 
-    def reached(self, step: int) -> bool:
-        """From the loop, before step `step`: True when all ranks stop here."""
+    def reached(self, step: int) -> str | None:
+        """From the loop, before step `step`: what all ranks do here, if anything."""
         with self._changed:
-            while self._held and self._stop_at is None:
+            while self._held:
                 self._changed.wait()
-            if self._stop_at is not None and step >= self._stop_at:
-                return True
             self._next = step + 1
-            return False
+            if self._order and step >= self._order[0]:
+                order, self._order = self._order[1], None
+                return order
+            return None
 
 
 @dataclasses.dataclass
@@ -105,9 +107,18 @@ class RankContext:
     world_size: int
     reporter: RankReporter
     borders: Borders
+    attempt: int = 0
+    resume: Path | None = None
+    """the verified checkpoint that training goes on from"""
 
     def recipe(self) -> Recipe:
         return from_document(json.loads(self.recipe_file.read_text(encoding="utf-8")))
+
+    def rows_of_the_run(self) -> int:
+        """Training rows that the whole run consumes, as the recipe's document says (no torch is needed for it)."""
+        document = json.loads(self.recipe_file.read_text(encoding="utf-8"))
+        steps, tokens = (document["derived"][name]["value"] for name in ("steps", "batch_tokens"))
+        return steps * tokens // document["recipe"]["model"]["seq_len"]
 
     def load(self) -> tuple[Recipe, Derived, Prepared]:
         """What the training and evaluation stages start from; the prepared set is the one that this run's events name."""
@@ -126,12 +137,12 @@ def _listen(borders: Borders) -> None:
         message = json.loads(line)
         if message["do"] == "hold":
             borders.hold()
-        elif message["do"] == "stop":
-            borders.stop(message["at"])
+        elif message["do"] == "go":
+            borders.go(message["at"], message["then"])
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def main(stage: str, out: str, recipe_file: str, run: str) -> int:
+def main(stage: str, out: str, recipe_file: str, run: str, attempt: str = "0", resume: str = "") -> int:
     pipe = os.fdopen(int(os.environ["SPEEDRUN_EVENTS_FD"]), "w", encoding="utf-8")
     reporter = RankReporter(pipe)
     borders = Borders(reporter)
@@ -144,6 +155,8 @@ def main(stage: str, out: str, recipe_file: str, run: str) -> int:
         world_size=int(os.environ["WORLD_SIZE"]),
         reporter=reporter,
         borders=borders,
+        attempt=int(attempt),
+        resume=Path(resume) if resume else None,
     )
     try:
         importlib.import_module(STAGES[stage]).main(context)

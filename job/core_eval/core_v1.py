@@ -1,6 +1,10 @@
-"""The SHA-256 of every file that the published CORE scores depend on (nanochat's eval_bundle, DCLM's v1 baselines)."""
+"""The SHA-256 of every file that the published CORE scores depend on (nanochat's eval_bundle, DCLM's v1 baselines), and where they are."""
 
 from __future__ import annotations
+
+PUBLISHED_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+ZIP_SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"
+"""of that archive as public code states it; not verified, so a mismatch only warns"""
 
 CORE_SHA256 = {
     "core.yaml": "463f6ae0aa127fbd41fa655f8919e136858f4849eef176922a3be96e102ce7e7",

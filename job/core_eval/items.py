@@ -11,6 +11,7 @@ map. A folder is another bundle's, tokenizer's or cap's when its id says so, and
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from job.progress import Reporter
 from job.sealed import content_id, is_sealed, open_sealed, sealing
 
 KIND = "eval_items"
+SPAWN_PAYS = 100_000
+"""examples, each with its shots, below which one process is done sooner than several have started: about five seconds of work"""
 VERSION = 1
 
 
@@ -77,6 +80,11 @@ class EncodeTask:
     def name(self) -> str:
         return self.task.label
 
+    @property
+    def work(self) -> int:
+        """Examples to encode, shots included."""
+        return min(len(self.task.examples), self.cap or sys.maxsize) * (self.task.shots + 1)
+
     def run(self, advance: Callable[[int], None]) -> None:
         with sealing(self.folder, kind=KIND, made_from=self.made_from) as unsealed:
             save_items(items_of(self.task, self.tokenizer, self.cap, self.max_tokens), unsealed.path)
@@ -94,7 +102,8 @@ def seal_items(
     workers: int = 1,
     reporter: Reporter,
 ) -> dict[str, TaskItems]:
-    """The items of every task by label, `folder/<label>` sealed where it was not; one process per task, `workers` at a time.
+    """The items of every task by label, `folder/<label>` sealed where it was not; one process per task, `workers` at a time,
+    the largest first, where that pays.
 
     Raises UsageError for a cap not above a task's shots; DataError, naming file and line, for an example that cannot be scored.
     """
@@ -104,7 +113,7 @@ def seal_items(
         EncodeTask(task, tokenizer, cap, max_tokens, folder / task.label, {**made_from, "task": task.label})
         for task in bundle.tasks
     ]
-    missing = [task for task in tasks if not _is_made(task)]
+    missing = sorted((task for task in tasks if not _is_made(task)), key=lambda task: -task.work)
     done = len(tasks) - len(missing)
 
     def advance(count: int) -> None:
@@ -112,7 +121,7 @@ def seal_items(
         done += count
         reporter.progress("tokenise", done, len(tasks), "tasks")
 
-    for _ in run_tasks(missing, workers, advance):
+    for _ in run_tasks(missing, workers if sum(task.work for task in missing) > SPAWN_PAYS else 1, advance):
         pass
     return {task.name: TaskItems(open_sealed(task.folder, kind=KIND).path) for task in tasks}
 

@@ -135,6 +135,22 @@ def _centered_variance(task: Task, answers: Sequence[Answer]) -> float:
     return accuracy * (1 - accuracy) / len(answers) / (1 - task.baseline) ** 2
 
 
+def table_lines(ledger: Ledger) -> list[str]:
+    """The ledger as a table for a terminal: a line per task, then the metric."""
+    lines = [
+        f"{'task':<32} {'n':>6} {'shots':>5} {'accuracy':>8} {'baseline':>8} {'centred':>7} {'se':>6} {'of error':>8} {'seconds':>8}"
+    ]
+    for task in ledger.tasks:
+        lines.append(
+            f"{task.label:<32} {task.n:>6,} {task.shots:>5} {task.accuracy:>8.4f} {task.baseline:>8.3f} {task.centered:>7.4f}"
+            f" {task.se:>6.4f} {task.error_share:>8.1%} {task.seconds:>8.1f}"
+        )
+    name = "CORE" if ledger.name == "core" else "smoke score"
+    items = f"at most {ledger.cap:,} items a task" if ledger.cap else "all items"
+    how = ", ".join(str(ledger.made_from[key]) for key in ("dtype", "backend") if key in ledger.made_from)
+    return [*lines, f"{name} {ledger.metric:.4f} ± {ledger.se:.4f} ({items}; {how}); the error is that of item sampling alone"]
+
+
 # ---- on disk ------------------------------------------------------------------------------------------------------------------
 
 

@@ -2,17 +2,17 @@
 
 The reference scores one example at a time and makes the logits of every position. The same numbers cost far less:
 
-- rows are sorted by length and cut into batches by a token budget, so that little is padded and a GPU is full. Padding stands on the
-  right, where a causal model cannot see it, so it changes nothing;
-- padded lengths come from a short grid (eight per octave), so that a compiler or an allocator meets few shapes;
+- what an item's options share goes through the model once (`batches.py`): four choices after ten shots cost hardly more than one;
+- rows are sorted by length and cut into batches by a token budget, so that little is padded and a GPU is full. Padding is seen by no
+  token that counts, so it changes nothing;
 - the head, the largest matrix product of a small model, is applied only to the positions that are scored;
 - results stay on the device until a task is done: one transfer, no waiting between batches.
 
-Memory: a forward pass sees at most max(token_budget, the largest single item's padded rows) tokens, and `HEAD_ELEMENTS` logits at once.
+Memory: a forward pass sees at most max(token_budget, one item's padded rows) tokens, and `HEAD_ELEMENTS` logits at once.
 
 An answer is decided by which of two means is lower, and their last bits depend on the shape of the batch. Where the two lie within
-`TIE` nats the item is scored again alone, in the shape in which the reference would score it: so answers depend neither on the
-budget nor on how many ranks share the work. `tests/job/core_eval/reference.py` is that reference.
+`TIE` nats the item is scored again alone, in plain rows as the reference has them: so answers depend neither on the budget nor on how
+many ranks share the work. `tests/job/core_eval/reference.py` is that reference.
 """
 
 from __future__ import annotations
@@ -28,83 +28,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from job.core_eval.batches import Batch, plain_shape, plan_batches, share, tensors_of
 from job.core_eval.bundle import LANGUAGE_MODELING, Bundle, Task
 from job.core_eval.items import TaskItems, seal_items
 from job.core_eval.ledger import Answer, Ledger, make_ledger, seal_answers, seal_ledger, sealed_answers
 from job.core_eval.prompts import Encoder, Item
 from job.progress import Reporter
+from job.ranks import Ranks
+from model.fork import Fork
 
-TOKEN_BUDGET = 16_384
+CPU_TOKEN_BUDGET = 4_096  # as fast as larger batches there, and they pad less
+GPU_TOKEN_BUDGET = 32_768
 HEAD_ELEMENTS = 1 << 25
-SHORTEST = 16
 TIE = 1e-4
 VERSION = 1
 
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""forward(ids (B, T) int64, targets (B, T) int64) -> (nll, greedy, lead), each (N,): one entry per position whose target is not -1, row
-by row. nll in nats, fp32; greedy True where the target is the token of highest logit; lead the target's logit minus the best other, fp32."""
 
+class Model(Protocol):
+    """What is asked of a model: hidden states, (B, T) -> (B, T, D), for plain rows and forks, and fp32 logits, (N, D) -> (N, V)."""
 
-class Readable(Protocol):
-    """What `forward_of` asks of a model."""
-
-    def hidden(self, idx: Tensor) -> Tensor: ...
+    def hidden(self, idx: Tensor, fork: Fork | None = None) -> Tensor: ...
 
     def readout(self, hidden: Tensor) -> Tensor: ...
 
 
-class Ranks:
-    """The processes that share the work. This one is alone; `ProcessRanks` are torch.distributed's."""
-
-    rank = 0
-    size = 1
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """Everybody's value, in rank order."""
-        return [value]
-
-
-class ProcessRanks(Ranks):
-    """The ranks of a torch.distributed process group (None: the default one)."""
-
-    def __init__(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.rank = torch.distributed.get_rank(group)
-        self.size = torch.distributed.get_world_size(group)
-
-    def all_gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(values, value, group=self.group)
-        return values
-
-
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """Some of a task's items, all their rows padded to `length`. `cost` is the tokens of the forward pass, padding included."""
+class Forward:
+    """A model as the scorer sees it; `forks` says whether its `hidden` takes a fork."""
 
-    items: tuple[int, ...]
-    rows: int
-    length: int
-
-    @property
-    def cost(self) -> int:
-        return self.rows * self.length
-
-
-def forward_of(model: Readable) -> Forward:
-    """A model with `hidden` (B, T) -> (B, T, D) and `readout` (N, D) -> (N, V) fp32 logits as a Forward: the head on scored positions only."""
+    model: Model
+    forks: bool = True
 
     @torch.no_grad()
-    def forward(ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, ids: Tensor, targets: Tensor, fork: Fork | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, targets (B, T) int64 -> nll, greedy, lead, each (N,): one entry per position whose target is not -1, row by row.
+
+        nll in nats, fp32; greedy True where the target is the token of highest logit; lead the target's logit minus the best other.
+        """
         scored = (targets >= 0).flatten().nonzero().squeeze(1)
-        hidden = model.hidden(ids).flatten(0, 1)[scored]
-        words = targets.flatten()[scored]
-        step = max(1, HEAD_ELEMENTS // model.readout(hidden[:1]).size(-1))
-        parts = [compare(model.readout(hidden[i : i + step]), words[i : i + step]) for i in range(0, len(words), step)]
+        hidden = self.model.hidden(ids) if fork is None else self.model.hidden(ids, fork)
+        hidden, words = hidden.flatten(0, 1)[scored], targets.flatten()[scored]
+        step = max(1, HEAD_ELEMENTS // self.model.readout(hidden[:1]).size(-1))
+        parts = [compare(self.model.readout(hidden[i : i + step]), words[i : i + step]) for i in range(0, len(words), step)]
         nll, greedy, lead = zip(*parts, strict=True)
         return torch.cat(nll), torch.cat(greedy), torch.cat(lead)
-
-    return forward
 
 
 def compare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,62 +84,6 @@ def compare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return nll, greedy, own - rival
 
 
-# ---- batches ------------------------------------------------------------------------------------------------------------------
-
-
-def padded_length(tokens: int) -> int:
-    """The next length of the grid: multiples of an eighth of the power of two below, at least SHORTEST."""
-    if tokens <= SHORTEST:
-        return SHORTEST
-    step = max(1 << (tokens - 1).bit_length() - 4, 1)
-    return -(-tokens // step) * step
-
-
-def plan_batches(items: Sequence[Item], token_budget: int) -> list[Batch]:
-    """Items sorted by their longest row, every item in exactly one batch.
-
-    A batch ends where the next item would exceed the budget, or where it is so much shorter that padding it and those before it up
-    to the batch's length would waste more than an eighth of the budget.
-    """
-    longest = [item.longest - 1 for item in items]
-    batches: list[Batch] = []
-    chosen: list[int] = []
-    rows = length = waste = 0
-    for i in sorted(range(len(items)), key=lambda i: (-longest[i], i)):
-        own, more = padded_length(longest[i]), len(items[i].tails)
-        waste += more * (length - own)
-        if chosen and ((rows + more) * length > token_budget or waste > token_budget // 8):
-            batches.append(Batch(tuple(chosen), rows, length))
-            chosen, rows = [], 0
-        if not chosen:
-            length, waste = own, 0
-        chosen.append(i)
-        rows += more
-    return [*batches, Batch(tuple(chosen), rows, length)] if chosen else batches
-
-
-def share(batches: Sequence[Batch], size: int) -> list[list[Batch]]:
-    """The batches of each of `size` ranks: the costliest first, each to the rank with the least work so far."""
-    shares: list[list[Batch]] = [[] for _ in range(size)]
-    load = [0] * size
-    for batch in sorted(batches, key=lambda batch: (-batch.cost, batch.items)):
-        rank = load.index(min(load))
-        shares[rank].append(batch)
-        load[rank] += batch.cost
-    return shares
-
-
-def tensors_of(items: Sequence[Item], length: int) -> tuple[Tensor, Tensor]:
-    """ids and targets, each (B, length): a row's tokens but the last, and at the scored positions the token that follows, -1 elsewhere."""
-    rows = [(row, start) for item in items for row, start in zip(item.rows, item.starts, strict=True)]
-    ids = np.zeros((len(rows), length), dtype=np.int64)
-    targets = np.full((len(rows), length), -1, dtype=np.int64)
-    for b, (row, start) in enumerate(rows):
-        ids[b, : len(row) - 1] = row[:-1]
-        targets[b, start - 1 : len(row) - 1] = row[start:]
-    return torch.from_numpy(ids), torch.from_numpy(targets)
-
-
 # ---- answers ------------------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +93,7 @@ def score_items(
     """The answers of the items in `batches`, by index into `items`; near ties are scored again, alone."""
     decided = _score_batches(forward, kind, items, batches, device)
     ties = [i for i, (_, gap) in decided.items() if gap < TIE]
-    alone = [Batch((i,), len(items[i].tails), items[i].longest) for i in ties]
+    alone = [Batch((i,), *plain_shape(items[i])) for i in ties]
     decided |= _score_batches(forward, kind, items, alone, device)
     return {i: answer for i, (answer, _) in decided.items()}
 
@@ -192,8 +103,7 @@ def _score_batches(
 ) -> dict[int, tuple[Answer, float]]:
     results = []
     for batch in batches:
-        ids, targets = tensors_of([items[i] for i in batch.items], batch.length)
-        results.append(forward(ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)))
+        results.append(forward(*tensors_of([items[i] for i in batch.items], batch, device)))
     decided: dict[int, tuple[Answer, float]] = {}
     for batch, result in zip(batches, results, strict=True):
         nll, greedy, lead = (tensor.cpu().numpy() for tensor in result)
@@ -245,7 +155,8 @@ def evaluate(
     items: Path | None = None,
     device: torch.device | str = "cpu",
     max_tokens: int | None = None,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
+    workers: int = 1,
     ranks: Ranks | None = None,
 ) -> Ledger:
     """Score every task of `bundle` that is not sealed below `out` yet; seal and return the ledger.
@@ -253,10 +164,20 @@ def evaluate(
     `cap`: items per task, None for all. `made_from` says what answered: {"weights", "tokenizer", "dtype", "backend"}, JSON-able;
     with bundle, cap and max_tokens it decides whether sealed answers are this model's. `items`: where `seal_items` put the tokens or
     is to put them, `out/items` by default. `max_tokens`: the context of a model of fixed positions, None for one that takes any
-    length. With `ranks`, every rank calls this and gets the same ledger; the first one writes. Raises what `seal_items` raises.
+    length. `token_budget`: tokens of a forward pass, 4,096 on a CPU and 32,768 elsewhere unless given. `workers`: processes that
+    make missing items. With `ranks`, every rank calls this and gets the same ledger; the first one writes. Raises what `seal_items`
+    raises.
     """
     ranks = ranks or Ranks()
-    tokens = _tokens(tokenizer, bundle, items or out / "items", cap, max_tokens, made_from["tokenizer"], reporter, ranks)
+    token_budget = token_budget or (CPU_TOKEN_BUDGET if torch.device(device).type == "cpu" else GPU_TOKEN_BUDGET)
+    options = {
+        "tokenizer_id": made_from["tokenizer"],
+        "cap": cap,
+        "max_tokens": max_tokens,
+        "workers": workers,
+        "reporter": reporter,
+    }
+    tokens = _shared_items(ranks, lambda: seal_items(bundle, tokenizer, items or out / "items", **options))
     made_from = {**made_from, "bundle": bundle.id, "cap": cap, "max_tokens": max_tokens, "scorer": VERSION}
     total = sum(len(task_items) for task_items in tokens.values())
     done = 0
@@ -281,24 +202,11 @@ def evaluate(
     return ledger
 
 
-def _tokens(
-    tokenizer: Encoder,
-    bundle: Bundle,
-    folder: Path,
-    cap: int | None,
-    max_tokens: int | None,
-    tokenizer_id: str,
-    reporter: Reporter,
-    ranks: Ranks,
-) -> dict[str, TaskItems]:
+def _shared_items(ranks: Ranks, seal: Callable[[], dict[str, TaskItems]]) -> dict[str, TaskItems]:
     """Every rank's view of the sealed items; the first rank makes what is missing while the others wait."""
-
-    def sealed() -> dict[str, TaskItems]:
-        return seal_items(bundle, tokenizer, folder, tokenizer_id=tokenizer_id, cap=cap, max_tokens=max_tokens, reporter=reporter)
-
-    first = sealed() if ranks.rank == 0 else None
+    first = seal() if ranks.rank == 0 else None
     ranks.all_gather(None)
-    return first or sealed()
+    return first or seal()
 
 
 def _score_task(
@@ -306,7 +214,7 @@ def _score_task(
 ) -> tuple[list[Answer], float]:
     """All answers in scoring order, and the seconds of the slowest rank."""
     began = time.perf_counter()
-    mine = share(plan_batches(items, token_budget), ranks.size)[ranks.rank]
+    mine = share(plan_batches(items, token_budget, forward.forks), ranks.size)[ranks.rank]
     parts = ranks.all_gather((score_items(forward, task.kind, items, mine, device), time.perf_counter() - began))
     answers = {i: answer for part, _ in parts for i, answer in part.items()}
     return [answers[i] for i in range(len(items))], max(seconds for _, seconds in parts)

@@ -10,8 +10,6 @@ from click.testing import CliRunner, Result
 
 from job.cli import main
 from job.config import resolve
-from job.data.sources import open_source
-from job.errors import UsageError
 from job.published_line import DEFAULT_RATIO
 from model.scaling import RULES
 
@@ -140,13 +138,6 @@ def test_fp8_is_refused_until_the_step_has_it(tmp_path: Path) -> None:
     assert result.exit_code == 10
     assert result.stderr.startswith("speedrun: train.fp8=true cannot be trained yet")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_published_dataset_is_not_fetched_yet() -> None:
-    with pytest.raises(
-        UsageError, match=r"data\.source=climbmix is not fetched by this version yet: give your own text with --data"
-    ):
-        open_source(resolve("run6").data)
 
 
 def test_a_plan_of_a_published_dataset_needs_no_data(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from job.sealed import open_sealed
 
 
 def weights(out: Path) -> dict[str, str]:
-    """SHA-256 by file of the final checkpoint."""
+    """SHA-256 by file of the newest checkpoint's weights."""
     newest = max((out / "runs" / "t" / "checkpoints").iterdir())
-    return {name: entry["sha256"] for name, entry in open_sealed(newest, kind="checkpoint").files.items()}
+    files = open_sealed(newest, kind="checkpoint").files
+    return {name: entry["sha256"] for name, entry in files.items() if name.startswith("weights-")}
 
 
 def prepared_hashes(out: Path) -> dict[str, str]:
@@ -64,7 +65,11 @@ def test_the_run_folder_is_as_designed(finished: Path) -> None:
     run = finished / "runs" / "t"
     assert {p.name for p in run.iterdir()} == {"recipe.json", "attempts", "events", "logs", "checkpoints", "eval", "report"}
     assert sorted(p.name for p in (run / "report").iterdir()) == ["manifest.json", "report.html", "report.md", "result.json"]
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"{rows:015d}" for rows in (64, 96)]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"{rows:015d}" for rows in (32, 64, 96)]
+    assert [p.name for p in sorted((run / "checkpoints" / f"{96:015d}").iterdir())] == [
+        "manifest.json",
+        "weights-00000.safetensors",
+    ]
     assert json.loads((run / "recipe.json").read_text())["sources"]["train.steps"] == "-o"
     result = json.loads((run / "report" / "result.json").read_text())
     assert result["core"] is None

@@ -33,7 +33,7 @@ class Killed(BaseException):
 
 
 def run(model, tokenizer, bundle, out, cap=None, reporter=None, made_from=FROM, **options) -> Ledger:
-    forward = score.forward_of(model)
+    forward = score.Forward(model)
     return score.evaluate(forward, tokenizer, bundle, out, cap=cap, reporter=reporter or Reporter(), made_from=made_from, **options)
 
 

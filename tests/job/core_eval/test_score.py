@@ -5,52 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from job.core_eval import score
+from job.core_eval.batches import plan_batches
 from job.core_eval.prompts import Item, items_of
-
-LENGTHS = st.lists(st.tuples(st.integers(1, 4), st.integers(2, 700)), min_size=1, max_size=40)
-
-
-def some_items(lengths: list[tuple[int, int]]) -> list[Item]:
-    return [Item.of_rows(i, 0, [np.arange(n) + 99 * r for r in range(rows)], [1] * rows) for i, (rows, n) in enumerate(lengths)]
-
-
-@given(st.integers(1, 100_000))
-def test_padded_lengths_are_few_and_near(tokens):
-    padded = score.padded_length(tokens)
-    assert padded >= tokens and (padded <= 16 or padded < tokens * 1.13)
-    assert score.padded_length(padded) == padded
-    assert len({score.padded_length(n) for n in range(1, 4097)}) <= 65
-
-
-@given(LENGTHS, st.integers(1, 5000))
-def test_batches_hold_every_item_once_within_the_budget(lengths, budget):
-    items = some_items(lengths)
-    batches = score.plan_batches(items, budget)
-    assert sorted(i for batch in batches for i in batch.items) == list(range(len(items)))
-    for batch in batches:
-        assert batch.cost <= budget or len(batch.items) == 1
-        assert batch.rows == sum(len(items[i].tails) for i in batch.items)
-        assert batch.length == score.padded_length(max(items[i].longest - 1 for i in batch.items))
-
-
-@given(LENGTHS, st.integers(1, 8))
-def test_ranks_share_all_batches_and_none_has_more_than_one_batch_too_much(lengths, size):
-    batches = score.plan_batches(some_items(lengths), 800)
-    shares = score.share(batches, size)
-    assert sorted(b.items for share in shares for b in share) == sorted(b.items for b in batches)
-    loads = [sum(b.cost for b in share) for share in shares]
-    assert max(loads) - min(loads) <= max(b.cost for b in batches)
-
-
-def test_tensors_hold_each_rows_scored_targets_and_nothing_else():
-    item = Item.of_rows(1, 0, [np.array([9, 1, 2, 3]), np.array([9, 5, 6])], [2, 3])
-    ids, targets = score.tensors_of([item], 5)
-    assert ids.tolist() == [[9, 1, 2, 0, 0], [9, 5, 0, 0, 0]]
-    assert targets.tolist() == [[-1, 2, 3, -1, -1], [-1] * 5]
 
 
 def test_the_head_on_scored_positions_gives_the_models_own_losses(tiny_gpt, monkeypatch):
@@ -61,7 +19,7 @@ def test_the_head_on_scored_positions_gives_the_models_own_losses(tiny_gpt, monk
     targets[0] = logits[0].argmax(-1)
     keep = torch.rand(3, 40, generator=generator) < 0.3
     monkeypatch.setattr(score, "HEAD_ELEMENTS", 512 * 7)
-    nll, greedy, lead = score.forward_of(tiny_gpt)(ids, targets.where(keep, -1))
+    nll, greedy, lead = score.Forward(tiny_gpt)(ids, targets.where(keep, -1))
     torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(logits[keep], targets[keep], reduction="none"))
     assert greedy.tolist() == (logits[keep].argmax(-1) == targets[keep]).tolist() and 0 < greedy.sum() < len(greedy)
     top = logits[keep].topk(2).values
@@ -97,13 +55,14 @@ def test_the_lowest_mean_wins_and_an_empty_option_only_in_first_place(means, gol
     assert chosen == reference_choice and gap >= 0
 
 
-def test_every_answer_of_the_real_bundle_equals_the_references(core_bundle, reference, tiny_gpt, tokenizer):
+@pytest.mark.parametrize("forks", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_every_answer_of_the_real_bundle_equals_the_references(core_bundle, reference, tiny_gpt, tokenizer, forks):
     """All 22 tasks under a cap of 12; four items of each are also scored one by one, with all logits."""
-    forward = score.forward_of(tiny_gpt)
+    forward = score.Forward(tiny_gpt)
     seen = set()
     for task in core_bundle.tasks:
         items = list(items_of(task, tokenizer, 12))
-        answers = score.score_items(forward, task.kind, items, score.plan_batches(items, 8000))
+        answers = score.score_items(forward, task.kind, items, plan_batches(items, 8000, forks))
         pool = reference.pool_of(list(task.examples), 12)
         for i in range(0, 12, 3):
             rows, starts = reference.rows_of(task.kind, pool, i, task.shots, task.delimiter, tokenizer.encode, 0)
@@ -120,8 +79,8 @@ def test_answers_do_not_depend_on_the_budget_even_where_options_nearly_tie(core_
     task = next(task for task in core_bundle.tasks if task.label == "arc_easy")
     items = list(items_of(task, tokenizer, 60))[:24]
     monkeypatch.setattr(score, "TIE", 0.02)
-    forward = score.forward_of(tiny_gpt)
-    runs = [score.score_items(forward, task.kind, items, score.plan_batches(items, budget)) for budget in (1, 3000, 60_000)]
+    forward = score.Forward(tiny_gpt)
+    runs = [score.score_items(forward, task.kind, items, plan_batches(items, budget, True)) for budget in (1, 3000, 60_000)]
     for answers in runs[1:]:
         for i in range(len(items)):
             assert (answers[i].chosen, answers[i].right) == (runs[0][i].chosen, runs[0][i].right)
@@ -129,14 +88,15 @@ def test_answers_do_not_depend_on_the_budget_even_where_options_nearly_tie(core_
     assert any(abs(answer.margin) < 0.02 for answer in runs[0].values())
 
 
-def test_padding_and_company_change_nothing(tiny_gpt):
+@pytest.mark.parametrize("forks", [True, False])
+def test_padding_forks_and_company_change_nothing(tiny_gpt, forks):
     generator = np.random.default_rng(0)
     items = [
         Item.of_rows(i, 0, [generator.integers(0, 512, n) for n in (m, m + 3)], [m // 2] * 2) for i, m in enumerate(range(4, 90, 7))
     ]
-    forward = score.forward_of(tiny_gpt)
-    together = score.score_items(forward, "multiple_choice", items, score.plan_batches(items, 100_000))
+    forward = score.Forward(tiny_gpt)
+    together = score.score_items(forward, "multiple_choice", items, plan_batches(items, 100_000, forks))
     for i, item in enumerate(items):
-        alone = score.score_items(forward, "multiple_choice", [item], score.plan_batches([item], 1))[0]
+        alone = score.score_items(forward, "multiple_choice", [item], plan_batches([item], 1))[0]
         assert (alone.chosen, alone.right) == (together[i].chosen, together[i].right)
         assert alone.margin == pytest.approx(together[i].margin, abs=2e-5)

@@ -1,0 +1,51 @@
+"""The processes that share the work of an evaluation: this one alone, or those of torch.distributed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+
+class Ranks:
+    """This process alone; `ProcessRanks` are torch.distributed's."""
+
+    rank = 0
+    size = 1
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Everybody's value, in rank order."""
+        return [value]
+
+
+class ProcessRanks(Ranks):
+    """The ranks of a torch.distributed process group (None: the default one)."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def current_ranks() -> Ranks:
+    """Those of the default process group where there is one, else this process alone."""
+    return ProcessRanks() if dist.is_initialized() else Ranks()
+
+
+@contextlib.contextmanager
+def joined(rank: int, size: int) -> Iterator[Ranks]:
+    """The `size` ranks of this machine, which talk through gloo: what they exchange are answers and sums, a few kilobytes."""
+    if size > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        yield current_ranks()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
