@@ -25,7 +25,7 @@ from job.attempt import Attempt, fold
 from job.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
 from job.config import SCHEMA, Recipe, differing_keys, from_document, resolve
 from job.console import Console
-from job.errors import ExitCode, PreflightError, SpeedrunError, UsageError
+from job.errors import ExitCode, SpeedrunError, UsageError
 from job.progress import Reporter
 from job.report.render import write_report
 from job.sealed import atomic_write, is_sealed, open_sealed
@@ -45,14 +45,6 @@ def check_writable(out: Path) -> None:
         raise UsageError(
             f"--out {out} cannot be written ({error.strerror}); choose another folder or give user {os.getuid()} write permission"
         ) from None
-
-
-def check_precision(recipe: Recipe) -> None:
-    """PreflightError for a precision that the training step does not have."""
-    if recipe.train.fp8:
-        raise PreflightError(
-            "train.fp8=true cannot be trained yet: this version's matrix products are bf16 or fp32; add -o train.fp8=false to train in those"
-        )
 
 
 def recipe_document(recipe: Recipe, run_id: str) -> dict:
@@ -82,7 +74,6 @@ def open_run(out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int 
 
     run = run_folder(out, run_id)
     document = recipe_document(recipe, run_id)
-    check_precision(recipe)
     check_writable(out)
     micro_steps(recipe, derive(recipe), ranks)
     if fresh and run.exists():

@@ -133,13 +133,6 @@ def test_items_per_task_are_remembered_for_the_evaluation(tmp_path: Path) -> Non
     ]
 
 
-def test_fp8_is_refused_until_the_step_has_it(tmp_path: Path) -> None:
-    result = pretrain(tmp_path, "--preset", "smoke", "--fp8", dry=False)
-    assert result.exit_code == 10
-    assert result.stderr.startswith("speedrun: train.fp8=true cannot be trained yet")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_plan_of_a_published_dataset_needs_no_data(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["plan", "--preset", "run6", "--json"])
     assert json.loads(result.stdout)["text"]["shards"] == 147

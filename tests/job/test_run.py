@@ -229,6 +229,13 @@ def test_a_full_disk_ends_with_12_and_with_space_the_same_command_goes_on(finish
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+@pytest.mark.slow
+def test_fp8_trains_on_a_cpu_and_says_that_it_is_for_tests(finished: Path, prepared: Path, speedrun) -> None:
+    speedrun(speedrun.tiny("pretrain", prepared, "-o", "train.fp8=true", "-o", "train.dtype=bf16", "-o", "train.steps=4"))
+    assert "it is for tests" in events(prepared, "train.start")[0]["fp8"]
+    assert len(events(prepared, "train.step")) == 4
+
+
 def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
