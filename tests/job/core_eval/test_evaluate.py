@@ -11,6 +11,7 @@ from job.core_eval.bundle import open_bundle
 from job.core_eval.ledger import Ledger
 from job.errors import UsageError
 from job.progress import Reporter
+from job.ranks import ProcessRanks
 
 FROM = {"weights": "w", "tokenizer": "t", "dtype": "float32", "backend": "sdpa"}
 
@@ -104,7 +105,7 @@ def test_the_cap_cuts_each_task_and_one_not_above_the_shots_leaves_nothing(make_
 def _rank(rank: int, size: int, store: str, bundle_path: str, out: str, model, tokenizer) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    ledger = run(model, tokenizer, open_bundle(bundle_path), Path(out), token_budget=300, ranks=score.ProcessRanks())
+    ledger = run(model, tokenizer, open_bundle(bundle_path), Path(out), token_budget=300, ranks=ProcessRanks())
     torch.distributed.destroy_process_group()
     assert timeless(Ledger.open(Path(out))) == timeless(ledger)
 
