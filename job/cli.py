@@ -258,9 +258,9 @@ def evaluate(
     if dry_run:
         click.echo(launch.describe_plan(out, run_path, recipe, ("evaluate", "report"), ranks=ranks))
         return
-    launch.change_evaluation(run_path, recipe)
     console = Console(_verbosity(quiet, verbose))
-    launch.execute(out, run_path, recipe, ("evaluate", "report"), console=console, world_size=ranks, again=True)
+    with launch.changed_evaluation(run_path, recipe):
+        launch.execute(out, run_path, recipe, ("evaluate", "report"), console=console, world_size=ranks, again=True)
     _show_result(run_path, as_json, quiet)
 
 

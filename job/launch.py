@@ -226,9 +226,16 @@ def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequenc
     return resolve(recipe.preset, flags, overrides)
 
 
-def change_evaluation(run: Path, recipe: Recipe) -> None:
-    """Write the changed `eval` section into the run's recipe."""
+@contextlib.contextmanager
+def changed_evaluation(run: Path, recipe: Recipe) -> Iterator[None]:
+    """The run's recipe with its changed `eval` section; put back when the evaluation refuses it."""
+    before = (run / "recipe.json").read_bytes()
     atomic_write(run / "recipe.json", json.dumps(recipe_document(recipe, run.name), indent=1).encode())
+    try:
+        yield
+    except UsageError:
+        atomic_write(run / "recipe.json", before)
+        raise
 
 
 def describe_plan(out: Path, run: Path | None, recipe: Recipe, stages: Sequence[str], *, ranks: int) -> str:

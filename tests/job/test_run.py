@@ -114,6 +114,15 @@ def test_a_changed_recipe_is_refused_and_fresh_starts_anew(finished: Path, tmp_p
     assert len(events(out, "train.step")) == 2
 
 
+def test_an_evaluation_that_is_refused_changes_nothing(finished: Path, tmp_path: Path, speedrun) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    before = (out / "runs" / "t" / "recipe.json").read_bytes()
+    said = speedrun(speedrun.command("evaluate", "--run-id", "t", "--out", str(out), "-o", "eval.cap=2"), code=2).stderr
+    assert "a cap of 2 examples per task leaves too few for the" in said
+    assert (out / "runs" / "t" / "recipe.json").read_bytes() == before
+
+
 def test_two_runs_are_byte_identical(finished: Path, tmp_path: Path, speedrun) -> None:
     speedrun(speedrun.tiny("pretrain", tmp_path))
     assert {k: v for k, v in prepared_hashes(finished).items()} == prepared_hashes(tmp_path)
