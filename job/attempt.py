@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import secrets
@@ -37,7 +38,8 @@ class Attempt(Reporter):
         self.run = run
         self.number = number
         self._sequence = 0
-        self._file = open(run / "events" / f"{number}.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the attempt
+        self._torn = False
+        self._file = open(run / "events" / f"{number}.jsonl", "ab", buffering=0)  # noqa: SIM115 - lives as long as the attempt
 
     @classmethod
     def claim(cls, run: Path) -> Attempt:
@@ -78,9 +80,12 @@ class Attempt(Reporter):
     def emit(self, kind: str, **fields: Any) -> None:
         record = {"t": time.time(), "attempt": self.number, "seq": self._sequence, "kind": kind, **fields}
         self._sequence += 1
+        line = b"\n" * self._torn + json.dumps(record, ensure_ascii=False).encode() + b"\n"
         with storage_errors(self.run):
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._file.flush()
+            self._torn = True
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._torn = False
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -82,7 +82,7 @@ class Keeper:
         self._final_rows, self._seconds = final_rows, minutes * 60
         self._parts: dict[int, list[dict[str, Any]]] = {}
         self._last = time.monotonic()
-        self._sweep()
+        self.sweep()
 
     def due(self) -> bool:
         return 0 < self._seconds <= time.monotonic() - self._last
@@ -120,7 +120,8 @@ class Keeper:
         for old in others[KEEP:]:
             shutil.rmtree(old)
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
+        """Remove parts that became no checkpoint: before the ranks start, and when they have ended."""
         for leftover in (self._run / "checkpoints").glob(".*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 

@@ -167,7 +167,11 @@ def _run_ranks(
         logs=run / "logs",
         label=f"{attempt.number}.{stage}",
     )
-    supervise(stage, ranks, reporter=attempt, console=console, interrupts=interrupts, keeper=keeper)
+    try:
+        supervise(stage, ranks, reporter=attempt, console=console, interrupts=interrupts, keeper=keeper)
+    finally:
+        if keeper:
+            keeper.sweep()
 
 
 @contextlib.contextmanager

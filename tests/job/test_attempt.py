@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,28 @@ def test_each_line_is_one_json_object_with_time_attempt_and_sequence(tmp_path: P
     assert [(e["kind"], e["seq"], e["attempt"]) for e in lines] == [("a", 0, 1), ("b", 1, 1)]
     assert lines[1]["x"] == 1
     assert lines[0]["t"] <= lines[1]["t"]
+
+
+def test_after_a_full_disk_the_next_event_is_readable(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE cuts a line short as a full disk does; what is written once there is space again stands on a line of its own."""
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from job.attempt import Attempt
+from job.errors import StorageError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+attempt = Attempt.claim(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
+for text in ("x" * 500, "y" * 500):
+    try:
+        attempt.emit("long", text=text)
+    except StorageError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+attempt.emit("after")
+attempt.close()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    said = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
+    assert said.count("the disk is full: writing ") == 2
+    assert [e["kind"] for e in read_events(tmp_path)] == ["after"]
