@@ -1,0 +1,232 @@
+"""The store: where a run's record goes that outlives the machine. One small interface over a folder and over S3.
+
+    store = open_store("s3://bucket/prefix")         or a folder, e.g. a mounted disk
+    push_sealed(store, "runs/mine/checkpoints/000000000409600", folder)      files first, manifest last
+    pull_sealed(store, "prepared/0123456789abcdef/tokenizer", folder, kind="tokenizer")     verified, then sealed here too
+    store.create("runs/mine/attempts/3", claim)      True for exactly one of all that try
+
+Keys are the paths below `--out`: the store mirrors `prepared/` and `runs/`. What holds locally holds there: a sealed folder exists when
+its manifest does, so files are put first and the manifest last, and a reader trusts nothing but a manifest and the hashes in it.
+Whatever a network can do to an object (lost, cut short, a flipped bit, an answer that never comes) is found by these hashes, and
+retried until `patience` is over; then StorageError, and what was to be stored is still on the local disk.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from job.errors import DataError, UsageError
+from job.sealed import MANIFEST, Sealed, atomic_write, open_sealed, seal_written, sha256_file, storage_errors, sweep
+
+PARALLEL = 4
+"""files of one sealed folder that are on their way at once"""
+
+
+class Store(abc.ABC):
+    """Objects by key (relative, `/` between parts). Every method may be called from several threads.
+
+    Raises StorageError when the store refuses or does not answer in time, DataError when it holds other bytes than were sealed.
+    """
+
+    url: str
+    """what the user calls it: s3://bucket/prefix, or the folder"""
+
+    @abc.abstractmethod
+    def get(self, key: str) -> bytes | None:
+        """The object's bytes; None where there is none."""
+
+    @abc.abstractmethod
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        """Write the object, replacing an older one whole."""
+
+    @abc.abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object unless there is one: True when it now holds this very `data` (which a nonce makes unique), by this call."""
+
+    @abc.abstractmethod
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        """Write the file at `path`, whose SHA-256 (hex) is known, as the object."""
+
+    @abc.abstractmethod
+    def get_file(self, key: str, path: Path, size: int, sha256: str) -> None:
+        """Write the object to `path` (parents are made); DataError where it is missing or is not these bytes."""
+
+    @abc.abstractmethod
+    def list(self, prefix: str) -> dict[str, int]:
+        """Every key below the folder `prefix`, with its size in bytes."""
+
+    @abc.abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove the objects; those that are not there are passed over."""
+
+    @abc.abstractmethod
+    def prepare(self) -> None:
+        """Before anything is written: UsageError for a store that cannot be written or cannot fence claims."""
+
+    def link(self, key: str, seconds: int) -> str | None:
+        """An address at which a browser sees the object for so long; None where the store has no such thing."""
+        return None
+
+
+class FolderStore(Store):
+    """A store in a folder: another disk, or one that several machines mount."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def get(self, key: str) -> bytes | None:
+        try:
+            return self._path(key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        atomic_write(self._path(key), data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with storage_errors(path), self._beside(path) as temporary:
+            temporary.write_bytes(data)
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+                return True
+        return False
+
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        target = self._path(key)
+        with storage_errors(target), self._beside(target) as temporary:
+            shutil.copyfile(path, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+
+    def get_file(self, key: str, path: Path, size: int, sha256: str) -> None:
+        source = self._path(key)
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(source, path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise missing(self, key) from None
+        if path.stat().st_size != size or sha256_file(path) != sha256:
+            raise DataError(f"{source} is not the file that was sealed; delete its folder there and run again")
+
+    def list(self, prefix: str) -> dict[str, int]:
+        folder = self._path(prefix)
+        files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        return {p.relative_to(self.root).as_posix(): p.stat().st_size for p in files}
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._path(key).unlink(missing_ok=True)
+
+    def prepare(self) -> None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with self._beside(self.root / "probe") as temporary:
+                temporary.touch()
+        except OSError as error:
+            raise UsageError(f"--bucket {self.root} cannot be written ({error.strerror}); choose another folder") from None
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    @contextlib.contextmanager
+    def _beside(self, path: Path) -> Iterator[Path]:
+        """A name of our own next to `path`, gone afterwards."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def open_store(url: str) -> Store:
+    """The store at `url`: `s3://bucket/prefix`, or a folder. Nothing is asked of it yet."""
+    if url.startswith("s3://"):
+        from job.store_s3 import S3Store
+
+        return S3Store.at(url)
+    if "://" in url:
+        raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix, or a folder")
+    return FolderStore(Path(url))
+
+
+def check_key(key: str) -> str:
+    """`key`, or ValueError (a bug of ours) when it would leave the store."""
+    parts = PurePosixPath(key).parts
+    if not parts or key.startswith("/") or ".." in parts:
+        raise ValueError(f"{key!r} is no key of a store")
+    return key
+
+
+def missing(store: Store, key: str) -> DataError:
+    return DataError(f"{store.url}/{key} is not there, though a manifest names it; delete its folder there and run again")
+
+
+def stored_manifest(store: Store, key: str) -> dict | None:
+    """The manifest of the sealed folder `key`; None where there is none. DataError when it is no manifest."""
+    data = store.get(f"{key}/{MANIFEST}")
+    if data is None:
+        return None
+    with contextlib.suppress(ValueError):
+        manifest = json.loads(data)
+        if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict):
+            return manifest
+    raise DataError(f"{store.url}/{key}/{MANIFEST} cannot be read; delete that folder there and run again")
+
+
+def sealed_names(store: Store, prefix: str) -> list[str]:
+    """Names of the sealed folders directly below `prefix`, sorted."""
+    keys = (PurePosixPath(key).relative_to(prefix).parts for key in store.list(prefix))
+    return sorted(parts[0] for parts in keys if len(parts) == 2 and parts[1] == MANIFEST)
+
+
+def push_sealed(store: Store, key: str, folder: Path, before_manifest: Callable[[], None] = lambda: None) -> int:
+    """Put the sealed `folder` at `key`; bytes put. What is there already, byte for byte by its manifest, is not put again.
+
+    `before_manifest()` runs when all files are there: it may raise, and then the folder does not exist in the store.
+    """
+    manifest = (folder / MANIFEST).read_bytes()
+    if store.get(f"{key}/{MANIFEST}") == manifest:
+        return 0
+    files = json.loads(manifest)["files"]
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(lambda item: store.put_file(f"{key}/{item[0]}", folder / item[0], item[1]["sha256"]), files.items()))
+    before_manifest()
+    store.put(f"{key}/{MANIFEST}", manifest, "application/json")
+    return sum(entry["size"] for entry in files.values())
+
+
+def pull_sealed(store: Store, key: str, path: Path, *, kind: str) -> Sealed:
+    """Make `path` the sealed folder that the store has at `key`, every byte verified; DataError where there is none."""
+    manifest = stored_manifest(store, key)
+    if manifest is None:
+        raise DataError(f"{store.url}/{key} is not there or was never sealed (no {MANIFEST})")
+    sweep(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with storage_errors(path):
+        temporary.mkdir(parents=True)
+        try:
+            with ThreadPoolExecutor(PARALLEL) as pool:
+                items = manifest["files"].items()
+                list(
+                    pool.map(
+                        lambda i: store.get_file(f"{key}/{i[0]}", temporary / check_key(i[0]), i[1]["size"], i[1]["sha256"]), items
+                    )
+                )
+            noted = {name: manifest[name] for name in ("made_from", "facts", "files")}
+            seal_written(temporary, path, kind=manifest["kind"], **noted)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return open_sealed(path, kind=kind, verify=False)
