@@ -25,6 +25,8 @@ from pathlib import Path, PurePosixPath
 from job.errors import DataError, UsageError
 from job.sealed import MANIFEST, Sealed, atomic_write, open_sealed, seal_written, sha256_file, storage_errors, sweep
 
+VARIABLE = "SPEEDRUN_BUCKET"
+"""the environment variable in which a supervisor names the store to its children"""
 PARALLEL = 4
 """files of one sealed folder that are on their way at once"""
 
@@ -159,6 +161,12 @@ def open_store(url: str) -> Store:
     if "://" in url:
         raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix, or a folder")
     return FolderStore(Path(url))
+
+
+def store_of_environment() -> Store | None:
+    """The store that the supervisor named to this process; None where the run has none."""
+    url = os.environ.get(VARIABLE)
+    return open_store(url) if url else None
 
 
 def check_key(key: str) -> str:
