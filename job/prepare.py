@@ -15,9 +15,11 @@ from job.core_eval.items import seal_items
 from job.core_eval.smoke_bundle import write_smoke_bundle
 from job.data import prepare as data
 from job.data.leaks import seal_leaks
+from job.data.pool import Pool
 from job.data.prepare import Prepared
 from job.progress import Reporter
 from job.sealed import is_sealed, sealing
+from job.store import store_of_environment
 from job.worker import RankContext
 
 SMOKE_BUNDLE = "smoke_bundle"
@@ -34,12 +36,20 @@ def main(context: RankContext) -> None:
         workers=machine.usable_cores(),
         rows=context.rows_of_the_run(),
         whole=context.run is None,
+        store=store_of_environment(),
     )
     seal_smoke_bundle(prepared, recipe.data.seed)
     seal_eval_items(context.out, recipe, prepared, context.reporter)
-    if recipe.eval.core_bundle and prepared.is_whole:
-        bundle = eval_bundle(context.out, recipe, prepared, context.reporter)
-        seal_leaks(prepared, context.out, recipe.data, bundle, context.reporter, machine.usable_cores())
+    if prepared.is_whole:
+        count_leaks(context.out, recipe, prepared, context.reporter)
+
+
+def count_leaks(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter) -> None:
+    """Documents of the whole set that share text with CORE, where the recipe names CORE: noted beside the rows."""
+    if recipe.eval.core_bundle:
+        bundle = eval_bundle(out, recipe, prepared, reporter)
+        pool = Pool(store_of_environment(), prepared.path, reporter)
+        seal_leaks(prepared, out, recipe.data, bundle, reporter, machine.usable_cores(), pool)
 
 
 def seal_smoke_bundle(prepared: Prepared, seed: int) -> None:
@@ -61,6 +71,7 @@ def seal_eval_items(out: Path, recipe: Recipe, prepared: Prepared, reporter: Rep
         cap=cap,
         workers=machine.usable_cores(),
         reporter=reporter,
+        pool=Pool(store_of_environment(), prepared.path, reporter),
     )
 
 

@@ -29,6 +29,7 @@ from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.derive import Derived
 from job.errors import DivergedError, InterruptedRun, PreflightError, UsageError
+from job.prepare import count_leaks
 from job.readings import Reading, Readings
 from job.worker import RankContext
 from model import attention, fp8
@@ -222,7 +223,10 @@ def main(context: RankContext) -> None:
     device = device_of(context)
     if context.world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=context.rank, world_size=context.world_size)
-    job = Job(context.out, recipe.data, recipe.model.seq_len, max(1, machine.usable_cores() - context.world_size), derived.rows)
+    workers = max(1, machine.usable_cores() - context.world_size)
+    job = Job(
+        context.out, recipe.data, recipe.model.seq_len, workers, derived.rows, functools.partial(count_leaks, context.out, recipe)
+    )
     try:
         kernels = choose_kernels(device, recipe)
         with training_rows(prepared, job, context.reporter, feeds=context.rank == 0) as rows:

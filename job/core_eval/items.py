@@ -20,6 +20,7 @@ import numpy as np
 
 from job.core_eval.bundle import Bundle, Task
 from job.core_eval.prompts import Encoder, Item, check_cap, items_of
+from job.data.pool import Part, Pool
 from job.data.workers import run_tasks
 from job.progress import Reporter
 from job.sealed import content_id, is_sealed, open_sealed, sealing
@@ -101,9 +102,10 @@ def seal_items(
     max_tokens: int | None = None,
     workers: int = 1,
     reporter: Reporter,
+    pool: Pool | None = None,
 ) -> dict[str, TaskItems]:
-    """The items of every task by label, `folder/<label>` sealed where it was not; one process per task, `workers` at a time,
-    the largest first, where that pays.
+    """The items of every task by label, `folder/<label>` sealed where it was not: pulled from `pool` where that has them, or made by one
+    process per task, `workers` at a time, the largest first, where that pays.
 
     Raises UsageError for a cap not above a task's shots; DataError, naming file and line, for an example that cannot be scored.
     """
@@ -113,6 +115,9 @@ def seal_items(
         EncodeTask(task, tokenizer, cap, max_tokens, folder / task.label, {**made_from, "task": task.label})
         for task in bundle.tasks
     ]
+    if pool:
+        for _ in pool.pull([Part(task.folder, KIND, task.made_from) for task in tasks]):
+            pass
     missing = sorted((task for task in tasks if not _is_made(task)), key=lambda task: -task.work)
     done = len(tasks) - len(missing)
 

@@ -1,7 +1,8 @@
 """The feeder: makes the rest of a prepared set while training consumes its beginning.
 
     prepare(whole=False)  ->  tokenizer, held-out rows, rows/00000
-    training, rank 0      ->  with training_rows(feeds=True): a process that runs prepare(whole=True), which goes on with what is missing
+    training, rank 0      ->  with training_rows(feeds=True): a process that runs prepare(whole=True), which goes on with what is missing:
+                              pulls it from the store, or fetches and packs it
     training, every rank  ->  rows.take(): a row file that is not sealed yet is waited for
 
 The feeder says what it does through rank 0's reporter, ends with rank 0 whatever ends that, and is started again with it. Its failure is
@@ -16,7 +17,7 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,20 +27,26 @@ from job.data.rows import Rows
 from job.data.workers import GRACE_SECONDS, end_with_parent
 from job.errors import ExitCode, SpeedrunError
 from job.progress import Reporter
+from job.store import store_of_environment
 
 if TYPE_CHECKING:
     from job.config import DataConfig
 
 
+def _nothing(prepared: Prepared, reporter: Reporter) -> None:
+    pass
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The arguments of `prepare`."""
+    """The arguments of `prepare`, and what is done with the whole set."""
 
     out: Path
     data: DataConfig
     seq_len: int
     workers: int
     rows: int
+    afterwards: Callable[[Prepared, Reporter], Any] = _nothing
 
 
 class Feeder:
@@ -140,7 +147,8 @@ def _feed(job: Job, sender: Connection) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     reporter = _PipeReporter(sender)
     try:
-        prepare(job.out, job.data, job.seq_len, reporter, job.workers, rows=job.rows)
+        store = store_of_environment()
+        job.afterwards(prepare(job.out, job.data, job.seq_len, reporter, job.workers, rows=job.rows, store=store), reporter)
     except SpeedrunError as error:
         reporter.send("failed", error)
     else:

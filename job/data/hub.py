@@ -1,6 +1,6 @@
 """The named datasets, and their shards from the Hugging Face hub: by name, pinned to a commit, checked byte for byte.
 
-    text/<source>/commit.json                   what `main` was when this folder first asked; every later run uses the same commit
+    text/<source>/commit.json                   what `main` was when this folder (or its store) first asked; every later run uses it
     text/<source>/<commit>/files.json           size and SHA-256 of each shard, as the hub states them for that commit
     text/<source>/<commit>/shard_00000.parquet  there only when it is whole and its SHA-256 is the stated one
     text/<source>/<commit>/.shard_00001.parquet.part     bytes so far; a download goes on where it was interrupted
@@ -24,12 +24,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from job.data.local import parquet_text_bytes, read_parquet, readable
 from job.data.sources import Source
 from job.errors import DataError, StorageError
 from job.sealed import atomic_write, sha256_file, storage_errors
+
+if TYPE_CHECKING:
+    from job.store import Store
 
 PARALLEL = 16
 """downloads at a time"""
@@ -83,10 +86,10 @@ class HubShard:
             yield from read_parquet(file)
 
 
-def open_hub(name: str, text: Path) -> Source:
+def open_hub(name: str, text: Path, store: Store | None = None) -> Source:
     """The dataset called `name`, its files below `text`; DataError when its commit is not recorded and the hub cannot be asked."""
     dataset = DATASETS[name]
-    hub = Hub(dataset, text / name)
+    hub = Hub(dataset, text / name, store)
     *train, val = (HubShard(dataset.shard_name(i), dataset.text_bytes, hub.folder) for i in range(dataset.count))
     return Source({"source": name, "repo": dataset.repo, "commit": hub.commit}, tuple(train), val, hub)
 
@@ -94,9 +97,9 @@ def open_hub(name: str, text: Path) -> Source:
 class Hub:
     """A dataset at one commit, and the shards of it that are on disk or on their way here. Close it to stop downloads."""
 
-    def __init__(self, dataset: Dataset, folder: Path) -> None:
+    def __init__(self, dataset: Dataset, folder: Path, store: Store | None = None) -> None:
         self.repo = dataset.repo
-        self.commit = self._pinned(folder / "commit.json")
+        self.commit = self._pinned(folder / "commit.json", store, f"text/{folder.name}/commit.json")
         self.folder = folder / self.commit
         self._progress: Callable[[int, int], None] = lambda done, total: None
         self._coming: dict[str, Future[None]] = {}
@@ -131,6 +134,10 @@ class Hub:
             self._threads.append(threading.Thread(target=self._work, daemon=True))
             self._threads[-1].start()
 
+    def has(self, name: str) -> bool:
+        """Whether the shard `name` is on disk, wanted or not."""
+        return (self.folder / name).is_file()
+
     def is_here(self, name: str) -> bool:
         """Whether the wanted shard `name` has arrived; raises what went wrong with it."""
         future = self._coming[name]
@@ -153,18 +160,29 @@ class Hub:
 
     # ---- what the hub says
 
-    def _pinned(self, file: Path) -> str:
-        """The commit that this folder has used since its first run."""
-        if file.is_file():
-            pinned = _read_json(file)
-            if pinned.get("repo") == self.repo and isinstance(pinned.get("commit"), str):
-                return pinned["commit"]
-            raise DataError(f"{file} is not a record of {self.repo}'s commit; delete it and run again")
+    def _pinned(self, file: Path, store: Store | None, key: str) -> str:
+        """The commit that this folder has used since its first run, or else the store has, or else the hub names now.
+
+        Recorded in both places, so that every machine with this store makes and finds the same prepared sets.
+        """
+        if not file.is_file():
+            record = store.get(key) if store else None
+            if record is None:
+                record = self._main()
+                if store and not store.create(key, record):
+                    record = store.get(key) or record
+            atomic_write(file, record)
+        pinned = _read_json(file)
+        if pinned.get("repo") == self.repo and isinstance(pinned.get("commit"), str):
+            return pinned["commit"]
+        raise DataError(f"{file} is not a record of {self.repo}'s commit; delete it and run again")
+
+    def _main(self) -> bytes:
+        """The record of the commit that the hub calls `main` now."""
         commit = self._ask("GET", "revision/main").get("sha")
         if not isinstance(commit, str) or len(commit) != 40:
             raise DataError(f"{_endpoint()} names no commit for {self.repo}; check HF_ENDPOINT")
-        atomic_write(file, json.dumps({"repo": self.repo, "commit": commit, "endpoint": _endpoint()}, indent=1).encode())
-        return commit
+        return json.dumps({"repo": self.repo, "commit": commit, "endpoint": _endpoint()}, indent=1).encode()
 
     def _stated(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """{name: {"size", "sha256"}} as recorded, or else as the hub says now; recorded once for the commit."""

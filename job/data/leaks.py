@@ -11,6 +11,7 @@ document in a million is counted by a collision.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import string
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 
 from job.core_eval.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, Bundle, Task
 from job.data.encode import MASKS
+from job.data.pool import Part, Pool
 from job.data.sources import ByHash, ByShard, Counts, Shard, Split, documents, open_source
 from job.data.workers import run_tasks
 from job.errors import DataError
@@ -156,16 +158,29 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def seal_leaks(prepared: Prepared, out: Path, data: DataConfig, bundle: Bundle, reporter: Reporter, workers: int) -> Sealed:
-    """`leaks-<bundle>` beside the rows of a whole set: how many of its training documents share a run with each task's items."""
+def seal_leaks(
+    prepared: Prepared, out: Path, data: DataConfig, bundle: Bundle, reporter: Reporter, workers: int, pool: Pool | None = None
+) -> Sealed | None:
+    """`leaks-<bundle>` beside the rows of a whole set: how many of its training documents share a run with each task's items.
+
+    Taken from `pool` where that has it. None, with a warning, where it has not and the text is not here either (its rows were pulled).
+    """
     path = prepared.path / f"leaks-{bundle.id}"
-    if not is_sealed(path) or open_sealed(path, kind="leaks").made_from["files"] != len(prepared.facts["files"]):
+    made_from = {"prepared": prepared.id, "bundle": bundle.id, "files": len(prepared.facts["files"])}
+    if is_sealed(path) and open_sealed(path, kind="leaks").made_from != made_from:
+        shutil.rmtree(path)
+    if not is_sealed(path):
+        for _ in pool.pull([Part(path, "leaks", made_from)]) if pool else ():
+            pass
+    if not is_sealed(path):
         source = open_source(data, Path(out))
         split = ByShard(prepared.path / "split" / "hashes.npy") if source.val else ByHash(data.val_fraction)
-        shards = source.shards[: len(prepared.facts["files"])]
+        shards = source.shards[: made_from["files"]]
         if source.hub:
             source.hub.close()
-        made_from = {"prepared": prepared.id, "bundle": bundle.id, "files": len(shards)}
+            if not all(source.hub.has(shard.name) for shard in shards):
+                reporter.emit("warning", text="leaks were not counted: the rows were pulled, and their text is not here")
+                return None
         with sealing(path, kind="leaks", made_from=made_from) as folder:
             folder.facts |= _count(folder.path / "index.npz", shards, split, bundle, reporter, workers)
     sealed = open_sealed(path, kind="leaks")

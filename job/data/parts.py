@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.data.pack import PackCounts, pack, write_rows
+from job.data.pool import Part
 from job.data.sources import Counts, Shard, Split, documents
 from job.data.tokenizer import Tokenizer
 from job.errors import DataError
@@ -39,6 +40,10 @@ class PackTask:
     @property
     def size(self) -> int:
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def part(self) -> Part:
+        return Part(self.path, self.kind, self.made_from)
 
     def run(self, advance: Callable[[int], None]) -> dict[str, Any]:
         """Encode, pack and seal; the manifest's facts."""

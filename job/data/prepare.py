@@ -15,13 +15,13 @@ Of a named dataset no run needs all. Its shards are fetched and packed in their 
 asks; how many shards that takes is estimated from the rows of those packed so far. The id does not depend on it: a longer run adds row
 files to the same set, and rows that exist never move. `prepare(..., whole=False)` returns when the first row file is sealed, for
 training to start while `job.data.feed` makes the rest.
+
+With a store, the dataset's commit is what the store says, and every part that it has under the same id is pulled instead of made.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import math
@@ -34,14 +34,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from job.data.lock import alone
 from job.data.memory import check_training
 from job.data.parts import PackTask
+from job.data.pool import Part, Pool
 from job.data.sources import ByHash, ByShard, Counts, Shard, Source, Split, document_hash, documents, open_source
-from job.data.tokenizer import Tokenizer, train_tokenizer
+from job.data.tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from job.data.workers import run_tasks
 from job.errors import DataError, StorageError
 from job.progress import Reporter
 from job.sealed import Sealed, content_id, is_sealed, open_sealed, sealing, storage_errors
+from job.store import Store
 
 if TYPE_CHECKING:
     from job.config import DataConfig
@@ -49,10 +52,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raised whenever the same inputs would give other bytes."""
 REPORTED = ("train_rows", "val_rows", "train_tokens", "val_tokens", "vocab_size", "seq_len", "bytes_per_token", "crop_share")
-SAMPLE_CHARS = 1 << 20
+HELD_OUT = "held-out"
 ASSUMED_CROP = 0.3
 """of a dataset's tokens, until its first shard is packed; FineWeb-Edu's is 0.346 (leaderboard §6), and too few shards are soon more"""
-LOCK_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +115,24 @@ class Prepared:
 
 
 def prepare(
-    out: Path, data: DataConfig, seq_len: int, reporter: Reporter, workers: int, *, rows: int = 0, whole: bool = True
+    out: Path,
+    data: DataConfig,
+    seq_len: int,
+    reporter: Reporter,
+    workers: int,
+    *,
+    rows: int = 0,
+    whole: bool = True,
+    store: Store | None = None,
 ) -> Prepared:
     """Make (or finish, or find) the prepared set of `data` with rows of seq_len + 1 tokens below `out`/prepared.
 
     Of a named dataset, `rows` training rows are made (0: all it has); unless `whole`, only as far as training can start.
+    Parts that `store` has are pulled from there.
     Raises DataError for text that is missing, damaged or too small, StorageError when `out` cannot be written.
     """
-    source = open_source(data, Path(out))
-    making = Making(Path(out), source, data, seq_len, reporter, workers, rows)
+    source = open_source(data, Path(out), store)
+    making = Making(Path(out), source, data, seq_len, reporter, workers, rows, store)
     _make_folder(making.root)
     try:
         with alone(making.root, reporter):
@@ -142,41 +153,19 @@ def _make_folder(root: Path) -> None:
         raise StorageError(f"{root} cannot be made: {file} is a file, not a folder; choose another --out") from error
 
 
-@contextlib.contextmanager
-def alone(root: Path, reporter: Reporter) -> Iterator[None]:
-    """Hold the set's lock: two processes that prepare the same set do so one after the other."""
-    with open(_lock(root), "ab") as handle:
-        waited = 0.0
-        while not _locked(handle):
-            reporter.progress(f"waiting for the process that prepares {root.name}", waited, waited, "s")
-            time.sleep(LOCK_SECONDS)
-            waited += LOCK_SECONDS
-        yield
-
-
-def is_being_made(root: Path) -> bool:
-    """Whether some process of this machine is preparing the set."""
-    with open(_lock(root), "ab") as handle:
-        return not _locked(handle)
-
-
-def _lock(root: Path) -> Path:
-    return root.with_name(f"{root.name}.lock")
-
-
-def _locked(handle: Any) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 class Making:
     """A set being made: what it is made from, where, and the parts that are there."""
 
     def __init__(
-        self, out: Path, source: Source, data: DataConfig, seq_len: int, reporter: Reporter, workers: int, rows: int
+        self,
+        out: Path,
+        source: Source,
+        data: DataConfig,
+        seq_len: int,
+        reporter: Reporter,
+        workers: int,
+        rows: int,
+        store: Store | None,
     ) -> None:
         self.source, self.data, self.seq_len = source, data, seq_len
         self.reporter, self.workers = reporter, workers
@@ -185,6 +174,7 @@ class Making:
         self.made_from = {"format": FORMAT, "text": source.identity, "data": of_rows, "seq_len": seq_len}
         self.root = out / "prepared" / content_id("prepared", self.made_from)
         self.rows = rows or math.inf
+        self.pool = Pool(store, self.root, reporter)
         if source.hub:
             source.hub.on_progress(lambda done, total: reporter.progress("fetch", done, total, "bytes"))
 
@@ -227,6 +217,7 @@ class Making:
 
     def _start(self) -> tuple[Sealed, list[PackTask]]:
         """The tokenizer, and a task for every folder of rows that the source can give: the held-out ones, then shard by shard."""
+        self._pull_the_first()
         if self.source.hub:
             wanted = [] if is_sealed(self.root / "val") and is_sealed(self.root / "split") else [self.source.val]
             if not is_sealed(self.root / "tokenizer"):
@@ -234,6 +225,18 @@ class Making:
             self._want(wanted)
         split = self._split()
         return self._tokenizer(split), self._tasks(split)
+
+    def _pull_the_first(self) -> None:
+        """Take from the pool what all rows depend on, and the held-out rows."""
+        parts = [Part(self.root / "tokenizer", "tokenizer", self.text)]
+        if self.source.val:
+            parts.append(Part(self.root / "split", "split", self._of_split()))
+            parts.append(Part(self.root / "val", "val", self._of_rows("val", HELD_OUT)))
+        for sealed, seconds in self.pool.pull(parts):
+            if sealed.kind == "tokenizer":
+                self.reporter.emit("prepare.tokenizer", **sealed.facts, seconds=seconds, pulled=True)
+            elif sealed.kind == "val":
+                self._report(sealed.facts | {"seconds": seconds, "pulled": True})
 
     def _want(self, shards: list[Shard], also_bytes: int = 0) -> None:
         if self.source.hub:
@@ -248,10 +251,13 @@ class Making:
         path = self.root / "split"
         if not is_sealed(path):
             self.source.hub.wait(val.name)
-            with sealing(path, kind="split", made_from={"text": self.source.identity, "shard": val.name}) as folder:
+            with sealing(path, kind="split", made_from=self._of_split()) as folder:
                 hashes = {document_hash(text.encode()) for text in val.texts() if text is not None}
                 np.save(folder.path / "hashes.npy", np.array(sorted(hashes), dtype=np.uint64))
         return ByShard(open_sealed(path, kind="split").path / "hashes.npy")
+
+    def _of_split(self) -> dict[str, Any]:
+        return {"text": self.source.identity, "shard": self.source.val.name}
 
     def _tokenizer(self, split: Split) -> Sealed:
         path = self.root / "tokenizer"
@@ -267,8 +273,8 @@ class Making:
                     document_chars=self.data.document_chars,
                 )
                 tokenizer.save(folder.path)
-                bytes_per_token = _bytes_per_token(tokenizer, self._training_text(split))
-                folder.facts |= {"vocab_size": self.data.vocab_size, "characters": characters, "bytes_per_token": bytes_per_token}
+                measured = bytes_per_token(tokenizer, self._training_text(split))
+                folder.facts |= {"vocab_size": self.data.vocab_size, "characters": characters, "bytes_per_token": measured}
                 self.reporter.emit("prepare.tokenizer", **folder.facts, seconds=time.perf_counter() - started)
             self.reporter.progress("tokenizer", 1, 1, "vocabularies")
         return open_sealed(path, kind="tokenizer")
@@ -291,18 +297,20 @@ class Making:
         """The held-out rows, then each shard's training rows."""
 
         def task(part: str, kind: str, name: str, shards: tuple[Shard, ...]) -> PackTask:
-            made_from = {"prepared": self.root.name, "part": part, "shard": name}
-            tokenizer = self.root / "tokenizer"
+            tokenizer, made_from = self.root / "tokenizer", self._of_rows(part, name)
             return PackTask(name, self.root / part, kind, made_from, shards, tokenizer, split, self.data, self.seq_len)
 
         held_out = (self.source.val,) if self.source.val else self.source.shards
         rows = (task(f"rows/{index:05d}", "rows", shard.name, (shard,)) for index, shard in enumerate(self.source.shards))
-        return [task("val", "val", "held-out", held_out), *rows]
+        return [task("val", "val", HELD_OUT, held_out), *rows]
+
+    def _of_rows(self, part: str, shard: str) -> dict[str, Any]:
+        return {"prepared": self.root.name, "part": part, "shard": shard}
 
     def _pack(self, tasks: list[PackTask]) -> None:
-        """Do what is not sealed yet, reporting each part as it ends."""
+        """Pull what is not sealed yet, and make what cannot be pulled, reporting each part as it ends."""
+        self._pull(tasks)
         missing = [task for task in tasks if not is_sealed(task.path)]
-        # sealed folders of the same id in a bucket would be pulled here, and what is missing after that be packed
         hub, total, done = self.source.hub, sum(task.size for task in missing), 0
         if hub:
             self._want([shard for task in missing for shard in task.shards], 2 * total // 3)
@@ -316,8 +324,25 @@ class Making:
             return hub is None or all([hub.is_here(shard.name) for shard in task.shards])
 
         for _, facts in run_tasks(missing, self.workers, advance, is_ready):
-            keys = ("shard", "rows", "documents", "tokens", "bytes", "cropped_tokens", "crop_share", "seconds")
-            self.reporter.emit("prepare.rows", **{key: facts[key] for key in keys})
+            self._report(facts)
+
+    def _pull(self, tasks: list[PackTask]) -> None:
+        for sealed, seconds in self.pool.pull([task.part for task in tasks]):
+            self._report(sealed.facts | {"seconds": seconds, "pulled": True})
+
+    def _pull_enough(self, tasks: list[PackTask]) -> None:
+        """Pull row files in their order, no more than the run needs: a file's size says how many rows it holds."""
+        total, wanted = 0, []
+        for task in tasks:
+            if total >= self.rows or not (is_sealed(task.path) or self.pool.has(task.part)):
+                break
+            total += _facts(task)["rows"] if is_sealed(task.path) else self.pool.size(task.part) // (2 * self.seq_len + 2)
+            wanted.append(task)
+        self._pull(wanted)
+
+    def _report(self, facts: dict[str, Any]) -> None:
+        keys = ("shard", "rows", "documents", "tokens", "bytes", "cropped_tokens", "crop_share", "seconds", "pulled")
+        self.reporter.emit("prepare.rows", **{key: facts[key] for key in keys if key in facts})
 
     def _pack_all(self, tasks: list[PackTask], tokenizer: Sealed) -> list[dict[str, Any]]:
         """Pack the held-out rows and as many shards as it takes; the facts of those row files, in order."""
@@ -328,6 +353,7 @@ class Making:
         kept = 1.0 if self.data.split_long else 1 - ASSUMED_CROP
         per_file = kept * rows[0].size / tokenizer.facts["bytes_per_token"] / (self.seq_len + 1)
         self._pack([val])
+        self._pull_enough(rows)
         while True:
             made = [_facts(task) for task in itertools.takewhile(lambda task: is_sealed(task.path), rows)]
             sums = list(itertools.accumulate(facts["rows"] for facts in made))
@@ -372,13 +398,3 @@ class Making:
 
 def _facts(task: PackTask) -> dict[str, Any]:
     return open_sealed(task.path, kind=task.kind, verify=False).facts
-
-
-def _bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> float:
-    """Of the first SAMPLE_CHARS characters of the training text."""
-    sample: list[str] = []
-    characters = 0
-    while characters < SAMPLE_CHARS and (text := next(texts, None)) is not None:
-        sample.append(text)
-        characters += len(text)
-    return sum(len(text.encode()) for text in sample) / sum(map(len, tokenizer.encode_documents(sample)))

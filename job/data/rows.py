@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from job.data.lock import is_being_made
 from job.data.permutation import permutation
-from job.data.prepare import Prepared, is_being_made
+from job.data.prepare import Prepared
 from job.errors import DataError
 from job.progress import Reporter
 from job.sealed import is_sealed

@@ -26,6 +26,7 @@ from job.errors import UsageError
 if TYPE_CHECKING:
     from job.config import DataConfig
     from job.data.hub import Hub
+    from job.store import Store
 
 SHARD_BYTES = 4 << 20
 """Consecutive files are grouped into one shard while their text stays below this many bytes."""
@@ -67,8 +68,8 @@ class Head:
             yield text
 
 
-def open_source(data: DataConfig, out: Path) -> Source:
-    """The text that `data` names; what has to be fetched comes below `out`/text.
+def open_source(data: DataConfig, out: Path, store: Store | None = None) -> Source:
+    """The text that `data` names; what has to be fetched comes below `out`/text, at the commit that `store` has recorded.
 
     Raises DataError when it is not there or cannot be what it says.
     """
@@ -79,7 +80,7 @@ def open_source(data: DataConfig, out: Path) -> Source:
             raise UsageError(
                 f"data.max_chars={data.max_chars} cannot be used with {data.source}: of a named dataset a run takes the shards it needs; give 0"
             )
-        return hub.open_hub(data.source, Path(out) / "text")
+        return hub.open_hub(data.source, Path(out) / "text", store)
     source = local.open_local(data.paths) if data.source == "local" else embedded.open_embedded()
     return limit(source, data.max_chars) if data.max_chars else source
 

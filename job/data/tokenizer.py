@@ -30,6 +30,7 @@ SPECIALS = (
     *(f"<|{who}_{edge}|>" for who in ("user", "assistant", "python", "output") for edge in ("start", "end")),
 )
 BYTES = 256
+SAMPLE_CHARS = 1 << 20
 
 
 class Tokenizer:
@@ -123,3 +124,13 @@ def _sample(documents: Iterable[str], max_chars: int, document_chars: int, count
         yield text
         if count[0] >= max_chars:
             return
+
+
+def bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> float:
+    """Of the first SAMPLE_CHARS characters of `texts`."""
+    sample: list[str] = []
+    characters = 0
+    while characters < SAMPLE_CHARS and (text := next(texts, None)) is not None:
+        sample.append(text)
+        characters += len(text)
+    return sum(len(text.encode()) for text in sample) / sum(map(len, tokenizer.encode_documents(sample)))

@@ -214,7 +214,7 @@ def hub(monkeypatch, prose) -> Iterator[FakeHub]:
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)
-    monkeypatch.setattr(preparing, "SAMPLE_CHARS", 10_000)
+    monkeypatch.setattr("job.data.tokenizer.SAMPLE_CHARS", 10_000)
     monkeypatch.setitem(hubs.DATASETS, "climbmix", hubs.Dataset(REPO, 6, sum(map(len, prose[:150])) // 5))
     yield hub
     hub.close()

@@ -15,7 +15,8 @@ import pytest
 from job.data import rows as reading
 from job.data.feed import Job, feeding, training_rows
 from job.data.hub import DATASETS, Dataset
-from job.data.prepare import Prepared, alone, is_being_made
+from job.data.lock import alone, is_being_made
+from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import DataError
 from job.progress import Reporter

@@ -223,11 +223,11 @@ SCRIPT = """
 import pathlib, sys
 from job.config import DataConfig
 from huggingface_hub import constants
-from job.data import hub, prepare
+from job.data import hub, prepare, tokenizer
 from job.progress import Reporter
 
 constants.DOWNLOAD_CHUNK_SIZE = 1024
-prepare.SAMPLE_CHARS = 10_000
+tokenizer.SAMPLE_CHARS = 10_000
 hub.DATASETS["climbmix"] = hub.Dataset("karpathy/climbmix-400b-shuffle", 6, 40_000)
 data = DataConfig(source="climbmix", vocab_size=400, tokenizer_chars=40_000, split_long=True)
 prepare.prepare(pathlib.Path(sys.argv[1]), data, 32, Reporter(), 1)

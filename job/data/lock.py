@@ -1,0 +1,44 @@
+"""Who prepares a set: one process of a machine at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from job.progress import Reporter
+
+LOCK_SECONDS = 0.2
+
+
+@contextlib.contextmanager
+def alone(root: Path, reporter: Reporter) -> Iterator[None]:
+    """Hold the set's lock: two processes that prepare the same set do so one after the other."""
+    with open(_lock(root), "ab") as handle:
+        waited = 0.0
+        while not _locked(handle):
+            reporter.progress(f"waiting for the process that prepares {root.name}", waited, waited, "s")
+            time.sleep(LOCK_SECONDS)
+            waited += LOCK_SECONDS
+        yield
+
+
+def is_being_made(root: Path) -> bool:
+    """Whether some process of this machine is preparing the set."""
+    with open(_lock(root), "ab") as handle:
+        return not _locked(handle)
+
+
+def _lock(root: Path) -> Path:
+    return root.with_name(f"{root.name}.lock")
+
+
+def _locked(handle: Any) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

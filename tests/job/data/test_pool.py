@@ -1,0 +1,198 @@
+"""Parts of a prepared set that a store has are pulled and not made; what it lacks or has wrong is made, and the bytes are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from job import prepare as stage
+from job.config import resolve
+from job.core_eval.bundle import open_bundle
+from job.core_eval.items import seal_items
+from job.core_eval.smoke_bundle import write_smoke_bundle
+from job.data.feed import Job, training_rows
+from job.data.hub import DATASETS, Dataset
+from job.data.leaks import seal_leaks
+from job.data.pool import Pool
+from job.data.prepare import Prepared
+from job.data.rows import Rows
+from job.errors import StorageError
+from job.sealed import MANIFEST
+from job.store import VARIABLE, FolderStore, push_sealed
+
+SHARD = "shard_{:05d}.parquet".format
+ROWS = 1000
+
+
+UNUSED = "rows/00003"
+"""of the first set: packed because more rows were expected of the files before"""
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and UNUSED not in str(path))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def push_all(store: FolderStore, out: Path, prepared: Prepared) -> None:
+    for manifest in prepared.path.rglob(MANIFEST):
+        push_sealed(store, manifest.parent.relative_to(out).as_posix(), manifest.parent)
+
+
+def pulled(recorder) -> list[str]:
+    return [fields.get("shard", "tokenizer") for _, fields in recorder.events if fields.get("pulled")]
+
+
+def warnings(recorder) -> list[str]:
+    return [fields["text"] for kind, fields in recorder.events if kind == "warning"]
+
+
+@pytest.fixture
+def data(helpers):
+    return helpers.of_the_hub(tokenizer_chars=20_000)
+
+
+def make_first(hub, folder: Path, helpers, data) -> Prepared:
+    store = FolderStore(folder / "store")
+    prepared = helpers.small_prepare(folder / "first", data, rows=ROWS, store=store)
+    push_all(store, folder / "first", prepared)
+    assert len(prepared.facts["files"]) == 3
+    hub.requests.clear()
+    return prepared
+
+
+@pytest.fixture
+def first(hub, tmp_path, helpers, data) -> Prepared:
+    """A set made on one machine, with a store that has all of it."""
+    return make_first(hub, tmp_path, helpers, data)
+
+
+@pytest.fixture
+def store(first, tmp_path) -> FolderStore:
+    return FolderStore(tmp_path / "store")
+
+
+def test_a_set_that_the_store_has_is_pulled_and_the_hub_is_not_asked(first, store, hub, tmp_path, helpers, data):
+    recorder = helpers.Recorder()
+    second = helpers.small_prepare(tmp_path / "second", data, rows=ROWS, store=store, reporter=recorder)
+    assert hub.requests == [] and contents(second.path) == contents(first.path)
+    assert pulled(recorder) == ["tokenizer", "held-out", *map(SHARD, range(3))]
+    assert {shown[0] for shown in recorder.shown} == {"pull"} and recorder.shown[-1][1] == recorder.shown[-1][2] > 0
+
+
+def test_a_shorter_run_pulls_only_its_rows_and_a_longer_one_makes_the_rest(first, store, hub, tmp_path, helpers, data):
+    begun = helpers.small_prepare(tmp_path / "short", data, rows=1, whole=False, store=store)
+    assert hub.requests == [] and [path.parent.name for path in begun.row_files] == ["00000"]
+    recorder = helpers.Recorder()
+    longer = helpers.small_prepare(tmp_path / "long", data, rows=0, store=store, reporter=recorder)
+    assert hub.fetched() == [SHARD(4)]
+    assert longer.id == first.id and len(pulled(recorder)) == 6
+    assert np.array_equal(Rows(longer, 1).take(0, first.train_rows), Rows(first, 1).take(0, first.train_rows))
+
+
+def test_what_is_missing_or_damaged_there_is_made_here(first, store, hub, tmp_path, helpers, data):
+    stored = store.root / "prepared" / first.id
+    shutil.rmtree(stored / "rows" / "00001")
+    file = stored / "rows" / "00002" / "rows.npy"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    recorder = helpers.Recorder()
+    second = helpers.small_prepare(tmp_path / "second", data, rows=ROWS, store=store, reporter=recorder)
+    assert contents(second.path) == contents(first.path) and set(hub.fetched()) == {SHARD(1), SHARD(2)}
+    assert [text.endswith(f"prepared/{first.id}/rows/00002 is made here instead") for text in warnings(recorder)] == [True]
+
+
+def test_a_part_of_other_inputs_is_not_taken(first, store, tmp_path, helpers, data):
+    stored = store.root / "prepared" / first.id / "rows"
+    shutil.rmtree(stored / "00000")
+    shutil.copytree(stored / "00001", stored / "00000")
+    recorder = helpers.Recorder()
+    second = helpers.small_prepare(tmp_path / "second", data, rows=ROWS, store=store, reporter=recorder)
+    assert contents(second.path) == contents(first.path)
+    assert ["was made from something else" in text for text in warnings(recorder)] == [True]
+
+
+def test_a_store_that_cannot_be_listed_is_a_warning(hub, tmp_path, helpers, data):
+    class Broken(FolderStore):
+        def list(self, prefix):
+            raise StorageError("the bucket does not answer")
+
+    recorder = helpers.Recorder()
+    prepared = helpers.small_prepare(tmp_path / "out", data, rows=10, store=Broken(tmp_path / "store"), reporter=recorder)
+    assert prepared.is_whole
+    assert warnings(recorder) == ["the bucket does not answer; what is prepared there cannot be listed"]
+
+
+def test_every_machine_with_the_store_uses_its_commit(first, store, hub, tmp_path, helpers, data, monkeypatch):
+    monkeypatch.setattr("job.data.hub.Hub._main", lambda self: b"never asked")
+    shutil.rmtree(store.root / "prepared")
+    again = helpers.small_prepare(tmp_path / "second", data, rows=10, store=store)
+    assert again.id == first.id and (tmp_path / "second/text/climbmix/commit.json").read_bytes() == store.get(
+        "text/climbmix/commit.json"
+    )
+
+
+def test_a_feeder_pulls_and_goes_on_with_the_whole_set(hub, tmp_path, helpers, data, monkeypatch):
+    """The feeder is a process of its own: it knows the dataset as it really is, and the store by its environment."""
+    monkeypatch.setitem(DATASETS, "climbmix", Dataset("karpathy/climbmix-400b-shuffle", 6543))
+    hub.serve(SHARD(6542), hub.files[SHARD(5)])
+    first, out, store = make_first(hub, tmp_path, helpers, data), tmp_path / "second", FolderStore(tmp_path / "store")
+    monkeypatch.setenv(VARIABLE, str(store.root))
+    recorder = helpers.Recorder()
+    begun = helpers.small_prepare(out, data, rows=first.train_rows, whole=False, store=store)
+    with training_rows(begun, Job(out, data, 32, 1, first.train_rows, count_files), recorder, feeds=True) as rows:
+        taken = rows.take(0, first.train_rows)
+    assert np.array_equal(taken, Rows(first, 1).take(0, first.train_rows)) and hub.requests == []
+    assert pulled(recorder) == [SHARD(1), SHARD(2)]
+    assert ("counted", {"files": 3}) in recorder.events
+
+
+def count_files(prepared, reporter) -> None:
+    reporter.emit("counted", files=len(prepared.facts["files"]))
+
+
+def test_items_are_pulled(prepared, tmp_path, prose, helpers):
+    (tmp_path / "bundle").mkdir()
+    write_smoke_bundle(prose[:40], tmp_path / "bundle", seed=1)
+    bundle, store = open_bundle(tmp_path / "bundle"), FolderStore(tmp_path / "store")
+    roots = [tmp_path / name / "prepared" / prepared.id for name in ("first", "second")]
+
+    def seal(root: Path, recorder):
+        folder = root / "items" / bundle.id
+        options = {"tokenizer_id": prepared.id, "cap": None, "reporter": recorder, "pool": Pool(store, root, recorder)}
+        return seal_items(bundle, prepared.tokenizer, folder, **options)
+
+    seal(roots[0], helpers.Recorder())
+    for manifest in roots[0].rglob(MANIFEST):
+        push_sealed(store, manifest.parent.relative_to(tmp_path / "first").as_posix(), manifest.parent)
+    recorder = helpers.Recorder()
+    seal(roots[1], recorder)
+    assert contents(roots[1]) == contents(roots[0]) and {shown[0] for shown in recorder.shown} == {"pull"}
+
+
+def test_leaks_are_pulled_with_the_rows_or_left_out(first, store, hub, tmp_path, prose, helpers, data):
+    (tmp_path / "bundle").mkdir()
+    write_smoke_bundle(prose[:40], tmp_path / "bundle", seed=1)
+    bundle, recorder = open_bundle(tmp_path / "bundle"), helpers.Recorder()
+    second = helpers.small_prepare(tmp_path / "second", data, rows=ROWS, store=store)
+    pool = Pool(store, second.path, recorder)
+    assert seal_leaks(second, tmp_path / "second", data, bundle, recorder, 1, pool) is None
+    assert warnings(recorder) == ["leaks were not counted: the rows were pulled, and their text is not here"]
+    counted = seal_leaks(first, tmp_path / "first", data, bundle, helpers.Recorder(), 1)
+    push_all(store, tmp_path / "first", first)
+    taken = seal_leaks(second, tmp_path / "second", data, bundle, recorder, 1, Pool(store, second.path, recorder))
+    assert taken.facts == counted.facts and recorder.events[-1] == ("prepare.leaks", {"bundle": bundle.id, **counted.facts})
+
+
+def test_the_stage_counts_leaks_of_a_set_that_is_whole_and_of_core_alone(prepared, tmp_path, helpers, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stage, "eval_bundle", lambda *_: asked.append("bundle"))
+    monkeypatch.setattr(stage, "seal_leaks", lambda *_: asked.append("leaks"))
+    for bundle, expected in (("", []), ("core.zip", ["bundle", "leaks"])):
+        recipe = resolve("smoke", {"eval.core_bundle": ("--core-bundle", bundle)})
+        stage.count_leaks(tmp_path, recipe, prepared, helpers.Recorder())
+        assert asked == expected
