@@ -1,12 +1,16 @@
-"""Fixtures that several test files share: a small real corpus, a tiny recipe, and the command line as a process."""
+"""Fixtures that several test files share: a small real corpus, a tiny recipe, the command line as a process, a real S3 server."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -78,3 +82,27 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def speedrun(small_corpus: Path) -> Speedrun:
     return Speedrun(small_corpus)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> ModuleType:
+    """tests/s3_server.py as a module."""
+    spec = importlib.util.spec_from_file_location("s3_server", ROOT / "tests" / "s3_server.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def s3_shared(s3_server: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The S3 server of this test run, one for all of its processes."""
+    base = tmp_path_factory.getbasetemp()
+    with s3_server.shared_server((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "s3") as s3:
+        yield s3
+
+
+@pytest.fixture
+def s3(s3_shared: Any) -> Any:
+    """A prefix of the test's own in a bucket of a real S3 server: `url`, `environment()`, `variables()`, `client()`, `keys()`."""
+    return s3_shared.place()
