@@ -2,7 +2,8 @@
 
 Each start of a run is an attempt. It claims `attempts/N` by a create-only write (the operating system lets exactly one process
 make a file that must not exist) and from then on is the only writer of `events/N.jsonl`: one JSON object a line, appended and
-flushed. The newest claim wins; an older attempt that is still alive notices (`superseded`) and stops before it publishes again.
+flushed. The newest claim wins; an older attempt that is still alive notices and stops before it publishes again. With a bucket the claim is
+made there as well (job/fence.py).
 
 `fold` reads the events of all attempts and gives the `Record`: clocks, curves, stages, scores. Nothing else keeps state: what is
 done is said by sealed folders, what happened by events.
@@ -23,9 +24,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from job.errors import UsageError
+from job.fence import TakenOver, claim_key, newest_claimed
 from job.progress import Reporter
 from job.sealed import storage_errors
+from job.store import Store
 
 UNTIMED_STEPS = 11
 """The leaderboard's clock leaves out steps 0-10 (compilation and warm-up): facts of the published runs, "N - 11 steps"."""
@@ -42,8 +44,11 @@ class Attempt(Reporter):
         self._file = open(run / "events" / f"{number}.jsonl", "ab", buffering=0)  # noqa: SIM115 - lives as long as the attempt
 
     @classmethod
-    def claim(cls, run: Path) -> Attempt:
-        """Claim the next free number; of several claimants at once each gets its own, and the highest is the newest."""
+    def claim(cls, run: Path, store: Store | None = None, **notes: Any) -> Attempt:
+        """Claim the next free number; of several claimants at once each gets its own, and the highest is the newest.
+
+        With a `store` the claim is made there first, so that claimants on other machines count as well. `notes` go into the claim.
+        """
         with storage_errors(run):
             (run / "attempts").mkdir(parents=True, exist_ok=True)
             (run / "events").mkdir(exist_ok=True)
@@ -53,29 +58,23 @@ class Attempt(Reporter):
             "pid": os.getpid(),
             "t": time.time(),
             "argv": sys.argv[1:],
+            **notes,
         }
-        number = newest_attempt(run) + 1
-        while True:
-            try:
-                with storage_errors(run), open(run / "attempts" / str(number), "x", encoding="utf-8") as file:
-                    json.dump(claim, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                return cls(run, number)
-            except FileExistsError:
-                number += 1
+        data = json.dumps(claim).encode()
+        number = 1 + max(newest_attempt(run), newest_claimed(store, run.name) if store else 0)
+        while (store and not store.create(claim_key(run.name, number), data)) or not _create(run / "attempts" / str(number), data):
+            number += 1
+        return cls(run, number)
 
     def superseded(self) -> int | None:
-        """The number of the attempt that took over, or None while this one is the newest."""
+        """The number of the attempt of this machine that took over, or None while this one is the newest."""
         newest = newest_attempt(self.run)
         return newest if newest > self.number else None
 
     def check_newest(self) -> None:
-        """Raise UsageError when another attempt took over: this one must not publish any more."""
+        """Raise TakenOver when another attempt of this machine took over; those of others are seen by the uploader's `Fenced` store."""
         if newest := self.superseded():
-            raise UsageError(
-                f"attempt {newest} took over run {self.run.name}; this one (attempt {self.number}) stopped and published nothing more"
-            )
+            raise TakenOver(self.run.name, self.number, newest)
 
     def emit(self, kind: str, **fields: Any) -> None:
         record = {"t": time.time(), "attempt": self.number, "seq": self._sequence, "kind": kind, **fields}
@@ -91,6 +90,18 @@ class Attempt(Reporter):
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """Make the file unless there is one; whether this call made it."""
+    try:
+        with storage_errors(path), open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
 
 
 def newest_attempt(run: Path) -> int:

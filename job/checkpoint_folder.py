@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from job.attempt import Attempt
 from job.console import Console
@@ -50,19 +50,31 @@ def identity(recipe: Mapping[str, Mapping[str, Any]], prepared: str) -> dict[str
     return {"recipe": content_id("recipe", trained), "prepared": prepared}
 
 
-def newest_usable(run: Path, belongs_to: Mapping[str, str], attempt: Attempt, console: Console) -> Path | None:
+class Elsewhere(Protocol):
+    """Another place that has checkpoints of the run: the bucket."""
+
+    def checkpoints(self, run: Path) -> list[Path]:
+        """Where they would stand on this disk, newest first."""
+
+    def pull_checkpoint(self, run: Path, folder: Path) -> None:
+        """Put one there; DataError when it is damaged."""
+
+
+def newest_usable(
+    run: Path, belongs_to: Mapping[str, str], attempt: Attempt, console: Console, elsewhere: Elsewhere | None = None
+) -> Path | None:
     """The newest checkpoint whose every byte is right and that belongs to this run; None when there is none at all.
 
-    One that is damaged or foreign is passed over with a sentence and an event. DataError when none of several is left.
+    Of equally new ones the one on this disk is tried first. One that is damaged or foreign is passed over with a sentence and an event.
+    DataError when none of several is left.
     """
-    candidates = folders(run)
-    for folder in candidates:
+    candidates = [(folder, False) for folder in folders(run)]
+    candidates += [(folder, True) for folder in elsewhere.checkpoints(run)] if elsewhere else []
+    for folder, pull in sorted(candidates, key=lambda c: (-int(c[0].name), c[1])):
         try:
-            sealed = open_sealed(folder, kind=KIND)
-            if {key: sealed.made_from.get(key) for key in belongs_to} != dict(belongs_to):
-                raise DataError(f"{folder} belongs to another recipe or other data")
-            if not any(name.startswith(OPTIMIZER) for name in sealed.files):
-                raise DataError(f"{folder} has no optimizer state: its run was finished")
+            if pull:
+                elsewhere.pull_checkpoint(run, folder)
+            _check_usable(open_sealed(folder, kind=KIND), belongs_to)
             return folder
         except DataError as error:
             attempt.emit("checkpoint.refused", folder=folder.name, why=str(error))
@@ -72,6 +84,13 @@ def newest_usable(run: Path, belongs_to: Mapping[str, str], attempt: Attempt, co
             f"no checkpoint below {run / 'checkpoints'} can be used; delete that folder to train from the first step again"
         )
     return None
+
+
+def _check_usable(sealed: Sealed, belongs_to: Mapping[str, str]) -> None:
+    if {key: sealed.made_from.get(key) for key in belongs_to} != dict(belongs_to):
+        raise DataError(f"{sealed.path} belongs to another recipe or other data")
+    if not any(name.startswith(OPTIMIZER) for name in sealed.files):
+        raise DataError(f"{sealed.path} has no optimizer state: its run was finished")
 
 
 class Keeper:

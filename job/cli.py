@@ -60,6 +60,34 @@ def out_option(command: Callable) -> Callable:
     )(command)
 
 
+def bucket_options(command: Callable) -> Callable:
+    """Options of the commands that work with a bucket; the command is given `bucket` (ready to be used, or None) instead of them."""
+
+    @click.option(
+        "--bucket",
+        "url",
+        envvar="SPEEDRUN_BUCKET",
+        metavar="URL",
+        help="Mirror everything to s3://bucket/prefix (or a folder), and go on from what is there.  [env: SPEEDRUN_BUCKET]",
+    )
+    @click.option(
+        "--bucket-wait",
+        type=click.FloatRange(min=0),
+        default=10.0,
+        show_default=True,
+        metavar="MINUTES",
+        help="How long the end of a run waits for its uploads.",
+    )
+    @functools.wraps(command)
+    def wrapped(url: str | None, bucket_wait: float, **others: Any) -> Any:
+        from job.bucket import Bucket
+
+        bucket = Bucket.at(url, 60 * bucket_wait) if url and not others.get("dry_run") else None
+        return command(bucket=bucket, **others)
+
+    return wrapped
+
+
 def talk_options(command: Callable) -> Callable:
     quiet = click.option("-q", "--quiet", is_flag=True, help="Say errors only.")
     verbose = click.option("-v", "--verbose", is_flag=True, help="Say every event as well.")
@@ -117,7 +145,7 @@ def run_options(command: Callable) -> Callable:
     ranks = click.option(
         "--ranks", type=click.IntRange(1, 64), default=1, show_default=True, help="Training processes on this machine."
     )
-    for option in (talk_options, json_option, dry, fresh, ranks, run_id, out_option):
+    for option in (talk_options, json_option, dry, fresh, ranks, run_id, bucket_options, out_option):
         command = option(command)
     return command
 
@@ -151,9 +179,10 @@ def smoke(**options: Any) -> None:
 @main.command()
 @recipe_options("smoke")
 @out_option
+@bucket_options
 @talk_options
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
-def prepare(recipe: Any, out: Path, quiet: bool, verbose: bool, dry_run: bool) -> None:
+def prepare(recipe: Any, out: Path, bucket: Any, quiet: bool, verbose: bool, dry_run: bool) -> None:
     """Tokenizer and packed rows, sealed below OUT/prepared; runs with the same data share them.
 
     \b
@@ -165,7 +194,7 @@ def prepare(recipe: Any, out: Path, quiet: bool, verbose: bool, dry_run: bool) -
     if dry_run:
         click.echo(launch.describe_plan(out, None, recipe, ("prepare",), ranks=1))
         return
-    launch.prepare_alone(out, recipe, console=Console(_verbosity(quiet, verbose)))
+    launch.prepare_alone(out, recipe, console=Console(_verbosity(quiet, verbose)), bucket=bucket)
 
 
 @main.command()
@@ -209,6 +238,7 @@ def plan(recipe: Any, gpu: str | None, gpus: int | None, price: float | None, as
 
 @main.command()
 @out_option
+@bucket_options
 @click.option("--run-id", metavar="ID", help="The run whose finished model is scored.")
 @click.option(
     "--hf",
@@ -228,6 +258,7 @@ def plan(recipe: Any, gpu: str | None, gpus: int | None, price: float | None, as
 @talk_options
 def evaluate(
     out: Path,
+    bucket: Any,
     run_id: str | None,
     hf: Path | None,
     core_bundle: str | None,
@@ -253,23 +284,24 @@ def evaluate(
         _evaluate_hf(out, hf, core_bundle, overrides, ranks, dry_run, as_json, _verbosity(quiet, verbose))
         return
 
-    run_path = launch.existing_run(out, run_id)
+    run_path = launch.existing_run(out, run_id, bucket)
     recipe = launch.recipe_for_evaluation(run_path, core_bundle, overrides)
     if dry_run:
         click.echo(launch.describe_plan(out, run_path, recipe, ("evaluate", "report"), ranks=ranks))
         return
     console = Console(_verbosity(quiet, verbose))
     with launch.changed_evaluation(run_path, recipe):
-        launch.execute(out, run_path, recipe, ("evaluate", "report"), console=console, world_size=ranks, again=True)
+        launch.execute(out, run_path, recipe, ("evaluate", "report"), console=console, world_size=ranks, again=True, bucket=bucket)
     _show_result(run_path, as_json, quiet)
 
 
 @main.command()
 @out_option
+@bucket_options
 @click.option("--run-id", required=True, metavar="ID", help="The run that is reported.")
 @json_option
 @talk_options
-def report(out: Path, run_id: str, as_json: bool, quiet: bool, verbose: bool) -> None:
+def report(out: Path, bucket: Any, run_id: str, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Write the page and result.json of a run, finished or not.
 
     \b
@@ -279,7 +311,7 @@ def report(out: Path, run_id: str, as_json: bool, quiet: bool, verbose: bool) ->
     from job import launch
     from job.report.render import write_report
 
-    run_path = launch.existing_run(out, run_id)
+    run_path = launch.existing_run(out, run_id, bucket)
     write_report(run_path)
     _show_result(run_path, as_json, quiet)
 
@@ -288,6 +320,7 @@ def _run(
     stages: tuple[str, ...],
     recipe: Any,
     out: Path,
+    bucket: Any,
     run_id: str | None,
     ranks: int,
     fresh: bool,
@@ -303,8 +336,8 @@ def _run(
     if dry_run:
         click.echo(launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=ranks))
         return
-    run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=ranks)
-    launch.execute(out, run_path, recipe, stages, console=console, world_size=ranks)
+    run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=ranks, bucket=bucket)
+    launch.execute(out, run_path, recipe, stages, console=console, world_size=ranks, bucket=bucket, fresh=fresh)
     if "report" in stages:
         _show_result(run_path, as_json, quiet)
 

@@ -9,6 +9,7 @@ The same command with the same run id goes on after what is sealed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from typing import Any
 
 from job import machine
 from job.attempt import Attempt, fold
+from job.bucket import Bucket
 from job.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
 from job.config import SCHEMA, Recipe, differing_keys, from_document, resolve
 from job.console import Console
@@ -30,6 +32,7 @@ from job.progress import Reporter
 from job.report.render import write_report
 from job.sealed import atomic_write, is_sealed, open_sealed
 from job.supervise import Interrupts, start_ranks, supervise
+from job.uploading import Uploads, uploading
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -68,8 +71,8 @@ def run_folder(out: Path, run_id: str) -> Path:
     return out / "runs" / run_id
 
 
-def open_run(out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int = 1) -> Path:
-    """The folder of `run_id`, its recipe written; UsageError when it was begun with another recipe."""
+def open_run(out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int = 1, bucket: Bucket | None = None) -> Path:
+    """The folder of `run_id`, its recipe written; UsageError when it was begun with another recipe, here or in the bucket."""
     from job.derive import derive, micro_steps
 
     run = run_folder(out, run_id)
@@ -78,20 +81,28 @@ def open_run(out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int 
     micro_steps(recipe, derive(recipe), ranks)
     if fresh and run.exists():
         shutil.rmtree(run)
-    if (run / "recipe.json").is_file():
-        changed = differing_keys(read_recipe(run)["recipe"], document["recipe"])
-        if changed:
+    if bucket and not fresh:
+        bucket.check_history(run)
+    here = (run / "recipe.json").read_bytes() if (run / "recipe.json").is_file() else None
+    stored = bucket.recipe(run_id) if bucket and not fresh else None
+    for begun in filter(None, (here, stored)):
+        if changed := differing_keys(json.loads(begun)["recipe"], document["recipe"]):
             raise UsageError(
                 f"run {run_id} was begun with another recipe ({'; '.join(changed)}); take another --run-id, or --fresh to discard the old run"
             )
-    else:
-        atomic_write(run / "recipe.json", json.dumps(document, indent=1).encode())
+    if here is None:
+        atomic_write(run / "recipe.json", stored or json.dumps(document, indent=1).encode())
     return run
 
 
-def existing_run(out: Path, run_id: str) -> Path:
-    """The folder of a run that was begun; UsageError naming those there are otherwise."""
+def existing_run(out: Path, run_id: str, bucket: Bucket | None = None) -> Path:
+    """The folder of a run that was begun, here or in the bucket; UsageError naming those there are here otherwise."""
     run = run_folder(out, run_id)
+    if bucket:
+        check_writable(out)
+        bucket.check_history(run)
+        if not (run / "recipe.json").is_file() and (stored := bucket.recipe(run_id)):
+            atomic_write(run / "recipe.json", stored)
     if not (run / "recipe.json").is_file():
         parent = out / "runs"
         known = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
@@ -119,17 +130,36 @@ def is_done(stage: str, run: Path, recipe: Recipe) -> bool:
 
 
 def execute(
-    out: Path, run: Path, recipe: Recipe, stages: Sequence[str], *, console: Console, world_size: int = 1, again: bool = False
+    out: Path,
+    run: Path,
+    recipe: Recipe,
+    stages: Sequence[str],
+    *,
+    console: Console,
+    world_size: int = 1,
+    again: bool = False,
+    bucket: Bucket | None = None,
+    fresh: bool = False,
 ) -> None:
     """Claim an attempt and bring every stage of `stages` to its end; `again` repeats stages that are done.
 
+    With a `bucket` the run goes on from what is there, unless `fresh` discards that, and is mirrored there.
     Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
     """
     from job.derive import derive
 
-    attempt = Attempt.claim(run)
+    attempt = Attempt.claim(run, bucket and bucket.store, **({"fresh": True} if fresh else {}))
     attempt.emit("attempt.started", argv=sys.argv[1:], **machine.describe())
-    with Interrupts() as interrupts, _last_word(attempt):
+    final = folder_of(run, derive(recipe).rows)
+    with (
+        Interrupts() as interrupts,
+        uploading(bucket, out, run, attempt, int(final.name), console, interrupts) as uploads,
+        _last_word(attempt, uploads),
+    ):
+        if bucket:
+            bucket.begin(run, attempt, int(final.name), console, fresh=fresh)
+        uploads.start()
+        start = _Start(out, run, recipe, attempt, console, interrupts, world_size, uploads, bucket)
         for stage in stages:
             interrupts.check(stage)
             if not again and is_done(stage, run, recipe):
@@ -142,74 +172,109 @@ def execute(
             if stage == "report":
                 write_report(run)
             else:
-                _run_ranks(stage, out, run, recipe, attempt, console, interrupts, world_size)
+                _run_ranks(stage, start)
             attempt.emit("stage.done", stage=stage, seconds=time.monotonic() - started)
             console.say(f"{stage}: done in {time.monotonic() - started:.1f} s")
         if "report" in stages:
-            drop_optimizer(folder_of(run, derive(recipe).rows))
+            drop_optimizer(final)
 
 
-def _run_ranks(
-    stage: str, out: Path, run: Path, recipe: Recipe, attempt: Attempt, console: Console, interrupts: Interrupts, world_size: int
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What the stages of one attempt share."""
+
+    out: Path
+    run: Path
+    recipe: Recipe
+    attempt: Attempt
+    console: Console
+    interrupts: Interrupts
+    world_size: int
+    uploads: Uploads
+    bucket: Bucket | None
+
+
+def _run_ranks(stage: str, start: _Start) -> None:
     """Start the ranks of `stage` and see them to their end."""
     from job.derive import derive
 
+    run, recipe, attempt = start.run, start.recipe, start.attempt
     keeper, resume = None, None
+    if prepared := fold(run).prepared:
+        start.uploads.prepared(prepared["id"])
     if stage == "pretrain":
         final_rows = derive(recipe).rows
-        keeper = Keeper(run, attempt, world_size=world_size, final_rows=final_rows, minutes=recipe.train.checkpoint_minutes)
-        resume = newest_usable(run, identity(recipe.values(), fold(run).prepared["id"]), attempt, console)
+        keeper = Keeper(run, attempt, world_size=start.world_size, final_rows=final_rows, minutes=recipe.train.checkpoint_minutes)
+        resume = newest_usable(run, identity(recipe.values(), prepared["id"]), attempt, start.console, start.bucket)
     ranks = start_ranks(
-        [stage, str(out), str(run / "recipe.json"), str(run), str(attempt.number), str(resume or "")],
-        world_size=1 if stage == "prepare" else world_size,
+        [stage, str(start.out), str(run / "recipe.json"), str(run), str(attempt.number), str(resume or "")],
+        world_size=1 if stage == "prepare" else start.world_size,
         threads=recipe.train.threads,
         logs=run / "logs",
         label=f"{attempt.number}.{stage}",
     )
     try:
-        supervise(stage, ranks, reporter=attempt, console=console, interrupts=interrupts, keeper=keeper)
+        supervise(
+            stage,
+            ranks,
+            reporter=attempt,
+            console=start.console,
+            interrupts=start.interrupts,
+            keeper=keeper,
+            meanwhile=start.uploads.check,
+        )
     finally:
         if keeper:
             keeper.sweep()
 
 
 @contextlib.contextmanager
-def _last_word(attempt: Attempt) -> Iterator[None]:
-    """However the attempt ends, its last event says with which code and why."""
+def _last_word(attempt: Attempt, uploads: Uploads) -> Iterator[None]:
+    """However the attempt ends, its last event says with which code and why, when what it sealed is in the bucket."""
     try:
         yield
+        uploads.flush()
         attempt.emit("attempt.ended", exit_code=int(ExitCode.DONE), reason="done")
-    except SpeedrunError as error:
-        attempt.emit("attempt.ended", exit_code=int(error.exit_code), reason=str(error))
-        raise
+        uploads.last()
     except BaseException as error:
-        attempt.emit("attempt.ended", exit_code=int(ExitCode.BUG), reason=repr(error))
+        expected = isinstance(error, SpeedrunError)
+        uploads.flush(after=error)
+        code = error.exit_code if expected else ExitCode.BUG
+        attempt.emit("attempt.ended", exit_code=int(code), reason=str(error) if expected else repr(error))
+        uploads.last(after=error)
         raise
     finally:
         attempt.close()
 
 
-def prepare_alone(out: Path, recipe: Recipe, *, console: Console) -> None:
-    """The prepare stage without a run: its sealed folders are shared by every run with the same data."""
+def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket | None = None) -> None:
+    """The prepare stage without a run: its sealed folders are shared by every run with the same data, through the bucket too."""
     check_writable(out)
-    with tempfile.TemporaryDirectory(prefix="speedrun-") as scratch, Interrupts() as interrupts:
+    with (
+        tempfile.TemporaryDirectory(prefix="speedrun-") as scratch,
+        Interrupts() as interrupts,
+        uploading(bucket, out, None, None, 0, console, interrupts, logs=Path(scratch)) as uploads,
+    ):
+        uploads.start()
         recipe_file = Path(scratch) / "recipe.json"
         atomic_write(recipe_file, json.dumps(recipe_document(recipe, "prepare")).encode())
         ranks = start_ranks(
             ["prepare", str(out), str(recipe_file), ""], world_size=1, threads=0, logs=Path(scratch), label="prepare"
         )
-        supervise("prepare", ranks, reporter=Said(console), console=console, interrupts=interrupts)
+        said = Said(console, uploads)
+        supervise("prepare", ranks, reporter=said, console=console, interrupts=interrupts, meanwhile=uploads.check)
+        uploads.flush()
 
 
 class Said(Reporter):
     """A reporter without a record: says where the prepared set is."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, uploads: Uploads) -> None:
+        self._console, self._uploads = console, uploads
 
     def emit(self, kind: str, **fields: Any) -> None:
         if kind == "prepare.done":
+            self._uploads.prepared(fields["id"])
             self._console.say(
                 f"prepared {fields['id']}: {fields['train_rows']:,} rows to train on, {fields['val_rows']:,} held out"
             )

@@ -199,20 +199,49 @@ def sealed_names(store: Store, prefix: str) -> list[str]:
     return sorted(parts[0] for parts in keys if len(parts) == 2 and parts[1] == MANIFEST)
 
 
-def push_sealed(store: Store, key: str, folder: Path, before_manifest: Callable[[], None] = lambda: None) -> int:
+def push_sealed(
+    store: Store,
+    key: str,
+    folder: Path,
+    before_manifest: Callable[[], None] = lambda: None,
+    *,
+    known: dict[str, str] | None = None,
+) -> int:
     """Put the sealed `folder` at `key`; bytes put. What is there already, byte for byte by its manifest, is not put again.
 
-    `before_manifest()` runs when all files are there: it may raise, and then the folder does not exist in the store.
+    `before_manifest()` runs when all files are there: it may raise, and then the folder does not exist in the store. `known` (key to
+    SHA-256) names files that an earlier call put, and is added to: what was put before a failure is not put again.
+    Another folder at `key` is replaced: its manifest goes first where a file of the same name differs, its other files go last.
     """
     manifest = (folder / MANIFEST).read_bytes()
-    if store.get(f"{key}/{MANIFEST}") == manifest:
+    old = store.get(f"{key}/{MANIFEST}")
+    if old == manifest:
         return 0
-    files = json.loads(manifest)["files"]
+    known = {} if known is None else known
+    files, stored = json.loads(manifest)["files"], _files_of(old)
+    there = {name for name, entry in files.items() if entry["sha256"] in (stored.get(name), known.get(f"{key}/{name}"))}
+    if any(name in files and files[name]["sha256"] != sha256 for name, sha256 in stored.items()):
+        store.delete([f"{key}/{MANIFEST}"])
+
+    def put(name: str) -> int:
+        store.put_file(f"{key}/{name}", folder / name, files[name]["sha256"])
+        known[f"{key}/{name}"] = files[name]["sha256"]
+        return files[name]["size"]
+
     with ThreadPoolExecutor(PARALLEL) as pool:
-        list(pool.map(lambda item: store.put_file(f"{key}/{item[0]}", folder / item[0], item[1]["sha256"]), files.items()))
+        size = sum(pool.map(put, files.keys() - there))
     before_manifest()
     store.put(f"{key}/{MANIFEST}", manifest, "application/json")
-    return sum(entry["size"] for entry in files.values())
+    if dropped := [f"{key}/{name}" for name in stored.keys() - files.keys()]:
+        store.delete(dropped)
+    return size
+
+
+def _files_of(manifest: bytes | None) -> dict[str, str]:
+    """SHA-256 by file of a stored manifest; nothing where it cannot be read."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        return {name: entry["sha256"] for name, entry in json.loads(manifest or b"{}").get("files", {}).items()}
+    return {}
 
 
 def pull_sealed(store: Store, key: str, path: Path, *, kind: str) -> Sealed:

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ CPU_ENVIRONMENT = {
 """What ranks are given unless the user's environment says otherwise. Threads that wait for each other sleep instead of spinning: on
 cores that others use too, spinning is 4 to 8 times slower. glibc keeps freed activations instead of returning them to the kernel page by
 page: a step's page faults cost 15 to 30 % of it. Both measured in LOG.md."""
+
+PYTHONPATH = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+"""with which children find this package wherever they are started"""
 
 GOES_ON = "what is sealed is kept, and the same command goes on from there"
 
@@ -74,19 +77,19 @@ class Interrupts:
 
 
 class Rank:
-    """One child process: its pipes, its log, and the last unfinished line it sent."""
+    """One child process (of `module`): its pipes, its log, and the last unfinished line it sent."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(self, arguments: list[str], environment: Mapping[str, str], log: Path, module: str = "job.worker") -> None:
         read_end, write_end = os.pipe()
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "job.worker", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env=environment | {"SPEEDRUN_EVENTS_FD": str(write_end)},
+                env={**environment, "PYTHONPATH": PYTHONPATH, "SPEEDRUN_EVENTS_FD": str(write_end)},
                 pass_fds=[write_end],
                 start_new_session=True,
             )
@@ -146,7 +149,6 @@ def start_ranks(arguments: list[str], *, world_size: int, threads: int, logs: Pa
             "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": str(per_rank),
             "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])),
         }
     )
     return [
@@ -156,10 +158,18 @@ def start_ranks(arguments: list[str], *, world_size: int, threads: int, logs: Pa
 
 
 def supervise(
-    stage: str, ranks: list[Rank], *, reporter: Reporter, console: Console, interrupts: Interrupts, keeper: Keeper | None = None
+    stage: str,
+    ranks: list[Rank],
+    *,
+    reporter: Reporter,
+    console: Console,
+    interrupts: Interrupts,
+    keeper: Keeper | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Write down what the ranks of `stage` report until all have ended; `keeper` seals their checkpoints and says when one is due.
 
+    `meanwhile` is called several times a second: what else the supervisor minds; it must not block, and what it raises ends the stage.
     Raises InterruptedRun after a signal, the error a rank named, or RuntimeError (a bug of ours, exit 1) with the tail of its log.
     """
     selector = selectors.DefaultSelector()
@@ -176,6 +186,7 @@ def supervise(
                     selector.unregister(key.fd)
                     os.close(key.fd)
             borders.advance()
+            meanwhile()
         codes = [rank.ended() for rank in ranks]
     finally:
         for rank in ranks:

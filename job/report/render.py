@@ -26,19 +26,26 @@ def write_report(run: Path) -> dict[str, Any]:
     Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged, StorageError when the disk
     refuses.
     """
+    results.read_recipe(run)
+    made_from = {"files": input_hashes(run)}
+    result, files = report_files(run)
+    with sealing(run / "report", kind="report", made_from=made_from) as folder:
+        for name, text in files.items():
+            (folder.path / name).write_text(text, encoding="utf-8")
+    return result
+
+
+def report_files(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The result of `run` as far as it is, and the text of each file of its report. Raises what `write_report` raises but StorageError."""
     from job.report import page
 
     recipe = results.read_recipe(run)
-    made_from = {"files": input_hashes(run)}
     record = results.present(fold(run))
     result = results.result_of(run, recipe, record)
     context = describe(run, recipe, record, result)
-    with sealing(run / "report", kind="report", made_from=made_from) as folder:
-        document = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-        (folder.path / "result.json").write_text(document + "\n", encoding="utf-8")
-        (folder.path / "report.md").write_text(page.markdown(context), encoding="utf-8")
-        (folder.path / "report.html").write_text(page.html(context, record), encoding="utf-8")
-    return result
+    document = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    texts = {"result.json": document + "\n", "report.md": page.markdown(context), "report.html": page.html(context, record)}
+    return result, texts
 
 
 def input_hashes(run: Path) -> dict[str, str]:

@@ -1,0 +1,143 @@
+"""A run and its bucket, from the supervisor's side: what is taken from there at the start, and the uploader while it runs.
+
+at the start    recipe compared, a claim beyond all others, events of earlier attempts, answers, the finished model where there is one;
+                a checkpoint when training asks for it; the prepared set is pulled by the prepare stage itself
+meanwhile       the uploader (job/upload.py) mirrors what is sealed, and says when a newer attempt has taken over
+at the end      what is left is waited for, at most `wait` seconds; what did not arrive is on the local disk, and its path is said
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from job.attempt import Attempt, newest_attempt
+from job.checkpoint_folder import KIND as CHECKPOINT
+from job.checkpoint_folder import folder_of
+from job.console import Console
+from job.core_eval.ledger import ANSWERS, LEDGER
+from job.errors import DataError, UsageError
+from job.fence import claimed, run_key, stored_claim
+from job.sealed import MANIFEST, atomic_write, is_sealed
+from job.store import VARIABLE, Store, open_store, pull_sealed, sealed_names
+
+PULLS = 8
+"""small files and folders that are pulled at once"""
+LINK_SECONDS = 7 * 24 * 3600
+"""as long as S3 lets an address of the live page be valid"""
+BPB = "bpb"
+
+
+class Bucket:
+    """The store of one command, ready to be written. `wait`: seconds that the end of a run waits for its uploads."""
+
+    def __init__(self, store: Store, wait: float) -> None:
+        self.store, self.wait = store, wait
+
+    @classmethod
+    def at(cls, url: str, wait: float = 600.0) -> Bucket:
+        """UsageError for a store that cannot be used, StorageError for one that does not answer."""
+        store = open_store(url)
+        store.prepare()
+        os.environ[VARIABLE] = url  # for the children: prepare and the feeder pull prepared sets from there
+        return cls(store, wait)
+
+    def recipe(self, run_id: str) -> bytes | None:
+        """The stored `recipe.json` of a run; None where the bucket has no such run."""
+        return self.store.get(f"{run_key(run_id)}/recipe.json")
+
+    def check_history(self, run: Path) -> None:
+        """UsageError when the run of this name on this disk is not the one in the bucket."""
+        mine, stored = newest_attempt(run), claimed(self.store, run.name)
+        both = [number for number in stored if (run / "attempts" / str(number)).is_file()]
+        remedy = "take another --run-id or --out, or --fresh to discard both"
+        if both and stored_claim(self.store, run.name, both[-1]) != json.loads((run / "attempts" / str(both[-1])).read_text()):
+            raise UsageError(f"run {run.name} in {self.store.url} is not the one in {run}, though it has the same name; {remedy}")
+        later = [number for number in stored if mine and number > mine]
+        with ThreadPoolExecutor(PULLS) as pool:
+            anew = [
+                n
+                for n, claim in zip(later, pool.map(lambda n: stored_claim(self.store, run.name, n), later), strict=True)
+                if claim.get("fresh")
+            ]
+        if anew:
+            raise UsageError(
+                f"run {run.name} was begun anew in {self.store.url} by attempt {anew[-1]}; {run} holds what it was before: {remedy}"
+            )
+
+    def discard(self, run_id: str, console: Console) -> None:
+        """Remove what the bucket has of a run; its claims stay, so that an older attempt still learns of this one."""
+        keys = [key for key in self.store.list(run_key(run_id)) if not key.startswith(f"{run_key(run_id)}/attempts/")]
+        if keys:
+            self.store.delete([key for key in keys if key.endswith(f"/{MANIFEST}")])
+            self.store.delete(keys)
+            console.say(f"--fresh: discarded what {self.store.url}/{run_key(run_id)} had")
+
+    def begin(self, run: Path, attempt: Attempt, final_rows: int, console: Console, *, fresh: bool) -> None:
+        """After the claim: discard or restore the run, and say where it can be watched."""
+        if fresh:
+            self.discard(run.name, console)
+        self.restore(run, attempt, final_rows, console)
+        if link := self.store.link(f"{run_key(run.name)}/report/report.html", LINK_SECONDS):
+            sooner = ", with these temporary credentials much sooner" if "X-Amz-Security-Token" in link else ""
+            console.say(f"live page, renewed every minute (the address expires in {LINK_SECONDS // 86400} days{sooner}):\n{link}")
+
+    def restore(self, run: Path, attempt: Attempt, final_rows: int, console: Console) -> None:
+        """Pull what the bucket has of the run and this disk has not: claims, events, answers, and the finished model."""
+        began = time.monotonic()
+        self.pull_record(run, before=attempt.number)
+        wanted = [*self._answers(run), (folder_of(run, final_rows), CHECKPOINT)]
+        keys = [self._key(run, folder) for folder, _ in wanted]
+        with ThreadPoolExecutor(PULLS) as pool:
+            answers = list(pool.map(lambda key, item: self._pull(key, *item), keys, wanted))
+        for key, error in zip(keys, answers, strict=True):
+            if isinstance(error, DataError):
+                attempt.emit("restore.refused", folder=key, why=str(error))
+                console.say(f"{error}; it is made again")
+        if pulled := [key for key, answer in zip(keys, answers, strict=True) if answer is True]:
+            attempt.emit("restore.done", folders=pulled, seconds=time.monotonic() - began)
+            console.say(f"taken from {self.store.url}: {', '.join(pulled)}")
+
+    def pull_record(self, run: Path, before: int | None = None) -> None:
+        """The claims and events of attempts (with a smaller number than `before`), where the bucket has more of them."""
+        sizes = self.store.list(f"{run_key(run.name)}/attempts") | self.store.list(f"{run_key(run.name)}/events")
+        wanted = []
+        for key, size in sizes.items():
+            file, number = run / PurePosixPath(key).relative_to(run_key(run.name)), PurePosixPath(key).stem
+            has = file.stat().st_size if file.is_file() else -1
+            if number.isdigit() and (before is None or int(number) < before) and size > has:
+                wanted.append((key, file))
+        with ThreadPoolExecutor(PULLS) as pool:
+            for (_, file), data in zip(wanted, pool.map(lambda item: self.store.get(item[0]), wanted), strict=True):
+                if data is not None:
+                    atomic_write(file, data)
+
+    def checkpoints(self, run: Path) -> list[Path]:
+        """Where the checkpoints that are sealed in the bucket would stand on this disk, newest first."""
+        names = sealed_names(self.store, f"{run_key(run.name)}/checkpoints")
+        return [folder_of(run, int(name)) for name in sorted(names, reverse=True) if name.isdigit()]
+
+    def pull_checkpoint(self, run: Path, folder: Path) -> None:
+        """Make `folder` the checkpoint that the bucket has; DataError when it is damaged there."""
+        pull_sealed(self.store, self._key(run, folder), folder, kind=CHECKPOINT)
+
+    def _answers(self, run: Path) -> list[tuple[Path, str]]:
+        kinds = {"ledger": LEDGER, BPB: BPB}
+        names = sealed_names(self.store, f"{run_key(run.name)}/eval")
+        return [(run / "eval" / name, kinds.get(name, ANSWERS)) for name in names]
+
+    def _pull(self, key: str, folder: Path, kind: str) -> bool | DataError:
+        """Whether there was something to pull; DataError, not raised, where it is damaged."""
+        try:
+            if is_sealed(folder) or self.store.get(f"{key}/{MANIFEST}") is None:
+                return False
+            pull_sealed(self.store, key, folder, kind=kind)
+        except DataError as error:
+            return error
+        return True
+
+    def _key(self, run: Path, folder: Path) -> str:
+        return f"{run_key(run.name)}/{folder.relative_to(run).as_posix()}"

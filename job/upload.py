@@ -1,0 +1,272 @@
+"""The uploader: a child process of the supervisor that mirrors a run into the bucket while ranks compute.
+
+    local disk                                 bucket, the same keys
+    recipe.json                      ------>   first of all
+    checkpoints/<rows>/              ------>   newest first; those beyond the newest KEEP are removed there too
+    eval/<task>/ ...                 ------>
+    prepared/<id>/**                 ------>   whatever is sealed, what makes the set whole last
+    events/N.jsonl, report/          ------>   every minute, and last of all
+
+It is a process of its own because a store may block for ever: nothing that it does can delay the supervisor, whose step borders ranks
+wait for, and when its time is over it is killed. It keeps no queue: sealed folders say what there is to upload, so what it holds in
+memory is the parts on their way. A failed upload is an event, and tried again; the files that arrived are not put again.
+
+    supervisor --(stdin)--> uploader     {"do": "prepared", "id": ..}  {"do": "flush"}  {"do": "last"}
+    uploader --(the pipe)--> supervisor  events  {"left": [..]}  {"flushed": true}  {"published": true}  {"error": [2, ..]}
+
+Every write goes through a `Fenced` store: once a newer attempt has claimed the run, it says so, and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from job.attempt import newest_attempt
+from job.checkpoint_folder import KEEP, folders
+from job.errors import ExitCode
+from job.fence import Fenced, TakenOver, claim_key, run_key
+from job.progress import Reporter
+from job.report.render import report_files
+from job.sealed import MANIFEST, is_sealed
+from job.store import Store, open_store, push_sealed, sealed_names
+from job.worker import RankReporter
+
+POLL = 0.5
+"""seconds between two looks for sealed folders"""
+LIVE_EVERY = 60.0
+"""seconds between two uploads of events and page; more where they take more than a tenth of it"""
+RETRY_FIRST, RETRY_MOST = 1.0, 60.0
+"""seconds until a failed upload is tried again: doubled from the first to the most"""
+LAST_OF_A_SET = ("begun", "set")
+CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".md": "text/markdown; charset=utf-8"}
+
+
+class Mirror:
+    """What of a run (and of the prepared set it uses) is not in the bucket yet, and how it gets there."""
+
+    def __init__(self, store: Store, out: Path, run: Path | None, final_rows: int, reporter: Reporter) -> None:
+        self.store, self.out, self.run, self.final_rows, self.reporter = store, out, run, final_rows, reporter
+        self.prepared: set[str] = set()
+        self._known: dict[str, str] = {}
+        self._done: dict[str, tuple[int, int]] = {}
+        self._failed: dict[str, tuple[float, float]] = {}
+
+    def pending(self) -> list[str]:
+        """Paths below `out`, which are keys, of all that is to be uploaded, the most urgent first."""
+        marks = ((self._key(path), _mark(path)) for path in self._wanted())
+        return [key for key, mark in marks if mark and mark != self._done.get(key)]
+
+    def next(self) -> str | None:
+        """The most urgent that is not waiting for its next try."""
+        now = time.monotonic()
+        return next((key for key in self.pending() if self._failed.get(key, (0.0, 0.0))[0] <= now), None)
+
+    def upload(self, key: str) -> None:
+        """Upload one of `pending`. Raises TakenOver; any other failure is an event, and a later try."""
+        path, began = self.out / key, time.monotonic()
+        mark = _mark(path)
+        try:
+            size = self._put(key, path)
+        except TakenOver:
+            raise
+        except Exception as error:
+            if _mark(path) == mark:  # else it was removed or sealed anew meanwhile: the next look finds what is there now
+                self._fail(key, error)
+            return
+        self._failed.pop(key, None)
+        self._done[key] = mark
+        if size:
+            self.reporter.emit("upload.done", folder=key, bytes=size, seconds=time.monotonic() - began)
+
+    def _put(self, key: str, path: Path) -> int:
+        if path.is_file():
+            self.store.put(key, path.read_bytes(), "application/json")
+            return 0
+        size = push_sealed(self.store, key, path, known=self._known)
+        if path.parent.name == "checkpoints":
+            self._remove_older(path)
+        return size
+
+    def _fail(self, key: str, error: Exception) -> None:
+        wait = min(RETRY_MOST, 2 * self._failed[key][1]) if key in self._failed else RETRY_FIRST
+        self._failed[key] = (time.monotonic() + wait, wait)
+        self.reporter.emit("upload.failed", folder=key, why=f"{type(error).__name__}: {error}", next_try=wait)
+
+    def _wanted(self) -> Iterator[Path]:
+        if self.run:
+            yield self.run / "recipe.json"
+            yield from folders(self.run)
+            yield from sorted(sealed_below(self.run / "eval"))
+        for set_id in sorted(self.prepared):
+            yield from sorted(sealed_below(self.out / "prepared" / set_id), key=lambda p: (p.name in LAST_OF_A_SET, p))
+
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self.out).as_posix()
+
+    def _remove_older(self, folder: Path) -> None:
+        """Of the checkpoints before `folder`, keep in the bucket what the run's folder keeps of them."""
+        parent, rows = self._key(folder.parent), int(folder.name)
+        older = [name for name in sealed_names(self.store, parent) if name.isdigit() and int(name) < rows]
+        keep = KEEP if rows == self.final_rows else KEEP - 1
+        for name in sorted(older, key=int, reverse=True)[keep:]:
+            remove_folder(self.store, f"{parent}/{name}")
+
+
+class Live:
+    """The page and the events in the bucket, as they are now."""
+
+    def __init__(self, store: Store, run: Path, attempt: int, reporter: Reporter) -> None:
+        self.store, self.run, self.attempt, self.reporter = store, run, attempt, reporter
+        self.began = time.time()
+        self._sizes: dict[int, int] = {}
+        self._report_is_sealed = True
+
+    def publish(self) -> bool:
+        """Put page, then events, where they are new; whether all of it arrived. Raises TakenOver; another failure is an event."""
+        return self._tried("report", self._page) & self._tried("events", self._events)
+
+    def _tried(self, name: str, publish: Callable[[], None]) -> bool:
+        try:
+            publish()
+        except TakenOver:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            self.reporter.emit("upload.failed", folder=f"{run_key(self.run.name)}/{name}", why=why, next_try=LIVE_EVERY)
+            return False
+        return True
+
+    def _page(self) -> None:
+        """The report that this attempt sealed, or else what can be said so far, which is not sealed."""
+        key, folder = f"{run_key(self.run.name)}/report", self.run / "report"
+        sealed = is_sealed(folder) and (folder / MANIFEST).stat().st_mtime >= self.began
+        if sealed:
+            texts = {
+                name: (folder / name).read_text(encoding="utf-8") for name in json.loads((folder / MANIFEST).read_text())["files"]
+            }
+        else:
+            texts = report_files(self.run)[1]
+        if self._report_is_sealed:
+            self.store.delete([f"{key}/{MANIFEST}"])
+            self._report_is_sealed = False
+        for name, text in texts.items():
+            self.store.put(f"{key}/{name}", text.encode(), CONTENT_TYPES[Path(name).suffix])
+        if sealed:
+            self.store.put(f"{key}/{MANIFEST}", (folder / MANIFEST).read_bytes(), "application/json")
+            self._report_is_sealed = True
+
+    def _events(self) -> None:
+        """This attempt's events, and of earlier ones what the bucket has not: whole lines, the file that has more of them counts."""
+        key = f"{run_key(self.run.name)}/events"
+        if not self._sizes:
+            self._sizes = {int(Path(k).stem): size for k, size in self.store.list(key).items() if Path(k).stem.isdigit()}
+            for number in range(1, newest_attempt(self.run) + 1):
+                claim = self.run / "attempts" / str(number)
+                if number < self.attempt and claim.is_file():
+                    self.store.create(claim_key(self.run.name, number), claim.read_bytes())
+        for number in range(1, self.attempt + 1):
+            file = self.run / "events" / f"{number}.jsonl"
+            data = file.read_bytes() if file.is_file() and file.stat().st_size > self._sizes.get(number, 0) else b""
+            data = data[: data.rfind(b"\n") + 1]
+            if len(data) > self._sizes.get(number, 0):
+                self.store.put(f"{key}/{number}.jsonl", data, "application/x-ndjson")
+                self._sizes[number] = len(data)
+
+
+class Uploader:
+    """The threads: one for sealed folders, one for events and page, so that neither waits for the other."""
+
+    def __init__(self, mirror: Mirror, live: Live | None, reporter: RankReporter) -> None:
+        self.mirror, self.live, self.reporter = mirror, live, reporter
+        self._flush = threading.Event()
+        self._last = threading.Event()
+
+    def run(self) -> None:
+        """Until the supervisor, or a newer attempt, ends this process."""
+        for work in (self._folders, self._record) if self.live else (self._folders,):
+            threading.Thread(target=self._guarded, args=(work,), daemon=True).start()
+        for line in sys.stdin:
+            match json.loads(line):
+                case {"do": "prepared", "id": set_id}:
+                    self.mirror.prepared |= {set_id}
+                case {"do": "flush"}:
+                    self._flush.set()
+                case {"do": "last"}:
+                    self._last.set()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except TakenOver as error:
+            self.reporter.send({"error": [int(ExitCode.USAGE), str(error)]})
+        except BaseException as error:
+            self.reporter.send({"error": [int(ExitCode.BUG), f"the uploader failed: {error!r}"]})
+            raise
+
+    def _folders(self) -> None:
+        while True:
+            flushing = self._flush.is_set()
+            if key := self.mirror.next():
+                self.mirror.upload(key)
+            elif flushing and not self.mirror.pending():
+                self._flush.clear()
+                self.reporter.send({"flushed": True})
+            else:
+                self._flush.wait(POLL) if not flushing else time.sleep(POLL)
+            if flushing:
+                self.reporter.send({"left": self.mirror.pending()})
+
+    def _record(self) -> None:
+        while True:
+            last, began = self._last.is_set(), time.monotonic()
+            arrived = self.live.publish()
+            if last and arrived:
+                self._last.clear()
+                self.reporter.send({"published": True})
+            elif last:
+                time.sleep(RETRY_FIRST)
+            else:
+                self._last.wait(max(LIVE_EVERY, 10 * (time.monotonic() - began)))
+
+
+def sealed_below(folder: Path) -> list[Path]:
+    """All sealed folders below `folder`, at whatever depth; hidden ones are somebody's unfinished work."""
+    found = (path.parent for path in folder.rglob(MANIFEST))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def remove_folder(store: Store, key: str) -> None:
+    """Remove the sealed folder `key`: first its manifest, so that at no moment a damaged one is there."""
+    store.delete([f"{key}/{MANIFEST}"])
+    store.delete(store.list(key))
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """Changes whenever the folder is sealed anew, or the file is written; None when it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        status = (path / MANIFEST if path.is_dir() else path).stat()
+        return status.st_mtime_ns, status.st_ino
+    return None
+
+
+def main(url: str, out: str, run: str, attempt: str, final_rows: str) -> None:
+    os.nice(10)
+    reporter = RankReporter(os.fdopen(int(os.environ["SPEEDRUN_EVENTS_FD"]), "w", encoding="utf-8"))
+    store, live = open_store(url), None
+    if run:
+        store = Fenced(store, Path(run).name, int(attempt))
+        live = Live(store, Path(run), int(attempt), reporter)
+    mirror = Mirror(store, Path(out), Path(run) if run else None, int(final_rows), reporter)
+    Uploader(mirror, live, reporter).run()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
