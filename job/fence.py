@@ -88,5 +88,9 @@ class Fenced(Store):
     def prepare(self) -> None:
         self._store.prepare()
 
+    def sweep(self, prefix: str, older_than: float = 0.0) -> int:
+        self.check()
+        return self._store.sweep(prefix, older_than)
+
     def link(self, key: str, seconds: int) -> str | None:
         return self._store.link(key, seconds)

@@ -228,9 +228,9 @@ class Uploader:
             last, began = self._last.is_set(), time.monotonic()
             arrived = self.live.publish()
             if last and arrived:
-                self._last.clear()
                 self.reporter.send({"published": True})
-            elif last:
+                return
+            if last:
                 time.sleep(RETRY_FIRST)
             else:
                 self._last.wait(max(LIVE_EVERY, 10 * (time.monotonic() - began)))
