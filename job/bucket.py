@@ -99,7 +99,13 @@ class Bucket:
                 console.say(f"{error}; it is made again")
         if pulled := [key for key, answer in zip(keys, answers, strict=True) if answer is True]:
             attempt.emit("restore.done", folders=pulled, seconds=time.monotonic() - began)
-            console.say(f"taken from {self.store.url}: {', '.join(pulled)}")
+            console.say(f"taken from {self.store.url}: {len(pulled)} sealed folders of run {run.name}")
+
+    def pull_results(self, run: Path) -> None:
+        """What a report is made from: claims, events and answers. What is damaged is not there."""
+        self.pull_record(run)
+        with ThreadPoolExecutor(PULLS) as pool:
+            list(pool.map(lambda item: self._pull(self._key(run, item[0]), *item), self._answers(run)))
 
     def pull_record(self, run: Path, before: int | None = None) -> None:
         """The claims and events of attempts (with a smaller number than `before`), where the bucket has more of them."""

@@ -82,7 +82,7 @@ def bucket_options(command: Callable) -> Callable:
     def wrapped(url: str | None, bucket_wait: float, **others: Any) -> Any:
         from job.bucket import Bucket
 
-        bucket = Bucket.at(url, 60 * bucket_wait) if url and not others.get("dry_run") else None
+        bucket = Bucket.at(url, 60 * bucket_wait) if url and not others.get("dry_run") and not others.get("hf") else None
         return command(bucket=bucket, **others)
 
     return wrapped
@@ -312,6 +312,8 @@ def report(out: Path, bucket: Any, run_id: str, as_json: bool, quiet: bool, verb
     from job.report.render import write_report
 
     run_path = launch.existing_run(out, run_id, bucket)
+    if bucket:
+        bucket.pull_results(run_path)
     write_report(run_path)
     _show_result(run_path, as_json, quiet)
 

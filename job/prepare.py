@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from job import machine
+from job.checkpoint_folder import folder_of
 from job.config import Recipe
 from job.core_eval.bundle import Bundle, open_bundle
 from job.core_eval.fetch import open_core
@@ -27,15 +28,16 @@ SMOKE_BUNDLE = "smoke_bundle"
 
 def main(context: RankContext) -> None:
     """The prepare stage, in one process that starts its own packers."""
-    recipe = context.recipe()
+    recipe, rows = context.recipe(), context.rows_of_the_run()
+    nothing_follows = context.run is None or is_sealed(folder_of(context.run, rows))  # no training that would make the rest
     prepared = data.prepare(
         context.out,
         recipe.data,
         recipe.model.seq_len,
         context.reporter,
         workers=machine.usable_cores(),
-        rows=context.rows_of_the_run(),
-        whole=context.run is None,
+        rows=rows,
+        whole=nothing_follows,
         store=store_of_environment(),
     )
     seal_smoke_bundle(prepared, recipe.data.seed)

@@ -238,8 +238,11 @@ class Uploader:
 
 def sealed_below(folder: Path) -> list[Path]:
     """All sealed folders below `folder`, at whatever depth; hidden ones are somebody's unfinished work."""
-    found = (path.parent for path in folder.rglob(MANIFEST))
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    found = []
+    for parent, folders_in_it, files in os.walk(folder):
+        folders_in_it[:] = [name for name in folders_in_it if not name.startswith(".")]
+        found += [Path(parent)] if MANIFEST in files else []
+    return found
 
 
 def remove_folder(store: Store, key: str) -> None:

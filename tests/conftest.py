@@ -42,9 +42,10 @@ TINY = (
 
 @dataclasses.dataclass
 class Speedrun:
-    """`speedrun ...` as a user types it, in a process of its own."""
+    """`speedrun ...` as a user types it, in a process of its own, with the environment's `variables` added."""
 
     data: Path
+    variables: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-c", "from job.cli import main; main()", *arguments]
@@ -57,7 +58,7 @@ class Speedrun:
         )
 
     def environment(self) -> dict[str, str]:
-        return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+        return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"} | self.variables
 
     def start(self, words: list[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment(), cwd=ROOT)
@@ -84,14 +85,25 @@ def speedrun(small_corpus: Path) -> Speedrun:
     return Speedrun(small_corpus)
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> ModuleType:
-    """tests/s3_server.py as a module."""
-    spec = importlib.util.spec_from_file_location("s3_server", ROOT / "tests" / "s3_server.py")
+def load(name: str) -> ModuleType:
+    """tests/`name`.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> ModuleType:
+    """tests/s3_server.py as a module."""
+    return load("s3_server")
+
+
+@pytest.fixture(scope="session")
+def gate() -> Any:
+    """The class Gate of tests/gate.py."""
+    return load("gate").Gate
 
 
 @pytest.fixture(scope="session")

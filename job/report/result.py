@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from job.attempt import Record, fold
+from job.checkpoint_folder import OPTIMIZER
 from job.core_eval.ledger import Ledger
 from job.errors import DataError, ExitCode, UsageError
 from job.sealed import canonical_json, is_sealed, open_sealed
@@ -155,8 +156,12 @@ def _hashes(run: Path, recipe: dict[str, Any], record: Record, ledger: Ledger | 
 
 
 def _files_hash(folder: Path, kind: str) -> str | None:
-    """SHA-256 over names and SHA-256 of a sealed folder's files, as its manifest has them; None where the folder is not."""
+    """SHA-256 over names and SHA-256 of a sealed folder's files, as its manifest has them; None where the folder is not.
+
+    The optimizer's state, which a finished run gives up, is no part of what a result rests on.
+    """
     if not is_sealed(folder):
         return None
     files = open_sealed(folder, kind=kind, verify=False).files
-    return hashlib.sha256(canonical_json({name: entry["sha256"] for name, entry in files.items()}).encode()).hexdigest()
+    hashes = {name: entry["sha256"] for name, entry in files.items() if not name.startswith(OPTIMIZER)}
+    return hashlib.sha256(canonical_json(hashes).encode()).hexdigest()
