@@ -32,7 +32,7 @@ from job.progress import Reporter
 from job.report.render import write_report
 from job.sealed import atomic_write, is_sealed, open_sealed
 from job.supervise import Interrupts, start_ranks, supervise
-from job.uploading import Uploads, uploading
+from job.uploading import Told, Uploads, uploading
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -200,12 +200,10 @@ def _run_ranks(stage: str, start: _Start) -> None:
 
     run, recipe, attempt = start.run, start.recipe, start.attempt
     keeper, resume = None, None
-    if prepared := fold(run).prepared:
-        start.uploads.prepared(prepared["id"])
     if stage == "pretrain":
         final_rows = derive(recipe).rows
         keeper = Keeper(run, attempt, world_size=start.world_size, final_rows=final_rows, minutes=recipe.train.checkpoint_minutes)
-        resume = newest_usable(run, identity(recipe.values(), prepared["id"]), attempt, start.console, start.bucket)
+        resume = newest_usable(run, identity(recipe.values(), fold(run).prepared["id"]), attempt, start.console, start.bucket)
     ranks = start_ranks(
         [stage, str(start.out), str(run / "recipe.json"), str(run), str(attempt.number), str(resume or "")],
         world_size=1 if stage == "prepare" else start.world_size,
@@ -217,7 +215,7 @@ def _run_ranks(stage: str, start: _Start) -> None:
         supervise(
             stage,
             ranks,
-            reporter=attempt,
+            reporter=Told(attempt, start.uploads),
             console=start.console,
             interrupts=start.interrupts,
             keeper=keeper,
@@ -261,7 +259,7 @@ def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket
         ranks = start_ranks(
             ["prepare", str(out), str(recipe_file), ""], world_size=1, threads=0, logs=Path(scratch), label="prepare"
         )
-        said = Said(console, uploads)
+        said = Told(Said(console), uploads)
         supervise("prepare", ranks, reporter=said, console=console, interrupts=interrupts, meanwhile=uploads.check)
         uploads.flush()
 
@@ -269,12 +267,11 @@ def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket
 class Said(Reporter):
     """A reporter without a record: says where the prepared set is."""
 
-    def __init__(self, console: Console, uploads: Uploads) -> None:
-        self._console, self._uploads = console, uploads
+    def __init__(self, console: Console) -> None:
+        self._console = console
 
     def emit(self, kind: str, **fields: Any) -> None:
         if kind == "prepare.done":
-            self._uploads.prepared(fields["id"])
             self._console.say(
                 f"prepared {fields['id']}: {fields['train_rows']:,} rows to train on, {fields['val_rows']:,} held out"
             )

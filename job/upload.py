@@ -5,7 +5,7 @@
     checkpoints/<rows>/              ------>   newest first; those beyond the newest KEEP are removed there too
     eval/<task>/ ...                 ------>
     prepared/<id>/**                 ------>   whatever is sealed, what makes the set whole last
-    events/N.jsonl, report/          ------>   every minute, and last of all
+    events/N.jsonl, report/          ------>   every minute, and last of all, with the ends of logs/
 
 It is a process of its own because a store may block for ever: nothing that it does can delay the supervisor, whose step borders ranks
 wait for, and when its time is over it is killed. It keeps no queue: sealed folders say what there is to upload, so what it holds in
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from job.attempt import newest_attempt
 from job.checkpoint_folder import KEEP, folders
-from job.errors import ExitCode
+from job.errors import ExitCode, SpeedrunError
 from job.fence import Fenced, TakenOver, claim_key, run_key
 from job.progress import Reporter
 from job.report.render import report_files
@@ -44,6 +44,8 @@ LIVE_EVERY = 60.0
 """seconds between two uploads of events and page; more where they take more than a tenth of it"""
 RETRY_FIRST, RETRY_MOST = 1.0, 60.0
 """seconds until a failed upload is tried again: doubled from the first to the most"""
+LOG_BYTES = 1 << 20
+"""of the end of each log"""
 LAST_OF_A_SET = ("begun", "set")
 CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".md": "text/markdown; charset=utf-8"}
 
@@ -77,7 +79,7 @@ class Mirror:
         except TakenOver:
             raise
         except Exception as error:
-            if _mark(path) == mark:  # else it was removed or sealed anew meanwhile: the next look finds what is there now
+            if mark and _mark(path) == mark:  # else it was removed or sealed anew meanwhile: the next look finds what is there now
                 self._fail(key, error)
             return
         self._failed.pop(key, None)
@@ -97,7 +99,7 @@ class Mirror:
     def _fail(self, key: str, error: Exception) -> None:
         wait = min(RETRY_MOST, 2 * self._failed[key][1]) if key in self._failed else RETRY_FIRST
         self._failed[key] = (time.monotonic() + wait, wait)
-        self.reporter.emit("upload.failed", folder=key, why=f"{type(error).__name__}: {error}", next_try=wait)
+        self.reporter.emit("upload.failed", folder=key, why=reason(error), next_try=wait)
 
     def _wanted(self) -> Iterator[Path]:
         if self.run:
@@ -128,9 +130,11 @@ class Live:
         self._sizes: dict[int, int] = {}
         self._report_is_sealed = True
 
-    def publish(self) -> bool:
+    def publish(self, *, last: bool = False) -> bool:
         """Put page, then events, where they are new; whether all of it arrived. Raises TakenOver; another failure is an event."""
-        return self._tried("report", self._page) & self._tried("events", self._events)
+        works = {"logs": self._logs} if last else {}
+        works |= {"report": self._page, "events": self._events}
+        return all([self._tried(name, work) for name, work in works.items()])
 
     def _tried(self, name: str, publish: Callable[[], None]) -> bool:
         try:
@@ -138,8 +142,8 @@ class Live:
         except TakenOver:
             raise
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            self.reporter.emit("upload.failed", folder=f"{run_key(self.run.name)}/{name}", why=why, next_try=LIVE_EVERY)
+            folder = f"{run_key(self.run.name)}/{name}"
+            self.reporter.emit("upload.failed", folder=folder, why=reason(error), next_try=LIVE_EVERY)
             return False
         return True
 
@@ -161,6 +165,12 @@ class Live:
         if sealed:
             self.store.put(f"{key}/{MANIFEST}", (folder / MANIFEST).read_bytes(), "application/json")
             self._report_is_sealed = True
+
+    def _logs(self) -> None:
+        """What the processes of this attempt had to say beside events: the end of it is where a failure is."""
+        for log in (self.run / "logs").glob(f"{self.attempt}.*.log"):
+            if text := log.read_bytes()[-LOG_BYTES:]:
+                self.store.put(f"{run_key(self.run.name)}/logs/{log.name}", text, "text/plain; charset=utf-8")
 
     def _events(self) -> None:
         """This attempt's events, and of earlier ones what the bucket has not: whole lines, the file that has more of them counts."""
@@ -197,6 +207,7 @@ class Uploader:
                 case {"do": "prepared", "id": set_id}:
                     self.mirror.prepared |= {set_id}
                 case {"do": "flush"}:
+                    self.reporter.send({"left": self.mirror.pending()})
                     self._flush.set()
                 case {"do": "last"}:
                     self._last.set()
@@ -226,7 +237,7 @@ class Uploader:
     def _record(self) -> None:
         while True:
             last, began = self._last.is_set(), time.monotonic()
-            arrived = self.live.publish()
+            arrived = self.live.publish(last=last)
             if last and arrived:
                 self.reporter.send({"published": True})
                 return
@@ -243,6 +254,10 @@ def sealed_below(folder: Path) -> list[Path]:
         folders_in_it[:] = [name for name in folders_in_it if not name.startswith(".")]
         found += [Path(parent)] if MANIFEST in files else []
     return found
+
+
+def reason(error: Exception) -> str:
+    return str(error) if isinstance(error, SpeedrunError) else f"{type(error).__name__}: {error}"
 
 
 def remove_folder(store: Store, key: str) -> None:

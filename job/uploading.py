@@ -13,7 +13,7 @@ from typing import Any
 from job.attempt import Attempt
 from job.bucket import Bucket
 from job.console import Console
-from job.errors import ExitCode, InterruptedRun, StorageError, error_for
+from job.errors import ExitCode, InterruptedRun, SpeedrunError, StorageError, error_for
 from job.progress import Reporter
 from job.supervise import Interrupts, Rank
 
@@ -44,6 +44,18 @@ class Uploads:
 
     def last(self, after: BaseException | None = None) -> None:
         """Wait until page and events have arrived; raises as `flush` does."""
+
+
+class Told(Reporter):
+    """Passes reports on, and tells `uploads` which prepared set is in use."""
+
+    def __init__(self, reporter: Reporter, uploads: Uploads) -> None:
+        self._reporter, self._uploads = reporter, uploads
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        self._reporter.emit(kind, **fields)
+        if kind in ("prepare.started", "prepare.done"):
+            self._uploads.prepared(fields["id"])
 
 
 class BucketUploads(Uploads):
@@ -137,14 +149,21 @@ class BucketUploads(Uploads):
         while answer not in self._said:
             waited = time.monotonic() - began
             if waited > seconds or self._interrupts.count > signals:
-                return self._give_up(waited, after, interrupted=self._interrupts.count > signals)
+                self._give_up(waited, after, interrupted=self._interrupts.count > signals)
+                return
             if waited > SPOKEN_AFTER and not spoken:
                 spoken = True
                 self._console.say(
                     f"waiting for uploads to {self._bucket.store.url}, at most {seconds:.0f} s (Ctrl-C stops waiting)"
                 )
             select.select([] if self._child.closed else [self._child.pipe], [], [], 0.1)
-            self.check()
+            try:
+                self.check()
+            except SpeedrunError as error:
+                if after is None:
+                    raise
+                self._console.say(f"warning: {error}")
+                return None
 
     def _give_up(self, waited: float, after: BaseException | None, *, interrupted: bool) -> None:
         self.stop()

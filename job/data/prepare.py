@@ -134,6 +134,7 @@ def prepare(
     source = open_source(data, Path(out), store)
     making = Making(Path(out), source, data, seq_len, reporter, workers, rows, store)
     _make_folder(making.root)
+    reporter.emit("prepare.started", id=making.root.name)
     try:
         with alone(making.root, reporter):
             prepared = making.whole() if whole or source.hub is None else making.begin()

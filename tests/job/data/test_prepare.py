@@ -92,6 +92,7 @@ def test_events_and_progress(corpus, tmp_path, helpers, one_file_shards):
     reporter = helpers.Recorder()
     prepared = helpers.small_prepare(tmp_path, helpers.config(corpus), reporter=reporter)
     kinds = [kind for kind, _ in reporter.events]
+    assert kinds.pop(0) == "prepare.started" and reporter.events.pop(0)[1] == {"id": prepared.id}
     assert kinds.pop(0) == "prepare.memory" and reporter.events.pop(0)[1]["estimated_bytes"] > 0
     assert kinds == ["prepare.tokenizer", *["prepare.rows"] * 4, "prepare.done"]
     events = [fields for _, fields in reporter.events]
@@ -103,7 +104,7 @@ def test_events_and_progress(corpus, tmp_path, helpers, one_file_shards):
     assert (stage, unit) == ("rows", "bytes") and done <= total
     again = helpers.Recorder()
     helpers.small_prepare(tmp_path, helpers.config(corpus), reporter=again)
-    assert again.events == [("prepare.done", events[-1])]
+    assert again.events == [("prepare.started", {"id": prepared.id}), ("prepare.done", events[-1])]
 
 
 def test_same_bytes_with_two_workers(corpus, tmp_path, helpers, one_file_shards):
