@@ -1,14 +1,15 @@
-"""A gate between a client and a TCP server: open it forwards, shut it is a black hole that keeps every connection and answers nothing."""
+"""A gate between a client and a TCP server: open it forwards; shut it is a black hole, which keeps every connection and answers nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
+import time
 
 
 class Gate:
-    """Listens on a free port of the loopback; shuts by itself before the first bytes to the server that hold `shut_on`."""
+    """Listens on a free port of the loopback; `shut` is set by whoever likes, and before the first bytes to the server that hold `shut_on`."""
 
     def __init__(self, server_port: int, shut_on: bytes | None = None) -> None:
         self.shut = threading.Event()
@@ -30,7 +31,7 @@ class Gate:
             while data := source.recv(1 << 16):
                 if shut_on and shut_on in data:
                     self.shut.set()
-                if self.shut.is_set():
-                    threading.Event().wait()  # neither read, nor answered, nor closed
+                while self.shut.is_set():
+                    time.sleep(0.05)
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
