@@ -28,6 +28,8 @@ PULLS = 8
 """small files and folders that are pulled at once"""
 LINK_SECONDS = 7 * 24 * 3600
 """as long as S3 lets an address of the live page be valid"""
+SHARED_FOR = 24 * 3600.0
+"""seconds after which an unfinished upload of a prepared set, which other runs may be making too, is nobody's any more"""
 BPB = "bpb"
 
 
@@ -77,7 +79,9 @@ class Bucket:
             console.say(f"--fresh: discarded what {self.store.url}/{run_key(run_id)} had")
 
     def begin(self, run: Path, attempt: Attempt, final_rows: int, console: Console, *, fresh: bool) -> None:
-        """After the claim: discard or restore the run, and say where it can be watched."""
+        """After the claim: sweep, discard or restore the run, and say where it can be watched."""
+        self.store.sweep(run_key(run.name))
+        self.store.sweep("prepared", older_than=SHARED_FOR)
         if fresh:
             self.discard(run.name, console)
         self.restore(run, attempt, final_rows, console)

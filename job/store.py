@@ -17,18 +17,24 @@ import abc
 import contextlib
 import json
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from job.errors import DataError, UsageError
-from job.sealed import MANIFEST, Sealed, atomic_write, open_sealed, seal_written, sha256_file, storage_errors, sweep
+from job.errors import DataError, SpeedrunError, StorageError, UsageError
+from job.sealed import MANIFEST, Sealed, fsync_folder, open_sealed, seal_written, sha256_file, storage_errors, sweep
 
 VARIABLE = "SPEEDRUN_BUCKET"
 """the environment variable in which a supervisor names the store to its children"""
 PARALLEL = 4
 """files of one sealed folder that are on their way at once"""
+PATIENCE = 60.0
+"""seconds for which a call that fails is tried again"""
+CLAIMANTS = 2
+"""how many write one key at once to see whether the store lets one of them win"""
 
 
 class Store(abc.ABC):
@@ -70,7 +76,15 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self) -> None:
-        """Before anything is written: UsageError for a store that cannot be written or cannot fence claims."""
+        """Before anything is written: UsageError for a store that cannot be written or cannot fence claims. Leaves nothing behind."""
+
+    @abc.abstractmethod
+    def sweep(self, prefix: str, older_than: float = 0.0) -> int:
+        """Remove what killed writers left unfinished below the folder `prefix`, and say how many there were.
+
+        Nobody sees unfinished uploads, but they are paid for. Whoever still writes there loses that upload, and begins it again: so
+        sweep a run's folder after its claim, when older attempts are over; in one that others share, give an age in seconds.
+        """
 
     def link(self, key: str, seconds: int) -> str | None:
         """An address at which a browser sees the object for so long; None where the store has no such thing."""
@@ -85,61 +99,96 @@ class FolderStore(Store):
         self.url = str(root)
 
     def get(self, key: str) -> bytes | None:
-        try:
-            return self._path(key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with self._refusals():
+            try:
+                return self._path(key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
-        atomic_write(self._path(key), data)
+        with self._refusals(), self._replacing(self._path(key)) as temporary:
+            temporary.write_bytes(data)
 
     def create(self, key: str, data: bytes) -> bool:
         path = self._path(key)
-        with storage_errors(path), self._beside(path) as temporary:
+        with self._refusals(), self._beside(path) as temporary:
             temporary.write_bytes(data)
+            fsync(temporary)
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)
-                return True
-        return False
+                fsync_folder(path.parent)
+            return path.read_bytes() == data
 
     def put_file(self, key: str, path: Path, sha256: str) -> None:
-        target = self._path(key)
-        with storage_errors(target), self._beside(target) as temporary:
+        with self._refusals(), self._replacing(self._path(key)) as temporary:
             shutil.copyfile(path, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
 
     def get_file(self, key: str, path: Path, size: int, sha256: str) -> None:
         source = self._path(key)
-        with storage_errors(path):
+        with self._refusals(), storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 shutil.copyfile(source, path)
             except (FileNotFoundError, NotADirectoryError):
                 raise missing(self, key) from None
-        if path.stat().st_size != size or sha256_file(path) != sha256:
-            raise DataError(f"{source} is not the file that was sealed; delete its folder there and run again")
+            if path.stat().st_size != size or sha256_file(path) != sha256:
+                raise DataError(f"{source} is not the file that was sealed; delete its folder there and run again")
 
     def list(self, prefix: str) -> dict[str, int]:
-        folder = self._path(prefix)
-        files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        return {p.relative_to(self.root).as_posix(): p.stat().st_size for p in files}
+        sizes = {}
+        with self._refusals():
+            for path in self._path(prefix).rglob("*"):
+                with contextlib.suppress(FileNotFoundError):  # removed by another process since it was seen
+                    if path.is_file() and not path.name.startswith("."):
+                        sizes[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return sizes
 
     def delete(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            self._path(key).unlink(missing_ok=True)
+        with self._refusals():
+            for key in keys:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    self._path(key).unlink()
 
     def prepare(self) -> None:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with self._beside(self.root / "probe") as temporary:
-                temporary.touch()
-        except OSError as error:
-            raise UsageError(f"--bucket {self.root} cannot be written ({error.strerror}); choose another folder") from None
+            probe(self)
+        except (OSError, StorageError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            raise UsageError(f"--bucket {self.root} cannot be used ({cause.strerror}); choose another folder") from None
+
+    def sweep(self, prefix: str, older_than: float = 0.0) -> int:
+        swept, now = 0, time.time()
+        with self._refusals():
+            for leftover in self._path(prefix).rglob(".*.tmp-*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if now - leftover.stat().st_mtime >= older_than:
+                        leftover.unlink()
+                        swept += 1
+        return swept
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Turn the operating system's refusals into StorageError."""
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"the store {self.url} failed ({error.strerror}); everything sealed is safe on the local disk: "
+                "make room or give access there, and run the same command again"
+            ) from error
+
+    @contextlib.contextmanager
+    def _replacing(self, path: Path) -> Iterator[Path]:
+        """A file to be written, which then replaces `path` whole."""
+        with self._beside(path) as temporary:
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
 
     @contextlib.contextmanager
     def _beside(self, path: Path) -> Iterator[Path]:
@@ -152,12 +201,17 @@ class FolderStore(Store):
             temporary.unlink(missing_ok=True)
 
 
-def open_store(url: str) -> Store:
+def fsync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def open_store(url: str, patience: float = PATIENCE) -> Store:
     """The store at `url`: `s3://bucket/prefix`, or a folder. Nothing is asked of it yet."""
     if url.startswith("s3://"):
         from job.store_s3 import S3Store
 
-        return S3Store.at(url)
+        return S3Store.at(url, patience=patience)
     if "://" in url:
         raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix, or a folder")
     return FolderStore(Path(url))
@@ -167,6 +221,25 @@ def store_of_environment() -> Store | None:
     """The store that the supervisor named to this process; None where the run has none."""
     url = os.environ.get(VARIABLE)
     return open_store(url) if url else None
+
+
+def probe(store: Store) -> None:
+    """UsageError unless exactly one of several writers of one key wins."""
+    key = f".probe-{secrets.token_hex(8)}"
+    claims = [f"{key} {n}".encode() for n in range(CLAIMANTS)]
+    try:
+        with ThreadPoolExecutor(CLAIMANTS) as pool:
+            winners = sum(pool.map(lambda claim: store.create(key, claim), claims))
+    except SpeedrunError:
+        with contextlib.suppress(SpeedrunError):
+            store.delete([key])
+        raise
+    store.delete([key])
+    if winners != 1:
+        raise UsageError(
+            f"--bucket {store.url} cannot be used: its server ignores conditional writes ({winners} of {CLAIMANTS} writers created the "
+            "same object), so two attempts at one run could both publish; choose a store that honours If-None-Match"
+        )
 
 
 def check_key(key: str) -> str:

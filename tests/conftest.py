@@ -107,6 +107,12 @@ def gate() -> Any:
 
 
 @pytest.fixture(scope="session")
+def fault_proxy() -> ModuleType:
+    """tests/fault_proxy.py as a module."""
+    return load("fault_proxy")
+
+
+@pytest.fixture(scope="session")
 def s3_shared(s3_server: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The S3 server of this test run, one for all of its processes."""
     base = tmp_path_factory.getbasetemp()
@@ -118,3 +124,10 @@ def s3_shared(s3_server: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 def s3(s3_shared: Any) -> Any:
     """A prefix of the test's own in a bucket of a real S3 server: `url`, `environment()`, `variables()`, `client()`, `keys()`."""
     return s3_shared.place()
+
+
+@pytest.fixture
+def faults(s3_shared: Any, fault_proxy: ModuleType) -> Iterator[Any]:
+    """A proxy before the S3 server that does what networks do: `s3`, a place behind it, and `on(request, fault, times)`."""
+    with fault_proxy.Faults(s3_shared.place()) as faults:
+        yield faults

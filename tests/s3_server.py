@@ -63,6 +63,13 @@ class S3:
         """The environment of a process that uses the server."""
         return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | self.variables()
 
+    def enter(self, monkeypatch: Any) -> None:
+        """Make `environment()` this process's own, for the length of a test."""
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        for name, value in self.variables().items():
+            monkeypatch.setenv(name, value)
+
     def client(self) -> Any:
         """A plain boto3 client, for what a test looks at behind the store's back."""
         return _client(self.endpoint, self.user, self.secret)
