@@ -1,7 +1,13 @@
-"""The evaluate stage: bits per byte, the tasks of a bundle, and a few samples of the finished model. fp8 is off here, always."""
+"""The evaluate stage: bits per byte, the tasks of a bundle, and a few samples of the finished model. fp8 is off here, always.
+
+Each rank has its GPU and the whole model on it, in the dtype it was trained in; what the ranks exchange goes through gloo and the host.
+The model runs as it stands, uncompiled: the tasks' rows come in many shapes, each of which a compiler would work on for longer than
+the model does.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
@@ -15,12 +21,13 @@ from job.data.bigram import bigram_bpb
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.prepare import eval_bundle, items_folder
+from job.pretrain import choose_kernels, device_of
 from job.progress import Reporter
 from job.ranks import Ranks, joined
 from job.sealed import Sealed, is_sealed, open_sealed, sealing
 from job.worker import RankContext
 from model.generate import generate
-from model.gpt import GPT
+from model.gpt import GPT, GPTConfig
 
 
 def main(context: RankContext) -> None:
@@ -28,13 +35,30 @@ def main(context: RankContext) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe, derived, prepared = context.load()
     final = final_checkpoint(context.run, derived.rows)
-    model = GPT(derived.config, compute_dtype=machine.compute_dtype(recipe.train.dtype))
-    checkpoint.load_weights(model, final)
+    device = device_of(context)
+    backend = choose_backend(device, recipe)
+    model = load(derived.config, final, device, recipe.train.dtype)
     with joined(context.rank, context.world_size) as ranks:
         seal_bits_per_byte(context, model, prepared, final, ranks)
-        score(context, model, prepared, final, ranks)
+        score(context, model, prepared, final, ranks, backend)
         if ranks.rank == 0:
             write_samples(context, model, prepared)
+
+
+def choose_backend(device: torch.device, recipe: Recipe) -> str:
+    """Put the attention kernel in place; what computes, in words. A GPU without fp8 will do, whatever the model was trained with."""
+    without_fp8 = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, fp8=False))
+    kernels = choose_kernels(device, without_fp8)
+    return device.type if device.type == "cpu" else f"{device.type}, {kernels['attention']}"
+
+
+def load(config: GPTConfig, final: Sealed, device: torch.device, dtype: str) -> GPT:
+    """The trained model of a checkpoint on `device`, not to be trained further."""
+    with device:
+        model = GPT(config, compute_dtype=machine.compute_dtype(dtype, gpu=device.type == "cuda"))
+    checkpoint.load_weights(model, final)
+    model.freeze()
+    return model
 
 
 def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks) -> None:
@@ -60,7 +84,7 @@ def fit_bigram(prepared: Prepared, recipe: Recipe, final: Sealed) -> float | Non
     return bigram_bpb(trained, bpb.validation_rows(prepared, recipe), tokenizer.token_bytes, tokenizer.vocab_size)
 
 
-def score(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks) -> None:
+def score(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks, backend: str) -> None:
     """CORE from the recipe's bundle, or the smoke score from the bundle made of held-out text."""
     recipe = context.recipe()
     cap = recipe.eval.cap or None
@@ -72,7 +96,7 @@ def score(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, r
         "weights": final.id,
         "tokenizer": prepared.id,
         "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
-        "backend": "cpu",
+        "backend": backend,
     }
     score_bundle(
         Forward(model),
@@ -83,6 +107,7 @@ def score(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, r
         reporter=context.reporter,
         made_from=answered_by,
         items=items_folder(prepared, bundle, cap),
+        device=model.wte.weight.device,
         workers=machine.usable_cores(),
         ranks=ranks,
     )

@@ -40,11 +40,11 @@ def has_fast_bf16() -> bool:
     return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
 
-def compute_dtype(wanted: str) -> torch.dtype:
-    """The dtype of activations: what the recipe says, or for "auto" bf16 where it is fast and fp32 elsewhere."""
+def compute_dtype(wanted: str, gpu: bool = False) -> torch.dtype:
+    """The dtype of activations: what the recipe says, or for "auto" bf16 where it is fast (`gpu`: on any) and fp32 elsewhere."""
     import torch
 
-    bf16 = wanted == "bf16" or (wanted == "auto" and has_fast_bf16())
+    bf16 = wanted == "bf16" or (wanted == "auto" and (gpu or has_fast_bf16()))
     return torch.bfloat16 if bf16 else torch.float32
 
 

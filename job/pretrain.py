@@ -185,7 +185,7 @@ def choose_kernels(device: torch.device, recipe: Recipe) -> dict[str, str]:
 def build(context: RankContext, recipe: Recipe, derived: Derived, prepared: Prepared, rows: Rows, device: torch.device) -> Run:
     """The run at its first step, or at the newest checkpoint's."""
     train_config, on_gpu = recipe.train, device.type == "cuda"
-    dtype = machine.compute_dtype("bf16" if on_gpu and train_config.dtype == "auto" else train_config.dtype)
+    dtype = machine.compute_dtype(train_config.dtype, gpu=on_gpu)
     batches = Batches(
         rows,
         rows_per_step=derived.rows_per_step,

@@ -229,14 +229,16 @@ class Attention(nn.Module):
         self.heads, self.head_dim, self.window = config.heads, config.head_dim, config.windows[layer]
         self.scale = config.qk_scale**2 / math.sqrt(config.head_dim)  # q and k times qk_scale each
 
-    def forward(self, x: Tensor, value_embed: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, value_embed: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend, only: Tensor | None = None
+    ) -> Tensor:
         B, T, d = x.shape
         q, k, v = (project(x).view(B, T, self.heads, self.head_dim) for project in (self.q, self.k, self.v))
         if value_embed is not None:
             gate = self.gate_limit * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        return self.o(attend(q, k, v, self.window, self.scale).reshape(B, T, d))
+        return self.o(_chosen(attend(q, k, v, self.window, self.scale).reshape(B, T, d), only))
 
 
 class MLP(nn.Module):
@@ -255,11 +257,29 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, x0: Tensor, mix: Pair, value_embed: Tensor | None, turn: Pair, attend: Attend) -> Tensor:
-        """x, x0 (B, T, width); mix: lambda and mu, 0-d; turn: cos and sin of `Rotary.tables`; attend: `attention` or a fork's."""
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        mix: Pair,
+        value_embed: Tensor | None,
+        turn: Pair,
+        attend: Attend,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """x, x0 (B, T, width); mix: lambda and mu, 0-d; turn: cos and sin of `Rotary.tables`; attend: `attention` or a fork's.
+
+        only: (N,) places in B x T, counted row by row. What a token shows others (keys, values) is made for all; the rest and the
+        result, then (N, width), for these alone.
+        """
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn(norm(x), value_embed, *turn, attend)
+        x = _chosen(x, only) + self.attn(norm(x), value_embed, *turn, attend, only)
         return x + self.mlp(norm(x))
+
+
+def _chosen(x: Tensor, only: Tensor | None) -> Tensor:
+    """(B, T, C) -> the tokens at the places `only`, (N, C); x itself without."""
+    return x if only is None else x.flatten(0, 1)[only]
 
 
 class GPT(nn.Module):
@@ -283,21 +303,24 @@ class GPT(nn.Module):
         self._rotary = Rotary(config.head_dim, config.rope_base, config.seq_len)
         self._compiled = False
 
-    def hidden(self, idx: Tensor, fork: Fork | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, fork: Fork | None = None, only: Tensor | None = None) -> Tensor:
         """idx (B, T) int64 -> (B, T, width) after the final norm, in the compute dtype. T may exceed config.seq_len.
 
         With `fork` each row is a prefix and its branches, and every token is what it would be in a row of its own sequence alone.
+        With `only`, (N,) int64, the states at these places of B x T, (N, width): the last block computes little else.
         """
         x = self._embed(idx, fork)
         turn, attend = self._rotary.tables(idx.size(1), x), attention
         if fork is not None:
             turn, attend = fork.turn(*turn), fork.attention
         x0 = middle = x
+        last = self.config.depth - 1
         for i, block in enumerate(self.blocks):
             value_embed = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
-            x = block(x, x0, (self.resid_lambdas[i], self.x0_lambdas[i]), value_embed, turn, attend)
+            mix = self.resid_lambdas[i], self.x0_lambdas[i]
+            x = block(x, x0, mix, value_embed, turn, attend, only if i == last else None)
             if i == self.config.depth // 2:
-                middle = x
+                middle = x if i == last else _chosen(x, only)
         if self.config.backout:
             x = x - self.backout_lambda * middle
         return norm(x)
@@ -342,6 +365,13 @@ class GPT(nn.Module):
         self._compiled = True
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, recompile_limit=64)
+
+    def freeze(self) -> None:
+        """No more training: weights of linear layers are kept in the compute dtype, to which each use had cast them. Same numbers."""
+        self.requires_grad_(False)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data = layer.weight.data.to(self.wte.weight.dtype)
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ model/fork.py), a row holds the prefix once and then all tails:
     plain   [ prefix of item 1 ........ | tail A ]  [ prefix ........ | tail B ]  ...     one row per option
 
 A fork pays when it saves a quarter of the tokens; else every option is a row of its own. Either way a batch's rows are padded to the
-same widths, taken from a short grid (eight per octave), so that a compiler or an allocator meets few shapes.
+same widths. On a GPU these come from a short grid (eight per octave), so that a compiler or an allocator meets few shapes. A CPU does
+not mind shapes and pays for every token that is padding: its grid is fine.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from job.core_eval.prompts import Item
 from model.fork import Fork
 
 SHORTEST = 16
+FINE = 8
 FORK_PAYS = 0.75
 
 
@@ -59,16 +61,18 @@ def shape_of(item: Item, forks: bool) -> tuple[int, int, int]:
     return fork if forks and pays else plain
 
 
-def padded_length(tokens: int) -> int:
-    """The next width of the grid: multiples of an eighth of the power of two below, at least SHORTEST; 0 stays 0."""
+def padded_length(tokens: int, fine: bool = False) -> int:
+    """The next width of the grid: multiples of an eighth of the power of two below, at least SHORTEST; 0 stays 0. Fine: multiples of 8."""
+    if fine:
+        return -(-tokens // FINE) * FINE
     if tokens <= SHORTEST:
         return SHORTEST if tokens else 0
     step = max(1 << (tokens - 1).bit_length() - 4, 1)
     return -(-tokens // step) * step
 
 
-def plan_batches(items: Sequence[Item], token_budget: int, forks: bool = False) -> list[Batch]:
-    """Every item in exactly one batch, forks and plain rows apart, the longest first.
+def plan_batches(items: Sequence[Item], token_budget: int, forks: bool = False, fine: bool = False) -> list[Batch]:
+    """Every item in exactly one batch, forks and plain rows apart, the longest first; `fine` widths or few.
 
     A batch ends where the next item would make it exceed the budget, or so unequal that more than an eighth of the budget would be
     padding. An item larger than the budget is a batch of its own.
@@ -76,15 +80,15 @@ def plan_batches(items: Sequence[Item], token_budget: int, forks: bool = False) 
     shapes = [shape_of(item, forks) for item in items]
     of_forks = [i for i, (_, prefix, _) in enumerate(shapes) if prefix]
     of_plain = [i for i, (_, prefix, _) in enumerate(shapes) if not prefix]
-    return _cut(of_forks, shapes, token_budget) + _cut(of_plain, shapes, token_budget)
+    return _cut(of_forks, shapes, token_budget, fine) + _cut(of_plain, shapes, token_budget, fine)
 
 
-def _cut(order: Sequence[int], shapes: Sequence[tuple[int, int, int]], token_budget: int) -> list[Batch]:
+def _cut(order: Sequence[int], shapes: Sequence[tuple[int, int, int]], token_budget: int, fine: bool) -> list[Batch]:
     batches: list[Batch] = []
     chosen: list[int] = []
     batch, own = Batch((), 0, 0, 0), 0
     for i in sorted(order, key=lambda i: (-shapes[i][1] - shapes[i][2], i)):
-        alone = Batch((i,), shapes[i][0], padded_length(shapes[i][1]), padded_length(shapes[i][2]))
+        alone = Batch((i,), shapes[i][0], *(padded_length(tokens, fine) for tokens in shapes[i][1:]))
         grown = Batch((), batch.rows + alone.rows, max(batch.prefix, alone.prefix), max(batch.tails, alone.tails))
         if chosen and (grown.cost > token_budget or grown.cost - own - alone.cost > token_budget // 8):
             batches.append(dataclasses.replace(batch, items=tuple(chosen)))
@@ -105,11 +109,11 @@ def share(batches: Sequence[Batch], size: int) -> list[list[Batch]]:
     return shares
 
 
-def tensors_of(items: Sequence[Item], batch: Batch, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Fork | None]:
-    """ids and targets, each (rows, prefix + tails) int64, and the fork if the rows are forks; `items` are those of the batch.
+def tensors_of(items: Sequence[Item], batch: Batch, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor, Fork | None]:
+    """ids (rows, prefix + tails), places (N,), words (N,), all int64, and the fork if the rows are forks; `items` are the batch's.
 
-    The target of a position is the token that follows in its own sequence where that token is scored, -1 elsewhere; the scored
-    positions, row by row, are those of the items' options in order.
+    Each scored token in order, option by option: `places` has the position that predicts it, counted row by row through `ids`, and
+    `words` the token. Worked out here, on the host, because asking a GPU where something stands means waiting for it.
     """
     ids = np.zeros((batch.rows, batch.prefix + batch.tails), dtype=np.int64)
     targets = np.full_like(ids, -1)
@@ -135,8 +139,11 @@ def tensors_of(items: Sequence[Item], batch: Batch, device: torch.device | str =
             b += not batch.prefix
         b += batch.prefix > 0
     fork = Fork(batch.prefix, *(_to(array, device) for array in (position, branch, previous.clip(min=0)))) if batch.prefix else None
-    return _to(ids, device), _to(targets, device), fork
+    places = np.flatnonzero(targets >= 0)
+    return _to(ids, device), _to(places, device), _to(targets.ravel()[places], device), fork
 
 
 def _to(array: np.ndarray, device: torch.device | str) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    """On a GPU from pinned memory, whose copy does not wait for the queue."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)

@@ -49,11 +49,15 @@ class CausalLM:
     def dtype(self) -> str:
         return str(self._model.dtype).removeprefix("torch.")
 
-    def hidden(self, idx: Tensor, fork: None = None) -> Tensor:
-        """(B, T) -> (B, T, D), or the logits themselves, (B, T, V). Columns beyond the model's positions, all padding, are zeros."""
+    def hidden(self, idx: Tensor, fork: None = None, only: Tensor | None = None) -> Tensor:
+        """(B, T) -> the places `only` of it, (N, D), or the logits themselves, (N, V); without `only`, of all, (B, T, ...).
+
+        Columns beyond the model's positions, all padding, are zeros.
+        """
         model = self._model if self._head is None else self._model.base_model
         states = model(input_ids=idx[:, : self.max_positions], use_cache=False)[0]
-        return F.pad(states, (0, 0, 0, idx.size(1) - states.size(1)))
+        states = F.pad(states, (0, 0, 0, idx.size(1) - states.size(1)))
+        return states if only is None else states.flatten(0, 1)[only]
 
     def readout(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) fp32."""

@@ -5,10 +5,11 @@ The reference scores one example at a time and makes the logits of every positio
 - what an item's options share goes through the model once (`batches.py`): four choices after ten shots cost hardly more than one;
 - rows are sorted by length and cut into batches by a token budget, so that little is padded and a GPU is full. Padding is seen by no
   token that counts, so it changes nothing;
-- the head, the largest matrix product of a small model, is applied only to the positions that are scored;
+- the head, the largest matrix product of a small model, is applied only to the positions that are scored, and so is what the last
+  block does after its attention: of a d4's blocks that is a fifth, of a d24's a thirtieth;
 - results stay on the device until a task is done: one transfer, no waiting between batches.
 
-Memory: a forward pass sees at most max(token_budget, one item's padded rows) tokens, and `HEAD_ELEMENTS` logits at once.
+Memory: a forward pass sees at most max(token_budget, one item's padded rows) tokens, and the logits of `HEAD_ROWS` positions at once.
 
 An answer is decided by which of two means is lower, and their last bits depend on the shape of the batch. Where the two lie within
 `TIE` nats the item is scored again alone, in plain rows as the reference has them: so answers depend neither on the budget nor on how
@@ -37,17 +38,17 @@ from job.progress import Reporter
 from job.ranks import Ranks
 from model.fork import Fork
 
-CPU_TOKEN_BUDGET = 4_096  # as fast as larger batches there, and they pad less
+CPU_TOKEN_BUDGET = 2_048  # as fast as larger batches there, and they pad less
 GPU_TOKEN_BUDGET = 32_768
-HEAD_ELEMENTS = 1 << 25
+HEAD_ROWS = 512
 TIE = 1e-4
 VERSION = 1
 
 
 class Model(Protocol):
-    """What is asked of a model: hidden states, (B, T) -> (B, T, D), for plain rows and forks, and fp32 logits, (N, D) -> (N, V)."""
+    """What is asked of a model: hidden states at N places, (B, T) -> (N, D), of plain rows or forks, and fp32 logits, (N, D) -> (N, V)."""
 
-    def hidden(self, idx: Tensor, fork: Fork | None = None) -> Tensor: ...
+    def hidden(self, idx: Tensor, fork: Fork | None = None, only: Tensor | None = None) -> Tensor: ...
 
     def readout(self, hidden: Tensor) -> Tensor: ...
 
@@ -60,17 +61,14 @@ class Forward:
     forks: bool = True
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, targets: Tensor, fork: Fork | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, targets (B, T) int64 -> nll, greedy, lead, each (N,): one entry per position whose target is not -1, row by row.
+    def __call__(self, ids: Tensor, places: Tensor, words: Tensor, fork: Fork | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """ids (B, T), places and words (N,), as of `tensors_of` -> nll, greedy, lead, each (N,).
 
-        nll in nats, fp32; greedy True where the target is the token of highest logit; lead the target's logit minus the best other.
+        nll in nats, fp32; greedy True where the word is the token of highest logit; lead the word's logit minus the best other.
         """
-        scored = (targets >= 0).flatten().nonzero().squeeze(1)
-        hidden = self.model.hidden(ids) if fork is None else self.model.hidden(ids, fork)
-        hidden, words = hidden.flatten(0, 1)[scored], targets.flatten()[scored]
-        step = max(1, HEAD_ELEMENTS // self.model.readout(hidden[:1]).size(-1))
-        parts = [compare(self.model.readout(hidden[i : i + step]), words[i : i + step]) for i in range(0, len(words), step)]
-        nll, greedy, lead = zip(*parts, strict=True)
+        hidden = self.model.hidden(ids, fork, places)
+        chunks = zip(hidden.split(HEAD_ROWS), words.split(HEAD_ROWS), strict=True)
+        nll, greedy, lead = zip(*(compare(self.model.readout(states), right) for states, right in chunks), strict=True)
         return torch.cat(nll), torch.cat(greedy), torch.cat(lead)
 
 
@@ -164,7 +162,7 @@ def evaluate(
     `cap`: items per task, None for all. `made_from` says what answered: {"weights", "tokenizer", "dtype", "backend"}, JSON-able;
     with bundle, cap and max_tokens it decides whether sealed answers are this model's. `items`: where `seal_items` put the tokens or
     is to put them, `out/items` by default. `max_tokens`: the context of a model of fixed positions, None for one that takes any
-    length. `token_budget`: tokens of a forward pass, 4,096 on a CPU and 32,768 elsewhere unless given. `workers`: processes that
+    length. `token_budget`: tokens of a forward pass, 2,048 on a CPU and 32,768 elsewhere unless given. `workers`: processes that
     make missing items. With `ranks`, every rank calls this and gets the same ledger; the first one writes. Raises what `seal_items`
     raises.
     """
@@ -214,7 +212,8 @@ def _score_task(
 ) -> tuple[list[Answer], float]:
     """All answers in scoring order, and the seconds of the slowest rank."""
     began = time.perf_counter()
-    mine = share(plan_batches(items, token_budget, forward.forks), ranks.size)[ranks.rank]
+    fine = torch.device(device).type == "cpu"
+    mine = share(plan_batches(items, token_budget, forward.forks, fine), ranks.size)[ranks.rank]
     parts = ranks.all_gather((score_items(forward, task.kind, items, mine, device), time.perf_counter() - began))
     answers = {i: answer for part, _ in parts for i, answer in part.items()}
     return [answers[i] for i in range(len(items))], max(seconds for _, seconds in parts)

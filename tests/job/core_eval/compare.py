@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from job import machine
+from job.config import resolve
 from job.core_eval.batches import plan_batches
 from job.core_eval.bundle import Task
 from job.core_eval.ledger import Answer, centered_accuracy, metric_of
 from job.core_eval.prompts import items_of
 from job.core_eval.score import CPU_TOKEN_BUDGET, Forward, score_items
 from job.data.tokenizer import Tokenizer, train_tokenizer
-from model.gpt import GPT, GPTConfig
+from job.derive import derive
+from model.gpt import GPT
+from model.optimizer import Optimizer
 
 T = 256
 CORPUS = Path(__file__).parents[4] / "shared" / "data" / "corpus"
@@ -66,15 +75,18 @@ def corpus_tokenizer(vocab_size: int, shards: int) -> tuple[Tokenizer, np.ndarra
 
 
 def trained_gpt(depth: int, vocab_size: int, rows: np.ndarray, steps: int) -> GPT:
-    """A GPT of this depth after `steps` of AdamW on 8 rows each: enough to tell words from noise."""
-    model = GPT(GPTConfig.for_depth(depth, vocab_size, T))
+    """A GPT of this depth after `steps` of 8 rows each, trained as the smoke preset trains."""
+    shape = [f"model.depth={depth}", f"model.seq_len={T}", f"data.vocab_size={vocab_size}"]
+    recipe = resolve("smoke", {}, [*shape, f"train.steps={steps}", f"train.total_batch_size={8 * T}", "train.device_batch_size=8"])
+    derived = derive(recipe)
+    model = GPT(derived.config)
     model.init_weights(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = Optimizer(model.groups(), derived.specs, polar_dtype=torch.float32)
     for step in range(steps):
         block = torch.from_numpy(rows[np.arange(8 * step, 8 * step + 8) % len(rows)])
+        optimizer.arm()
         model.loss(block[:, :-1], block[:, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(derived.schedule.at(step))
     return model
 
 
@@ -82,30 +94,66 @@ def in_bf16(model: GPT) -> GPT:
     """The same weights, computing in bf16."""
     other = GPT(model.config, compute_dtype=torch.bfloat16)
     other.load_state_dict(model.state_dict())
+    other.freeze()
     return other
 
 
-def compare_task(task: Task, tokenizer: Tokenizer, model: GPT, cap: int, every: int = 1) -> TaskComparison:
-    """Both ways through the task's items under `cap`, the reference through each `every`-th. Tokenising is in neither clock."""
+@contextlib.contextmanager
+def bf16_products() -> Iterator[None]:
+    """bf16 products at fp32's speed where the CPU has no bf16 instructions, and torch's own take seven times as long.
+
+    What such instructions do: operands are bf16 numbers, products and sums are fp32, the result is rounded to bf16.
+    """
+    if machine.has_fast_bf16():
+        yield
+        return
+
+    def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Tensor, **options: object) -> Tensor:
+            return function(*(x.float() for x in args), **options).to(args[0].dtype)
+
+        return call
+
+    products = ("linear", "scaled_dot_product_attention")
+    with contextlib.ExitStack() as stack:
+        for name in products:
+            stack.enter_context(patch.object(F, name, widened(getattr(F, name))))
+        yield
+
+
+def compare_task(task: Task, tokenizer: Tokenizer, model: GPT, cap: int, every: int = 1, whole: bool = True) -> TaskComparison:
+    """Both ways through the task's items under `cap`, the reference through each `every`-th. Tokenising is in neither clock.
+
+    whole: the reference makes the logits of every position; otherwise from the first scored one on, which is cheaper where only its
+    answers are wanted.
+    """
     pool = reference.pool_of(list(task.examples), cap)
     encode, bos = tokenizer.encode, tokenizer.bos_id
     rows = {i: reference.rows_of(task.kind, pool, i, task.shots, task.delimiter, encode, bos) for i in range(0, len(pool), every)}
     answers, seconds = _answers(model, task, tokenizer, cap)
+
+    def logits_from(first: int) -> Callable[[Tensor], Tensor]:
+        return model.logits if whole else lambda ids: model.readout(model.hidden(ids)[:, first:])
+
     began = time.process_time()
-    expected = {i: reference.answer(model.logits, task.kind, *row, pool[i].get("gold")) for i, row in rows.items()}
+    expected = {
+        i: reference.answer(logits_from(min(starts) - 1), task.kind, texts, starts, pool[i].get("gold"))
+        for i, (texts, starts) in rows.items()
+    }
     return TaskComparison(task.label, task.baseline, answers, expected, seconds, time.process_time() - began)
 
 
 def again(model: GPT, task: Task, tokenizer: Tokenizer, cap: int, known: TaskComparison) -> TaskComparison:
     """`known` with the production path's answers of another model."""
-    answers, seconds = _answers(model, task, tokenizer, cap)
+    with bf16_products():
+        answers, seconds = _answers(model, task, tokenizer, cap)
     return dataclasses.replace(known, answers=answers, seconds=seconds)
 
 
 def _answers(model: GPT, task: Task, tokenizer: Tokenizer, cap: int) -> tuple[list[Answer], float]:
     items = list(items_of(task, tokenizer, cap))
     began = time.process_time()
-    answers = score_items(Forward(model), task.kind, items, plan_batches(items, CPU_TOKEN_BUDGET, forks=True))
+    answers = score_items(Forward(model), task.kind, items, plan_batches(items, CPU_TOKEN_BUDGET, forks=True, fine=True))
     return [answers[i] for i in range(len(items))], time.process_time() - began
 
 

@@ -60,19 +60,25 @@ def rows_of(
 def answer(
     logits_of: Callable[[torch.Tensor], torch.Tensor], kind: str, rows: list[list[int]], starts: list[int], gold: int | None
 ) -> tuple[bool, int | None, float]:
-    """Right or wrong, the option chosen, and how far the decision is from a tie (nats; NaN where an empty option decided)."""
+    """Right or wrong, the option chosen, and how far the decision is from a tie (nats; NaN where an empty option decided).
+
+    `logits_of` gives the logits of all columns, (B, T, V), or of the last ones only, from the first that is scored on.
+    """
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), rows[0][0])
     for b, row in enumerate(rows):
         ids[b, : len(row)] = torch.tensor(row)
     logits = logits_of(ids)
+    skipped = width - logits.size(1)
     if kind == "language_modeling":
-        scored = logits[0, starts[0] - 1 : -1]
+        scored = logits[0, starts[0] - 1 - skipped : -1]
         right = ids[0, starts[0] :]
         top = scored.topk(2, dim=-1).values
         return bool((scored.argmax(-1) == right).all()), None, float((top[:, 0] - top[:, 1]).min())
-    losses = F.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten(), reduction="none").view_as(ids)
-    means = [losses[b, start - 1 : len(row) - 1].mean().item() for b, (row, start) in enumerate(zip(rows, starts, strict=True))]
+    targets = ids.roll(-1, 1)[:, skipped:]
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    spans = ((start - 1 - skipped, len(row) - 1 - skipped) for row, start in zip(rows, starts, strict=True))
+    means = [losses[b, start:stop].mean().item() for b, (start, stop) in enumerate(spans)]
     chosen = means.index(min(means))
     two = sorted(means)
     return chosen == gold, chosen, two[1] - two[0]

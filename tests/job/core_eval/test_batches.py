@@ -26,17 +26,22 @@ def test_padded_lengths_are_few_and_near(tokens):
     assert len({batches.padded_length(n) for n in range(1, 4097)}) <= 65
 
 
-@given(SIZES, st.integers(1, 5000), st.booleans())
-def test_batches_hold_every_item_once_within_the_budget(sizes, budget, forks):
+@given(st.integers(1, 100_000))
+def test_a_fine_grid_wastes_less_than_eight_tokens(tokens):
+    assert 0 <= batches.padded_length(tokens, fine=True) - tokens < 8 and batches.padded_length(tokens, fine=True) % 8 == 0
+
+
+@given(SIZES, st.integers(1, 5000), st.booleans(), st.booleans())
+def test_batches_hold_every_item_once_within_the_budget(sizes, budget, forks, fine):
     items = [an_item(i, *size) for i, size in enumerate(sizes)]
-    planned = batches.plan_batches(items, budget, forks)
+    planned = batches.plan_batches(items, budget, forks, fine)
     assert sorted(i for batch in planned for i in batch.items) == list(range(len(items)))
     for batch in planned:
         assert batch.cost <= budget or len(batch.items) == 1
         shapes = [(batches.fork_shape if batch.prefix else batches.plain_shape)(items[i]) for i in batch.items]
         assert batch.rows == sum(rows for rows, _, _ in shapes)
-        assert batch.prefix == batches.padded_length(max(prefix for _, prefix, _ in shapes))
-        assert batch.tails == batches.padded_length(max(tails for _, _, tails in shapes))
+        assert batch.prefix == batches.padded_length(max(prefix for _, prefix, _ in shapes), fine)
+        assert batch.tails == batches.padded_length(max(tails for _, _, tails in shapes), fine)
     assert forks or not any(batch.prefix for batch in planned)
 
 
@@ -59,17 +64,17 @@ def test_a_fork_is_taken_where_it_saves_a_quarter_of_the_tokens():
 
 def test_plain_rows_hold_each_options_scored_targets_and_nothing_else():
     item = Item.of_rows(1, 0, [np.array([9, 1, 2, 3]), np.array([9, 5, 6])], [2, 3])
-    ids, targets, fork = batches.tensors_of([item], batches.Batch((0,), 2, 0, 5))
+    ids, places, words, fork = batches.tensors_of([item], batches.Batch((0,), 2, 0, 5))
     assert fork is None
     assert ids.tolist() == [[9, 1, 2, 0, 0], [9, 5, 0, 0, 0]]
-    assert targets.tolist() == [[-1, 2, 3, -1, -1], [-1] * 5]
+    assert (places.tolist(), words.tolist()) == ([1, 2], [2, 3])
 
 
 def test_a_forked_row_holds_the_prefix_once_and_knows_every_tokens_place():
     item = Item.of_rows(1, 0, [np.array([9, 8, 7, 1, 2]), np.array([9, 8, 7, 3]), np.array([9, 8, 7])], [3, 3, 3])
-    ids, targets, fork = batches.tensors_of([item], batches.Batch((0,), 1, 4, 5))
+    ids, places, words, fork = batches.tensors_of([item], batches.Batch((0,), 1, 4, 5))
     assert ids.tolist() == [[9, 8, 0, 0, 7, 1, 7, 0, 0]]
-    assert targets.tolist() == [[-1, -1, -1, -1, 1, 2, 3, -1, -1]]
+    assert (places.tolist(), words.tolist()) == ([4, 5, 6], [1, 2, 3])
     assert fork.prefix == 4
     assert fork.branch.tolist() == [[0, 0, -1, -1, 1, 1, 2, -1, -1]]
     assert fork.position[0, [0, 1, 4, 5, 6]].tolist() == [0, 1, 2, 3, 2]
@@ -93,7 +98,7 @@ def test_a_fork_gives_each_branch_the_hidden_states_of_a_row_of_its_own(generati
         items.append(Item.of_rows(line, 0, rows, [shared] * 3))
     shapes = [batches.fork_shape(item) for item in items]
     batch = batches.Batch((0, 1, 2, 3), 4, *(batches.padded_length(max(column)) for column in list(zip(*shapes, strict=True))[1:]))
-    ids, targets, fork = batches.tensors_of(items, batch)
+    ids, places, words, fork = batches.tensors_of(items, batch)
     hidden = model.hidden(ids, fork)
     assert hidden.isfinite().all()
     for b, item in enumerate(items):
@@ -103,4 +108,5 @@ def test_a_fork_gives_each_branch_the_hidden_states_of_a_row_of_its_own(generati
             torch.testing.assert_close(hidden[b, at : at + len(tail) - 1], alone[len(item.prefix) :])
             torch.testing.assert_close(hidden[b, : len(item.prefix)], alone[: len(item.prefix)])
             at += len(tail) - 1
-    assert (targets >= 0).sum() == sum(sum(item.scored) for item in items)
+    assert len(places) == len(words) == sum(sum(item.scored) for item in items)
+    torch.testing.assert_close(model.hidden(ids, fork, places), hidden.flatten(0, 1)[places])

@@ -98,10 +98,11 @@ def test_a_model_that_does_more_to_its_logits_is_run_whole(loaded):
 
     inner = loaded[0]._model
     ids, targets = torch.arange(24).view(2, 12), torch.arange(1, 25).view(2, 12)
-    halved = score.Forward(hf.CausalLM(Capped(inner)), forks=False)(ids, targets)[0]
+    everywhere = torch.arange(24), targets.flatten()
+    halved = score.Forward(hf.CausalLM(Capped(inner)), forks=False)(ids, *everywhere)[0]
     expected = torch.nn.functional.cross_entropy(inner(ids).logits.flatten(0, 1) / 2, targets.flatten(), reduction="none")
     torch.testing.assert_close(halved, expected.detach())
-    direct = score.Forward(loaded[0], forks=False)(ids, targets)[0]
+    direct = score.Forward(loaded[0], forks=False)(ids, *everywhere)[0]
     expected = torch.nn.functional.cross_entropy(inner(ids).logits.flatten(0, 1), targets.flatten(), reduction="none")
     torch.testing.assert_close(direct, expected.detach())
 

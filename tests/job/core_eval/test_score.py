@@ -18,8 +18,8 @@ def test_the_head_on_scored_positions_gives_the_models_own_losses(tiny_gpt, monk
     logits = tiny_gpt.logits(ids).detach()
     targets[0] = logits[0].argmax(-1)
     keep = torch.rand(3, 40, generator=generator) < 0.3
-    monkeypatch.setattr(score, "HEAD_ELEMENTS", 512 * 7)
-    nll, greedy, lead = score.Forward(tiny_gpt)(ids, targets.where(keep, -1))
+    monkeypatch.setattr(score, "HEAD_ROWS", 7)
+    nll, greedy, lead = score.Forward(tiny_gpt)(ids, keep.flatten().nonzero().squeeze(1), targets[keep])
     torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(logits[keep], targets[keep], reduction="none"))
     assert greedy.tolist() == (logits[keep].argmax(-1) == targets[keep]).tolist() and 0 < greedy.sum() < len(greedy)
     top = logits[keep].topk(2).values
@@ -80,7 +80,8 @@ def test_answers_do_not_depend_on_the_budget_even_where_options_nearly_tie(core_
     items = list(items_of(task, tokenizer, 60))[:24]
     monkeypatch.setattr(score, "TIE", 0.02)
     forward = score.Forward(tiny_gpt)
-    runs = [score.score_items(forward, task.kind, items, plan_batches(items, budget, True)) for budget in (1, 3000, 60_000)]
+    plans = [plan_batches(items, budget, True, fine) for budget, fine in ((1, False), (1, True), (3000, False), (60_000, False))]
+    runs = [score.score_items(forward, task.kind, items, plan) for plan in plans]
     for answers in runs[1:]:
         for i in range(len(items)):
             assert (answers[i].chosen, answers[i].right) == (runs[0][i].chosen, runs[0][i].right)

@@ -1,0 +1,98 @@
+"""What scoring does on a GPU, as far as it can be known without one: shapes, dtypes, places, memory, and that nothing waits."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from job import evaluate, machine
+from job.config import resolve
+from job.core_eval import score
+from job.core_eval.batches import plan_batches, tensors_of
+from job.core_eval.prompts import Item
+from model.gpt import GPT, GPTConfig
+
+VOCAB = 32_768
+WAITS = ("aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::equal")
+OWN = 80e9
+"""bytes of the smallest card"""
+
+
+class OnDevice(TorchDispatchMode):
+    """Every tensor is on the device (meta stands for it), nothing asks it for a number, and the bytes alive at once are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = 0
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        assert name not in WAITS, f"{name} waits for the GPU"
+        self.kernels += name == "torch_attn::_varlen_attn"
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor):
+                assert x.device.type == "meta" or x.dim() == 0, f"{name} made a tensor on {x.device}"
+                self.most = max(self.most, x.numel() * x.element_size())
+        return out
+
+
+def items_of_length(rng: np.random.Generator, count: int, options: int, shared: int) -> list[Item]:
+    prefixes = [rng.integers(1, VOCAB, shared) for _ in range(count)]
+    rows = [[np.concatenate([prefix, rng.integers(1, VOCAB, 5 + r)]) for r in range(options)] for prefix in prefixes]
+    return [Item.of_rows(i, 0, texts, [shared] * options) for i, texts in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("options", "shared"), [(4, 2700), (1, 2700), (2, 10), (4, 90)])
+def test_a_d24_scores_long_and_short_items_on_its_device_without_waiting(options, shared):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.for_depth(24, VOCAB, 2048), compute_dtype=torch.bfloat16)
+    model.freeze()
+    items = items_of_length(np.random.default_rng(1), 40, options, shared)
+    (batch, *_) = plan_batches(items, score.GPU_TOKEN_BUDGET, forks=True)
+    assert (batch.prefix > 0) == (options == 4)
+    tensors = tensors_of([items[i] for i in batch.items], batch, "meta")
+    with OnDevice() as seen:
+        found = score.Forward(model)(*tensors)
+    assert [x.shape for x in found] == [tensors[1].shape] * 3 and found[0].dtype == torch.float32
+    assert seen.kernels == 24
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert weights + 20 * seen.most < OWN / 4
+
+
+def test_frozen_weights_are_in_the_compute_dtype_and_answer_alike():
+    config = GPTConfig(depth=3, vocab_size=300, seq_len=32, width=32, head_dim=16, window_tile=8)
+    model, ids = GPT(config, compute_dtype=torch.bfloat16), torch.arange(80).view(2, 40)
+    model.init_weights(2)
+    before = model.logits(ids)
+    model.freeze()
+    assert torch.equal(model.logits(ids), before)
+    assert {p.dtype for name, p in model.named_parameters() if p.dim() == 2} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_stage_puts_the_model_on_its_device_in_bf16_and_names_the_kernel(monkeypatch):
+    """A model of a checkpoint that another machine's GPU would take; the meta device is what the mock has for one."""
+    config = GPTConfig(depth=2, vocab_size=300, seq_len=32, width=32, head_dim=16, window_tile=8)
+    monkeypatch.setattr(evaluate.checkpoint, "load_weights", lambda model, sealed: None)
+    assert evaluate.load(config, None, torch.device("meta"), "fp32").wte.weight.device.type == "meta"
+    assert machine.compute_dtype("auto", gpu=True) == machine.compute_dtype("bf16") == torch.bfloat16
+    assert machine.compute_dtype("fp32", gpu=True) == torch.float32
+    recipe = resolve("smoke", {}, ["train.fp8=true"])
+    asked = []
+
+    def kernels(device, recipe):
+        asked.append(recipe.train.fp8)
+        return {"attention": "attention: FlashAttention 3 (unversioned)", "fp8": "off"}
+
+    monkeypatch.setattr(evaluate, "choose_kernels", kernels)
+    assert evaluate.choose_backend(torch.device("cpu"), recipe) == "cpu"
+    gpu = types.SimpleNamespace(type="cuda")
+    assert evaluate.choose_backend(gpu, recipe) == "cuda, attention: FlashAttention 3 (unversioned)"
+    assert asked == [False, False], "an evaluation needs no fp8"
