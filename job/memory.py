@@ -30,7 +30,8 @@ from model.loss import CHUNK_ELEMENTS
 
 ACTIVATION = {"fp8": 29, "bf16": 36}
 PLAIN_LOGIT = 6
-CHUNK_LOGIT = 16
+CHUNK_LOGIT = 4
+"""compiled, as on a GPU: the logits, and their gradient or its two copies in fp8"""
 RESERVE = 0.06
 """share of the card that is left alone: CUDA's context, the collectives' buffers, fragmentation (assumed)"""
 

@@ -107,6 +107,11 @@ def matmul(a: Tensor, a_inverse: Tensor, b: Tensor, b_inverse: Tensor, out_dtype
     return torch._scaled_mm(a, b, a_inverse, b_inverse, out_dtype=out_dtype, use_fast_accum=fast)
 
 
+def transposed(x: Tensor) -> Tensor:
+    """x (m, k) in fp8 as a new tensor (k, m) by rows."""
+    return x.view(torch.uint8).t().contiguous().view(x.dtype)
+
+
 def layers(model: nn.Module, generation: str = "head") -> tuple[list[str], list[str]]:
     """Names of the linear layers that `generation` computes in fp8, and of those that it leaves.
 

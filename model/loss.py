@@ -17,15 +17,16 @@ so that away from the right word dz = p (1 - t^2), one number per row is differe
 out in full precision and written over it: rounded to bf16, p[y] near 1 would have lost just the part that remains to be learned.
 
 **How large a chunk.** Every chunk adds a whole (V, D) to the weight's gradient: with few rows a chunk spends its time there, with
-many it costs the memory that was to be saved. The CPU's number keeps the loss below a tenth of the plain one's memory (16,384 tokens,
-49,152 words: tested), and larger ones gain little (`make bench`). The GPU's takes 0.11 of it, counted without the compiler, which
-keeps two fp32 tensors of a chunk from existing. There, by counted bytes, one such addition moves 0.6 GB at
-V 32,768 and D 1536, 0.2 ms of an H100, for 1024 rows whose products take 0.16 ms in fp8 at best: twice the rows would save about 3 of
-a d24's 260 ms a micro-step for another half GB (estimated; to be decided by a profile).
+many it costs the memory that was to be saved. On a GPU one such addition moves 0.6 GB at V 32,768 and D 1536, 0.2 ms of an H100 by
+counted bytes, so 2048 rows are taken, whose products need 0.33 ms in fp8 at best (estimated; to be decided by a profile). Either
+number of rows keeps the loss below a tenth of the plain one's memory (16,384 tokens, 49,152 words: tested). That is possible because
+nothing fp32 has a chunk's size: compiled, it lives in registers; else the chunk's logits become their own gradient in place, a block
+of BLOCK_ELEMENTS at a time, whose dozen passes then stay in a CPU's cache (1.3 to 2.7 times as fast as passes over a chunk: LOG.md).
 
-**In fp8** (`quantised`) the three products run as in any fp8 layer (`model/fp8.py`): h and W in e4m3, dz in e5m2 with a scale per
-chunk; the weight's gradient is still added up in fp32. h is quantised once, W once per optimizer step. Everything between the
-products stays in fp32. Where no gradient is wanted the loss is not in fp8.
+**In fp8** (`quantised`) the three products run as in any fp8 layer (`model/fp8.py`): h and W in e4m3, dz in e5m2. h is quantised once
+a micro-step, W once per optimizer step, and the weight's gradient is still added up in fp32. dz needs no search for its maximum: no
+entry is larger than 1, so it has the same scale always, and leaves the softmax's kernel as e5m2. Everything between the products
+stays in fp32. Where no gradient is wanted the loss is not in fp8.
 
 **Padding.** Rows of `weight` from `vocab_size` on are padding (the matrix products like multiples of 64): their logits are set so far
 below the cap that their probability is 0, exactly, and with it their gradient.
@@ -46,8 +47,10 @@ from torch import Tensor
 from model import fp8
 from model.fp8 import Fp8Error, Quantised
 
-CHUNK_ELEMENTS = 1 << 25  # logits per chunk on a GPU: 1024 rows at a vocabulary of 32,768
+CHUNK_ELEMENTS = 1 << 26  # logits per chunk on a GPU: 2048 rows at a vocabulary of 32,768
 CPU_CHUNK_ELEMENTS = 1 << 23
+BLOCK_ELEMENTS = 1 << 18  # logits that are fp32 at a time where nothing is compiled
+GRADIENT_SCALE = float(1 << 15)  # of dz in e5m2, whose largest is 57,344: |dz| is at most 1
 
 
 def cross_entropy(
@@ -107,16 +110,15 @@ class _CrossEntropy(torch.autograd.Function):
         quantised: Quantised | None,
         compiled: bool,
     ) -> Tensor:
-        products = _Products(hidden, weight) if quantised is None else _Fp8Products(hidden, quantised)
-        loss_and_gradient = _compiled() if compiled else _loss_and_gradient
+        products = _Products(hidden, weight) if quantised is None else _Fp8Products(hidden, quantised, compiled)
+        loss_and_gradient = _fused(_loss_and_gradient) if compiled else _in_blocks
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=_wide(weight))
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         for rows in _chunks(hidden, weight):
-            loss, dz = loss_and_gradient(products.logits(rows), targets[rows], softcap, vocab_size)
+            loss, dz = loss_and_gradient(products.logits(rows), targets[rows], softcap, vocab_size, products.gradient_dtype)
             total += loss
-            d_hidden[rows], d_weight_of_rows = products.gradients(rows, dz)
-            d_weight += d_weight_of_rows
+            products.add_gradients(rows, dz, d_hidden, d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return total / hidden.size(0)
@@ -133,53 +135,74 @@ class _Products:
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.hidden, self.weight = hidden, weight.to(hidden.dtype)
+        self.gradient_dtype = hidden.dtype
 
     def logits(self, rows: slice) -> Tensor:
         return self.hidden[rows] @ self.weight.mT
 
-    def gradients(self, rows: slice, dz: Tensor) -> tuple[Tensor, Tensor]:
-        """By the chunk's rows of hidden, and by weight."""
-        return dz @ self.weight, dz.mT @ self.hidden[rows]
+    def add_gradients(self, rows: slice, dz: Tensor, d_hidden: Tensor, d_weight: Tensor) -> None:
+        """What the chunk's `dz` says about its rows of hidden, and about weight."""
+        d_hidden[rows] = dz @ self.weight
+        d_weight += dz.mT @ self.hidden[rows]
 
 
 class _Fp8Products:
     """The same in fp8; results in hidden's dtype."""
 
-    def __init__(self, hidden: Tensor, weight: Quantised) -> None:
+    gradient_dtype = fp8.E5M2
+
+    def __init__(self, hidden: Tensor, weight: Quantised, compiled: bool) -> None:
         self.dtype, self.weight = hidden.dtype, weight
-        self.hidden, self.inverse = fp8.quantise(hidden, fp8.E4M3)
+        quantise, self.transposed = fp8.quantise, fp8.transposed
+        if compiled:
+            quantise, self.transposed = _fused(quantise), _fused(self.transposed)
+        self.hidden, self.inverse = quantise(hidden, fp8.E4M3)
+        self.gradient_inverse = torch.full_like(self.inverse, 1 / GRADIENT_SCALE)
 
     def logits(self, rows: slice) -> Tensor:
         weight = self.weight
         return fp8.matmul(self.hidden[rows], self.inverse, weight.rows.t(), weight.inverse_scale, self.dtype, fast=True)
 
-    def gradients(self, rows: slice, dz: Tensor) -> tuple[Tensor, Tensor]:
-        """By the chunk's rows of hidden, and by weight."""
-        dz, inverse = fp8.quantise(dz, fp8.E5M2)
-        by_hidden = fp8.matmul(dz, inverse, self.weight.transposed.t(), self.weight.inverse_scale, self.dtype)
-        columns = self.hidden[rows].t().contiguous().t()
-        return by_hidden, fp8.matmul(dz.t().contiguous(), inverse, columns, self.inverse, self.dtype)
+    def add_gradients(self, rows: slice, dz: Tensor, d_hidden: Tensor, d_weight: Tensor) -> None:
+        """What the chunk's `dz`, in e5m2, says about its rows of hidden, and about weight."""
+        inverse = self.gradient_inverse
+        d_hidden[rows] = fp8.matmul(dz, inverse, self.weight.transposed.t(), self.weight.inverse_scale, self.dtype)
+        columns = self.transposed(self.hidden[rows]).t()
+        d_weight += fp8.matmul(self.transposed(dz), inverse, columns, self.inverse, self.dtype)
 
 
-def _loss_and_gradient(z: Tensor, targets: Tensor, softcap: float, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """One chunk's summed loss and the gradient of that sum by z = h W^T (rows, all rows of `weight`), in z's dtype.
+def _loss_and_gradient(z: Tensor, targets: Tensor, softcap: float, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Summed loss of some rows and the gradient of that sum by z = h W^T (rows, all rows of `weight`).
 
-    z is used up. Besides it there are at most two fp32 tensors of its size at a time.
+    The gradient comes in `dtype`; in e5m2 it is GRADIENT_SCALE times itself. Two fp32 tensors of z's size exist at a time.
     """
-    logits = z.to(_wide(z)).div_(softcap).tanh_().mul_(softcap)
+    t = torch.tanh(z.to(_wide(z)) / softcap)
+    logits = t * softcap
     logits[:, vocab_size:] = -softcap - 1000.0
-    logp = logits.log_softmax(dim=-1)
     right = targets.unsqueeze(-1)
-    nll = -logp.gather(-1, right)
-    slope = logits.div_(softcap).square_().neg_().add_(1.0)
-    at_right = torch.expm1(-nll) * slope.gather(-1, right)
-    dz = logp.exp_().mul_(slope).to(z.dtype)
-    return nll.sum(), dz.scatter_(1, right, at_right.to(z.dtype))
+    below = logits.sub_(logits.amax(dim=-1, keepdim=True))
+    right_below = below.gather(-1, right)
+    p = below.exp_()
+    total = p.sum(dim=-1, keepdim=True)
+    nll = total.log() - right_below
+    slope = t.square_().neg_().add_(1.0)
+    dz = p.mul_(slope).div_(total).scatter_(1, right, torch.expm1(-nll) * slope.gather(-1, right))
+    return nll.sum(), (dz * GRADIENT_SCALE if dtype == fp8.E5M2 else dz).to(dtype)
+
+
+def _in_blocks(z: Tensor, targets: Tensor, softcap: float, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`_loss_and_gradient` of a chunk, some rows at a time, so that what is fp32 stays in a cache. z is used up."""
+    dz = z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)
+    total = torch.zeros((), dtype=_wide(z), device=z.device)
+    for rows in _slices(z.size(0), max(1, BLOCK_ELEMENTS // z.size(1))):
+        loss, dz[rows] = _loss_and_gradient(z[rows], targets[rows], softcap, vocab_size, dtype)
+        total += loss
+    return total, dz
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_loss_and_gradient, fullgraph=True, dynamic=False)
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _nll(logp: Tensor, targets: Tensor) -> Tensor:
@@ -188,10 +211,11 @@ def _nll(logp: Tensor, targets: Tensor) -> Tensor:
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Rows of each chunk: a multiple of 16, which fp8's products need, where a chunk has that many."""
-    rows, words = hidden.size(0), weight.size(0)
-    step = max(1, (CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS) // words)
-    if step > fp8.MULTIPLE:
-        step -= step % fp8.MULTIPLE
+    step = max(1, (CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS) // weight.size(0))
+    return _slices(hidden.size(0), step - step % fp8.MULTIPLE if step > fp8.MULTIPLE else step)
+
+
+def _slices(rows: int, step: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
