@@ -150,9 +150,17 @@ def run_options(command: Callable) -> Callable:
     return command
 
 
+def machine_options(command: Callable) -> Callable:
+    """Options of the commands that train on rented machines (job/preflight.py)."""
+    strict = click.option("--strict", is_flag=True, help="Refuse a machine that would train slowly; for machines that cost money.")
+    fa2 = click.option("--allow-fa2", is_flag=True, help="With --strict, accept FlashAttention 2 where a faster kernel is missing.")
+    return strict(fa2(command))
+
+
 @main.command()
 @recipe_options("smoke")
 @run_options
+@machine_options
 def run(**options: Any) -> None:
     """All stages, one after the other; what is sealed is not done again.
 
@@ -200,6 +208,7 @@ def prepare(recipe: Any, out: Path, bucket: Any, quiet: bool, verbose: bool, dry
 @main.command()
 @recipe_options("smoke", published_line=True)
 @run_options
+@machine_options
 def pretrain(core_every: int | None, run_id: str | None, run_name: str | None, model_tag: str | None, **options: Any) -> None:
     """Train the model (preparing its data first where that is not done). Takes the leaderboard's own flags.
 
@@ -330,14 +339,18 @@ def _run(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    strict: bool = False,
+    allow_fa2: bool = False,
 ) -> None:
-    from job import launch
+    from job import launch, preflight
 
     run_id = run_id or recipe.preset
     console = Console(_verbosity(quiet, verbose))
     if dry_run:
         click.echo(launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=ranks))
         return
+    for sentence in preflight.check(recipe, ranks, strict=strict, allow_fa2=allow_fa2):
+        console.say(sentence)
     run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=ranks, bucket=bucket)
     launch.execute(out, run_path, recipe, stages, console=console, world_size=ranks, bucket=bucket, fresh=fresh)
     if "report" in stages:

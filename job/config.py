@@ -105,6 +105,8 @@ class TrainConfig:
     """"bf16", "fp32", or "auto": bf16 where the processor has bf16 matrix instructions"""
     fp8: bool = False
     """matrix products of the large layers in fp8, as published from run 2 on"""
+    attention: str = "fastest"
+    """attention kernel on a GPU: "fa2", "fa3", "fa4" (FlashAttention), or "fastest": the best that the GPU can do"""
     threads: int = 0
     """CPU threads per rank; 0 = all cores, divided among the ranks"""
     seed: int = 42
@@ -135,6 +137,8 @@ class TrainConfig:
             math.isfinite(self.lr_scale) and self.lr_scale > 0, "train.lr_scale", self.lr_scale, "give a positive number, e.g. 1.0"
         )
         _check(self.dtype in ("auto", "bf16", "fp32"), "train.dtype", self.dtype, 'give "auto", "bf16" or "fp32"')
+        kernels = ("fastest", "fa2", "fa3", "fa4")
+        _check(self.attention in kernels, "train.attention", self.attention, f"give one of {', '.join(kernels)}")
         _check(self.threads >= 0, "train.threads", self.threads, "give a positive number of threads, or 0 for all cores")
         minutes = self.checkpoint_minutes
         _check(

@@ -29,6 +29,7 @@ CHARS_PER_TOKEN = 4.11
 SHARD_CHARS = 250e6
 SHARDS = {"climbmix": 6542, "fineweb-edu": 1822}
 """training shards that there are; one more is validation"""
+TRAINING = "training, timed"
 DEVICE_BATCHES = (8, 16, 32)
 CPU_SPEEDS = {"a laptop (0.1 TFLOP/s)": 1e11, "a server with bf16 matrix instructions (1 TFLOP/s)": 1e12}
 """assumed: what the matrix products of a small model reach on a CPU"""
@@ -73,6 +74,11 @@ class OnNode:
     @property
     def minutes(self) -> tuple[float, float]:
         return money.total(self.stages)
+
+    @property
+    def training(self) -> tuple[float, float]:
+        """Minutes of the timed steps, least and most."""
+        return next((stage.low, stage.high) for stage in self.stages if stage.name == TRAINING)
 
     @property
     def dollars(self) -> tuple[float, float] | None:
@@ -198,10 +204,10 @@ def _before_the_end(steps: int, every: int) -> int:
 def _training(derived: Derived, seconds: float, node: Node, published: leaderboard.Run | None) -> money.Stage:
     if published is not None and (node.gpu.name, node.gpus) == ("h100", leaderboard.GPUS):
         minutes = published.seconds / 60
-        return money.Stage("training, timed", minutes, minutes, f"published: {published.name}")
+        return money.Stage(TRAINING, minutes, minutes, f"published: {published.name}")
     minutes = max(0, derived.steps - leaderboard.UNTIMED_STEPS) * seconds / 60
     error = expected_error(derived.config, node.gpu)
-    return money.Stage("training, timed", minutes * (1 - error), minutes * (1 + error), f"step time, {error:.1%} either way")
+    return money.Stage(TRAINING, minutes * (1 - error), minutes * (1 + error), f"step time, {error:.1%} either way")
 
 
 def text_needed(data: DataConfig, rows: int, seq_len: int, val_tokens: int) -> Text:

@@ -21,18 +21,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from job import checkpoint, machine
+from job import checkpoint, machine, preflight
 from job.bpb import validate
 from job.config import Recipe
 from job.data.feed import Job, training_rows
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.derive import Derived
-from job.errors import DivergedError, InterruptedRun, PreflightError, UsageError
+from job.errors import DivergedError, InterruptedRun, UsageError
 from job.prepare import count_leaks
 from job.readings import Reading, Readings
 from job.worker import RankContext
-from model import attention, fp8
+from model import fp8
 from model.gpt import GPT
 from model.optimizer import Optimizer
 
@@ -170,18 +170,6 @@ def device_of(context: RankContext) -> torch.device:
     return device
 
 
-def choose_kernels(device: torch.device, recipe: Recipe) -> dict[str, str]:
-    """Put the attention kernel in place; what was chosen and why, in words. PreflightError where the device cannot."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    try:
-        backend = attention.choose_backend("fastest", capability, attention.installed(), strict=False)
-        attention.activate(backend)
-        in_fp8 = fp8.require_hardware(device) if recipe.train.fp8 else "off"
-    except (attention.BackendError, fp8.Fp8Error) as error:
-        raise PreflightError(str(error)) from None
-    return {"attention": backend.description, "fp8": in_fp8}
-
-
 def build(context: RankContext, recipe: Recipe, derived: Derived, prepared: Prepared, rows: Rows, device: torch.device) -> Run:
     """The run at its first step, or at the newest checkpoint's."""
     train_config, on_gpu = recipe.train, device.type == "cuda"
@@ -228,7 +216,7 @@ def main(context: RankContext) -> None:
         context.out, recipe.data, recipe.model.seq_len, workers, derived.rows, functools.partial(count_leaks, context.out, recipe)
     )
     try:
-        kernels = choose_kernels(device, recipe)
+        kernels = preflight.choose_kernels(recipe, preflight.machine_of(device), strict=False, allow_fa2=True)
         with training_rows(prepared, job, context.reporter, feeds=context.rank == 0) as rows:
             run = build(context, recipe, derived, prepared, rows, device)
             if device.type == "cuda":

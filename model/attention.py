@@ -125,13 +125,20 @@ def installed() -> dict[str, str]:
 
 
 def choose_backend(
-    wanted: str, capability: tuple[int, int] | None, have: Mapping[str, str], *, strict: bool, allow_fa2: bool = False
+    wanted: str,
+    capability: tuple[int, int] | None,
+    have: Mapping[str, str],
+    *,
+    strict: bool,
+    allow_fa2: bool = False,
+    price: str = "",
 ) -> Backend:
     """The kernel to run on.
 
     wanted: "fa2", "fa3", "fa4", or "fastest" for what the hardware can do at best. capability: the GPU's, (9, 0); None: a CPU.
     have: as `installed` returns. strict: somebody pays for this machine, so a slower kernel than wanted raises BackendError
-    unless allow_fa2 accepts it; otherwise it is taken, and the description says what it costs.
+    unless allow_fa2 accepts it; otherwise it is taken, and the description says what it costs. price: what FA2_COST of the run
+    comes to, in words.
     """
     if capability is None:
         return Backend("blocks", "attention: torch's SDPA on blocks of one window")
@@ -153,7 +160,8 @@ def choose_backend(
     missing = f"{FA4_PACKAGE}=={FA4_FITS} is not installed"
     if "fa4" in have:
         missing = f"{FA4_PACKAGE} {have['fa4']} does not fit this torch, {FA4_FITS} does"
-    slower = f"FlashAttention 2, {FA2_COST:.0%} of each step slower (estimated): {missing}"
+    cost = f"{FA2_COST:.0%} of each step slower (estimated" + (f": {price})" if price else ")")
+    slower = f"FlashAttention 2, {cost}: {missing}"
     if strict and not allow_fa2:
         raise BackendError(f"attention would run on {slower}; install it, or accept that with --allow-fa2")
     return Backend("fa2", f"attention: {slower}")

@@ -1,0 +1,111 @@
+"""What a machine is refused for before it trains, and what is only said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import job.preflight
+from job.config import resolve
+from job.errors import PreflightError
+from job.preflight import Machine, check, choose_kernels, machine_of, price_of, this_machine
+from model.attention import FA4_FITS
+
+H100 = Machine(8, "NVIDIA H100 80GB HBM3", (9, 0))
+A100 = Machine(8, "NVIDIA A100-SXM4-80GB", (8, 0))
+RTX = Machine(1, "NVIDIA RTX 6000 Ada Generation", (8, 9))
+MISSING = "flash-attn-4==4.0.0b12 is not installed"
+COST = "3% of each step slower (estimated: 3.0 minutes or $1.19 of this run at $24 an hour)"
+FP8_ON_H100 = "fp8: NVIDIA H100 80GB HBM3 (Hopper) multiplies fp8 at twice its bf16 rate"
+
+
+def said(preset: str = "run6", ranks: int = 8, *overrides: str, machine: Machine = H100, **rules) -> list[str]:
+    rules = {"strict": True, "allow_fa2": False, "environment": {}} | rules
+    return check(resolve(preset, {}, overrides), ranks, machine=machine, **rules)
+
+
+@pytest.fixture
+def only_fa2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job.preflight.attention, "installed", lambda: {"fa2": torch.__version__})
+
+
+@pytest.mark.usefixtures("only_fa2")
+def test_a_slower_kernel_is_refused_with_what_it_costs_or_allowed_and_said() -> None:
+    with pytest.raises(PreflightError) as refused:
+        said()
+    assert str(refused.value) == (
+        f"attention would run on FlashAttention 2, {COST}: {MISSING}; install it, or accept that with --allow-fa2"
+    )
+    taken = ["8 GPUs: NVIDIA H100 80GB HBM3", f"attention: FlashAttention 2, {COST}: {MISSING}", FP8_ON_H100]
+    assert said(allow_fa2=True) == said(strict=False) == taken
+
+
+@pytest.mark.usefixtures("only_fa2")
+def test_the_recipe_may_ask_for_the_slower_kernel() -> None:
+    assert said("run6", 8, "train.attention=fa2")[1] == "attention: FlashAttention 2, part of torch"
+
+
+def test_with_the_fast_kernel_there_is_nothing_to_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job.preflight.attention, "installed", lambda: {"fa2": "2.13.0", "fa4": FA4_FITS})
+    activated = []
+    monkeypatch.setattr(job.preflight.attention, "activate", activated.append)
+    assert said() == ["8 GPUs: NVIDIA H100 80GB HBM3", f"attention: FlashAttention 4 ({FA4_FITS})", FP8_ON_H100]
+    assert [backend.name for backend in activated] == ["fa4"]
+
+
+def test_a_kernel_that_cannot_be_loaded_is_an_error_and_not_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job.preflight.attention, "installed", lambda: {"fa2": "2.13.0", "fa3": "unversioned"})
+    for strict in (True, False):
+        with pytest.raises(PreflightError, match="fa3 cannot be used: "):
+            choose_kernels(resolve("run6"), H100, strict=strict, allow_fa2=True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_fp8_is_refused_where_there_is_none(strict: bool) -> None:
+    with pytest.raises(PreflightError, match=r"\(Ampere\) has no fp8 matrix units .*: set train.fp8=false, which takes 17% longer"):
+        said(machine=A100, strict=strict)
+    assert said("run1", machine=A100)[-1] == "fp8: off"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "environment", "sentence"),
+    [
+        (1, {}, "7 of 8 GPUs would stay idle: give --ranks 8"),
+        (8, {"TORCH_COMPILE_DISABLE": "1"}, "the compiler is switched off by TORCH_COMPILE_DISABLE in the environment"),
+    ],
+)
+def test_other_slow_ways_are_refused_or_said(ranks: int, environment: dict[str, str], sentence: str) -> None:
+    with pytest.raises(PreflightError, match=sentence):
+        said(ranks=ranks, environment=environment, allow_fa2=True)
+    assert said(ranks=ranks, environment=environment, strict=False)[1].startswith(f"warning: {sentence}")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_more_ranks_than_gpus(strict: bool) -> None:
+    with pytest.raises(PreflightError, match="--ranks 8 needs as many GPUs and torch sees 1 GPU: give --ranks 1"):
+        said(machine=RTX, strict=strict)
+
+
+def test_a_price_only_where_one_is_known() -> None:
+    assert price_of(0.03, resolve("run6"), H100, 8) == "3.0 minutes or $1.19 of this run at $24 an hour"
+    assert price_of(0.03, resolve("run1"), A100, 8).endswith(" minutes")
+    assert price_of(0.03, resolve("run6"), RTX, 1) == price_of(0.03, resolve("run6"), H100, 3) == ""
+
+
+def test_this_machine() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert this_machine() == machine_of(torch.device("cpu")) == Machine()
+    assert check(resolve("smoke"), 4, strict=False, allow_fa2=False) == []
+
+
+@pytest.mark.parametrize("command", ["run", "pretrain"])
+def test_no_gpu_where_one_is_paid_for_ends_with_10_and_writes_nothing(tmp_path: Path, speedrun, command: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    ended = speedrun(speedrun.command(command, "--preset", "smoke", "--strict", "--out", str(tmp_path / "out")), code=10)
+    assert ended.stderr.startswith("speedrun: --strict is set and torch sees no GPU here (")
+    assert ended.stderr.endswith("): mend that, or leave --strict out to train on the CPU\n") and ended.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
