@@ -62,7 +62,9 @@ def machine_of(device: torch.device) -> Machine:
     return Machine(torch.cuda.device_count(), torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
-def choose_kernels(recipe: Recipe, machine: Machine, *, strict: bool, allow_fa2: bool, ranks: int = 1) -> dict[str, str]:
+def choose_kernels(
+    recipe: Recipe, machine: Machine, ranks: int, *, strict: bool = False, allow_fa2: bool = False
+) -> dict[str, str]:
     """The attention kernel, put in place for this process, and fp8: what was chosen and why, in words. PreflightError as at the top."""
     try:
         backend = attention.choose_backend(
@@ -108,7 +110,7 @@ def check(
     if not machine.gpus:
         if strict:
             raise PreflightError(_no_gpu())
-        choose_kernels(recipe, machine, strict=False, allow_fa2=allow_fa2)
+        choose_kernels(recipe, machine, ranks)
         return []
     here = f"{machine.gpus} GPU{'s' * (machine.gpus > 1)}"
     if ranks > machine.gpus:
@@ -124,7 +126,7 @@ def check(
         )
     if slow and strict:
         raise PreflightError(slow[0])
-    kernels = choose_kernels(recipe, machine, strict=strict, allow_fa2=allow_fa2, ranks=ranks)
+    kernels = choose_kernels(recipe, machine, ranks, strict=strict, allow_fa2=allow_fa2)
     return said + [f"warning: {sentence}" for sentence in slow] + [kernels["attention"], f"fp8: {kernels['fp8']}"]
 
 

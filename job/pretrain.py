@@ -215,21 +215,19 @@ def main(context: RankContext) -> None:
     job = Job(
         context.out, recipe.data, recipe.model.seq_len, workers, derived.rows, functools.partial(count_leaks, context.out, recipe)
     )
-    try:
-        kernels = preflight.choose_kernels(recipe, preflight.machine_of(device), strict=False, allow_fa2=True)
-        with training_rows(prepared, job, context.reporter, feeds=context.rank == 0) as rows:
-            run = build(context, recipe, derived, prepared, rows, device)
-            if device.type == "cuda":
-                warm_up(run)
-            gc.collect()
-            gc.freeze()  # what is alive now stays: no later collection looks at it
-            context.borders.start_from(run.step)
-            if context.rank == 0:
-                announce(run, kernels)
-            train(run)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    kernels = preflight.choose_kernels(recipe, preflight.machine_of(device), context.world_size)
+    with training_rows(prepared, job, context.reporter, feeds=context.rank == 0) as rows:
+        run = build(context, recipe, derived, prepared, rows, device)
+        if device.type == "cuda":
+            warm_up(run)
+        gc.collect()
+        gc.freeze()  # what is alive now stays: no later collection looks at it
+        context.borders.start_from(run.step)
+        if context.rank == 0:
+            announce(run, kernels)
+        train(run)
+    if dist.is_initialized():  # not after a failure: with a collective in flight it would wait for ranks that are gone
+        dist.destroy_process_group()
 
 
 def announce(run: Run, kernels: dict[str, str]) -> None:

@@ -32,15 +32,17 @@ from job.progress import Reporter
 GRACE = 15.0
 """seconds that ranks have to reach the shared border and seal a checkpoint (the table allows 20 in all)"""
 
-CPU_ENVIRONMENT = {
+RANK_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 """What ranks are given unless the user's environment says otherwise. Threads that wait for each other sleep instead of spinning: on
 cores that others use too, spinning is 4 to 8 times slower. glibc keeps freed activations instead of returning them to the kernel page by
-page: a step's page faults cost 15 to 30 % of it. Both measured in LOG.md."""
+page: a step's page faults cost 15 to 30 % of it. Both measured in LOG.md. On a GPU, segments that grow leave no holes between
+activations of changing sizes: what the plan says fits must not fail by fragmentation."""
 
 PYTHONPATH = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
 """with which children find this package wherever they are started"""
@@ -141,7 +143,7 @@ def start_ranks(arguments: list[str], *, world_size: int, threads: int, logs: Pa
     """Start `world_size` children of this machine. `threads` CPU threads each (0: the cores, divided)."""
     per_rank = threads or max(1, usable_cores() // world_size)
     shared = (
-        CPU_ENVIRONMENT
+        RANK_ENVIRONMENT
         | os.environ
         | {
             "WORLD_SIZE": str(world_size),

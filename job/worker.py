@@ -20,6 +20,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -163,14 +164,24 @@ def main(stage: str, out: str, recipe_file: str, run: str, attempt: str = "0", r
     except SpeedrunError as error:
         reporter.send({"error": [int(error.exit_code), str(error)]})
         return int(error.exit_code)
-    except MemoryError as error:
-        reporter.send({"error": [int(ExitCode.OUT_OF_MEMORY), _memory_sentence(stage, error)]})
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        reporter.send({"error": [int(ExitCode.OUT_OF_MEMORY), memory_sentence(stage, error)]})
         return int(ExitCode.OUT_OF_MEMORY)
     return 0
 
 
-def _memory_sentence(stage: str, error: BaseException) -> str:
-    detail = f" ({error})" if str(error) else ""
+def lacks_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU's allocator or torch's CPU allocator (a plain RuntimeError) says so."""
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in str(error)
+    )
+
+
+def memory_sentence(stage: str, error: BaseException) -> str:
+    tried = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+    detail = f" ({tried[0][0].lower()}{tried[0][1:]})" if tried else ""
     return f"{stage} ran out of memory{detail}; use a smaller train.device_batch_size or a machine with more memory"
 
 

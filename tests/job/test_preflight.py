@@ -59,7 +59,7 @@ def test_a_kernel_that_cannot_be_loaded_is_an_error_and_not_another_kernel(monke
     monkeypatch.setattr(job.preflight.attention, "installed", lambda: {"fa2": "2.13.0", "fa3": "unversioned"})
     for strict in (True, False):
         with pytest.raises(PreflightError, match="fa3 cannot be used: "):
-            choose_kernels(resolve("run6"), H100, strict=strict, allow_fa2=True)
+            choose_kernels(resolve("run6"), H100, 8, strict=strict, allow_fa2=True)
 
 
 @pytest.mark.parametrize("strict", [True, False])
