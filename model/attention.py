@@ -21,7 +21,8 @@ kernel stands behind that call is chosen once per process, before the first step
     fa3   FlashAttention 3, a package of its own   Hopper
     fa4   FlashAttention 4, a package of its own   Hopper, Blackwell      pinned: later releases return more values than torch unpacks
 
-The kernels compute in 16 bits; a model that computes in fp32 on a GPU takes the blocks.
+Where somebody pays for the machine, a slower one than asked for is refused before the run begins (`job/preflight.py`). The kernels
+compute in 16 bits; a model that computes in fp32 on a GPU takes the blocks.
 """
 
 from __future__ import annotations

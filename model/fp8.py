@@ -32,7 +32,7 @@ gates (12 or 24 channels wide). Embeddings are looked up, not multiplied. Attent
 **What stays as it was.** Weights are fp32 and so are their accumulated gradients; the optimizer knows nothing of fp8. Each forward
 pass quantises the fp32 weight anew, fused by the compiler into one read. The head is the exception: its loss is computed in many
 chunks (`model/loss.py`), each of which reads the whole weight twice, so its quantised copies are made once per optimizer step and
-kept (`model/fp8_linear.py`).
+kept (`model/fp8_linear.py`). The gradient by its logits needs no search for a maximum: no entry is ever larger than 1.
 
 **Evaluation is outside fp8.** The eight bits serve to make gradients cheaply. Where no gradient is wanted (`torch.no_grad`), the same
 layers compute in the dtype of their input: validation and tasks score the weights and not their rounding, and agree with the

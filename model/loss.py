@@ -21,7 +21,7 @@ many it costs the memory that was to be saved. On a GPU one such addition moves 
 counted bytes, so 2048 rows are taken, whose products need 0.33 ms in fp8 at best (estimated; to be decided by a profile). Either
 number of rows keeps the loss below a tenth of the plain one's memory (16,384 tokens, 49,152 words: tested). That is possible because
 nothing fp32 has a chunk's size: compiled, it lives in registers; else the chunk's logits become their own gradient in place, a block
-of BLOCK_ELEMENTS at a time, whose dozen passes then stay in a CPU's cache (1.3 to 2.7 times as fast as passes over a chunk: LOG.md).
+of BLOCK_ELEMENTS at a time. (Smaller blocks would fit a smaller cache, and wake a CPU's threads more often than that is worth.)
 
 **In fp8** (`quantised`) the three products run as in any fp8 layer (`model/fp8.py`): h and W in e4m3, dz in e5m2. h is quantised once
 a micro-step, W once per optimizer step, and the weight's gradient is still added up in fp32. dz needs no search for its maximum: no
@@ -49,7 +49,7 @@ from model.fp8 import Fp8Error, Quantised
 
 CHUNK_ELEMENTS = 1 << 26  # logits per chunk on a GPU: 2048 rows at a vocabulary of 32,768
 CPU_CHUNK_ELEMENTS = 1 << 23
-BLOCK_ELEMENTS = 1 << 18  # logits that are fp32 at a time where nothing is compiled
+BLOCK_ELEMENTS = 1 << 20  # logits that are fp32 at a time where nothing is compiled
 GRADIENT_SCALE = float(1 << 15)  # of dz in e5m2, whose largest is 57,344: |dz| is at most 1
 
 

@@ -1,7 +1,8 @@
 """The training step on this CPU: tokens per second of a d4, plain against ours, and what bounds it.
 
 "Plain" is the same model as one would write it down: fp32, eager, attention with a T x T mask, the logits of the whole batch, the update
-in fp32. Configurations take turns, and the best of their rounds counts, so that a busy machine disturbs all alike.
+in fp32. Configurations take turns, and the best of their rounds counts, so that a busy machine disturbs all alike. bf16 is left out on a
+processor without instructions for it, where a step would take minutes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import model.gpt
 import model.loss
+from job.machine import has_fast_bf16
 from model.gpt import GPT, GPTConfig
 from model.optimizer import Optimizer, StepHyper
 from model.scaling import RULES, derive
@@ -80,9 +82,10 @@ def test_tokens_per_second() -> None:
         "plain: fp32, eager": Trainee(Plain, torch.float32, compiled=False),
         "fp32, eager": Trainee(GPT, torch.float32, compiled=False),
         "fp32, compiled": Trainee(GPT, torch.float32, compiled=True),
-        "bf16, eager": Trainee(GPT, torch.bfloat16, compiled=False),
-        "bf16, compiled": Trainee(GPT, torch.bfloat16, compiled=True),
     }
+    if has_fast_bf16():
+        trainees["bf16, eager"] = Trainee(GPT, torch.bfloat16, compiled=False)
+        trainees["bf16, compiled"] = Trainee(GPT, torch.bfloat16, compiled=True)
     generator = torch.Generator().manual_seed(0)
     for _ in range(ROUNDS + 1):  # the first compiles
         rows = torch.randint(0, V, (B, T + 1), generator=generator)
@@ -90,7 +93,8 @@ def test_tokens_per_second() -> None:
             trainee.step(rows)
     flops = derive(CONFIG, RULES["head"], ratio=None, steps=100, batch_tokens=B * T).flops_per_token.value * B * T
     print(f"\nd4, T {T}, V {V}, {B * T} tokens a step, {torch.get_num_threads()} threads, best of {ROUNDS}")
-    print(f"matrix product at the MLP's shape: {gigaflops(torch.float32):.0f} GFLOP/s fp32, {gigaflops(torch.bfloat16):.0f} bf16\n")
+    bf16 = f"{gigaflops(torch.bfloat16):.0f} bf16" if has_fast_bf16() else "no bf16 instructions"
+    print(f"matrix product at the MLP's shape: {gigaflops(torch.float32):.0f} GFLOP/s fp32, {bf16}\n")
     print(f"{'':20} {'tokens/s':>9} {'times plain':>12} {'model ms':>9} {'update ms':>10} {'GFLOP/s':>8} {'loss':>8}")
     reference = None
     for name, trainee in trainees.items():
@@ -104,21 +108,24 @@ def test_tokens_per_second() -> None:
 
 
 def test_the_loss_by_chunk_size() -> None:
-    tokens, sizes = B * T // 4, [1 << e for e in range(17, 26, 2)]
-    print(f"\nloss and gradients, {tokens} tokens, width {CONFIG.width}, bf16: ms by logits a chunk")
-    print(f"{'V':>8}" + "".join(f"{'2^' + str(size.bit_length() - 1):>9}" for size in sizes) + f"{'plain':>9}")
+    """The last two columns: without blocks, and the plain loss."""
+    tokens, sizes = B * T // 4, [1 << e for e in range(19, 26, 2)]
+    dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
+    print(f"\nloss and gradients, {tokens} tokens, width {CONFIG.width}, {str(dtype)[6:]}: ms by logits a chunk")
+    names = [*(f"2^{size.bit_length() - 1}" for size in sizes), "no blocks", "plain"]
+    print(f"{'V':>8}" + "".join(f"{name:>10}" for name in names))
     for words in (V, 4 * V):
-        hidden = torch.randn(tokens, CONFIG.width).bfloat16().requires_grad_()
+        hidden = torch.randn(tokens, CONFIG.width).to(dtype).requires_grad_()
         weight = torch.randn(words, CONFIG.width).mul_(0.02).requires_grad_()
         targets = torch.randint(0, words, (tokens,))
-        took = [math.inf] * (len(sizes) + 1)
+        ways = {name: {"CPU_CHUNK_ELEMENTS": size} for name, size in zip(names, sizes, strict=False)}
+        ways["no blocks"] = {"BLOCK_ELEMENTS": model.loss.CPU_CHUNK_ELEMENTS}
+        took = dict.fromkeys(names, math.inf)
         for _ in range(ROUNDS):
-            for i, size in enumerate([*sizes, None]):
+            for name in names:
                 began = time.perf_counter()
-                with patch.object(model.loss, "CPU_CHUNK_ELEMENTS", size):
-                    if size:
-                        model.loss.cross_entropy(hidden, weight, targets, 15.0).backward()
-                    else:
-                        plain_loss(hidden, weight.to(hidden.dtype), targets, 15.0, words).backward()
-                took[i] = min(took[i], time.perf_counter() - began)
-        print(f"{words:8}" + "".join(f"{1e3 * seconds:9.0f}" for seconds in took))
+                with patch.multiple(model.loss, **ways.get(name, {})):
+                    loss = plain_loss if name == "plain" else model.loss.cross_entropy
+                    loss(hidden, weight.to(dtype) if name == "plain" else weight, targets, 15.0, words).backward()
+                took[name] = min(took[name], time.perf_counter() - began)
+        print(f"{words:8}" + "".join(f"{1e3 * seconds:10.0f}" for seconds in took.values()))

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.memory import checkpoint_bytes, largest_batch, parameter_bytes, state_bytes, step_memory
+from job.memory import ACTIVATION, checkpoint_bytes, largest_batch, parameter_bytes, state_bytes, step_memory
+from model import fp8
+from model.attention import attention
 from model.gpt import GPT, GPTConfig
 from model.optimizer import Optimizer, _share_out
 from model.scaling import RULES, derive
@@ -98,3 +100,28 @@ def test_the_largest_batch_divides_and_fits() -> None:
     assert largest_batch(config(24), 24 * 8, 8, True, CARD).rows == 24
     assert largest_batch(config(12), 256, 8, True, CARD).rows == 32  # no more than there are
     assert largest_batch(config(40), 512, 8, True, 24e9) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_what_the_compiler_keeps_of_a_block_is_what_the_plan_counts(precision: str) -> None:
+    """Counted on a small block whose windows are whole, as the GPU's kernel sees them; copies of weights are counted elsewhere."""
+    rows, T, d = 3, 256, 256
+    model = GPT(GPTConfig.for_depth(4, 512, T, width=d, window_pattern="L"), torch.bfloat16)
+    model.init_weights(0)
+    if precision == "fp8":
+        fp8.apply(model, rows * T)
+    weights = {d * d, 4 * d * d}
+    kept = []
+    for number in (1, 2):  # with a value embedding, and without
+        seen: dict[int, torch.Tensor] = {}
+        x, x0, value_embed = (torch.randn(rows, T, d).bfloat16().requires_grad_() for _ in range(3))
+        block = model.blocks[number]
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.setdefault(t.data_ptr(), t), lambda t: t):
+            mix = model.resid_lambdas[number], model.x0_lambdas[number]
+            block(x, x0, mix, value_embed if number == 1 else None, model._rotary.tables(T, x), attention)
+        shared = {x0.data_ptr(), *(p.data_ptr() for p in model.parameters())}
+        kept.append(size([t for at, t in seen.items() if at not in shared and t.numel() not in weights]) / (rows * T * d))
+    print(f"{precision}: {kept[0]:.1f} and {kept[1]:.1f} bytes a token and channel")
+    assert sum(kept) / 2 == pytest.approx(ACTIVATION[precision], rel=0.1)

@@ -1,20 +1,52 @@
-"""A d4 trained in fp8 by torchao's CPU path ends where bf16 ends."""
+"""A d4 trained in fp8 by torchao's CPU path ends where bf16 ends, in both generations.
+
+The July generation's rates end at a twentieth of their height and not at zero, so that two runs which differ by rounding keep a distance:
+with 256 tokens a step it was larger than what is to be shown. Four times the tokens, and the rule's own rates for them, bring it down.
+"""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import model.attention
+from job.machine import has_fast_bf16
 from model import fp8
 from model.gpt import GPT, GPTConfig
 from model.optimizer import Optimizer
 from model.scaling import RULES, derive
 from model.schedule import Schedule
 
-V, T, B, STEPS = 128, 64, 4, 200
-LR_SCALE = 2.0  # of the rule, which is careful with batches this small
-CONFIG = GPTConfig.for_depth(4, V, T, "feb", width=128, head_dim=64)
+V, T, STEPS = 128, 64, 200
+DESIGNS = {"feb": (4, 2.0), "head": (16, 1.0)}
+"""rows a step, and the factor on the rule's rates"""
+
+
+class WideProducts(TorchDispatchMode):
+    """bf16 products as fp32 products of the same numbers, rounded: what bf16 instructions do, on a processor that has none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):
+            return NotImplemented
+        kwargs = kwargs or {}
+        if func._schema.name in ("aten::mm", "aten::bmm", "aten::baddbmm") and args[0].dtype == torch.bfloat16:
+            return func(*(x.float() if isinstance(x, Tensor) else x for x in args), **kwargs).bfloat16()
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> contextlib.AbstractContextManager:
+    if has_fast_bf16():
+        return contextlib.nullcontext()
+    sdpa = model.attention._sdpa
+    monkeypatch.setattr(
+        model.attention, "_sdpa", lambda q, k, v, *rest, **more: sdpa(q.float(), k.float(), v.float(), *rest, **more).to(q.dtype)
+    )
+    return WideProducts()
 
 
 def text(rows: int, seed: int) -> Tensor:
@@ -27,27 +59,34 @@ def text(rows: int, seed: int) -> Tensor:
     return torch.stack(words, dim=1)
 
 
-def final_loss(seed: int, in_fp8: bool) -> float:
+def final_loss(generation: str, seed: int, in_fp8: bool) -> float:
     """Nats a token on held-out rows after STEPS steps with the schedule running down to its end."""
-    model = GPT(CONFIG, compute_dtype=torch.bfloat16)
-    model.init_weights(seed)
+    rows_a_step, faster = DESIGNS[generation]
+    config = GPTConfig.for_depth(4, V, T, generation, width=128, head_dim=64)
+    gpt = GPT(config, compute_dtype=torch.bfloat16)
+    gpt.init_weights(seed)
     if in_fp8:
-        assert len(fp8.apply(model, B * T, "feb")) == 6 * 4 + 1
-    rules = RULES["feb"]
-    slower = rules.changed(lrs={name: LR_SCALE * group.lr for name, group in rules.groups.items()})
-    specs = derive(CONFIG, slower, ratio=None, steps=STEPS, batch_tokens=B * T).specs
-    optimizer, schedule = Optimizer(model.groups(), specs), Schedule.for_generation(STEPS, "feb")
+        assert len(fp8.apply(gpt, rows_a_step * T, generation)) == 6 * 4 + 1
+    rules = RULES[generation]
+    rules = rules.changed(lrs={name: faster * group.lr for name, group in rules.groups.items()})
+    specs = derive(config, rules, ratio=None, steps=STEPS, batch_tokens=rows_a_step * T).specs
+    optimizer, schedule = Optimizer(gpt.groups(), specs), Schedule.for_generation(STEPS, generation)
     for step in range(STEPS):
-        rows = text(B, seed=1000 * seed + step)
-        model.loss(rows[:, :-1], rows[:, 1:]).backward()
+        rows = text(rows_a_step, seed=1000 * seed + step)
+        gpt.loss(rows[:, :-1], rows[:, 1:]).backward()
         optimizer.step(schedule.at(step))
-    held_out = text(64, seed=999_999)
-    return model.token_losses(held_out[:, :-1], held_out[:, 1:])[0].mean().item()
+    held_out = text(256, seed=999_999)
+    return gpt.token_losses(held_out[:, :-1], held_out[:, 1:])[0].mean().item()
 
 
 @pytest.mark.slow
-def test_200_steps_in_fp8_end_within_a_hundredth_of_a_nat_of_bf16() -> None:
-    losses = {in_fp8: [final_loss(seed, in_fp8) for seed in (1, 2, 3)] for in_fp8 in (False, True)}
+@pytest.mark.parametrize("generation", list(DESIGNS))
+def test_200_steps_in_fp8_end_within_a_hundredth_of_a_nat_of_bf16(
+    generation: str, products: contextlib.AbstractContextManager
+) -> None:
+    with products:
+        losses = {in_fp8: [final_loss(generation, seed, in_fp8) for seed in (1, 2, 3)] for in_fp8 in (False, True)}
+    print(f"{generation}: {losses}")
     bf16, eight = (sum(losses[in_fp8]) / 3 for in_fp8 in (False, True))
     assert bf16 < 4.0, "a model that has learned something"
     assert abs(eight - bf16) < 0.01, losses
