@@ -109,7 +109,9 @@ def share(batches: Sequence[Batch], size: int) -> list[list[Batch]]:
     return shares
 
 
-def tensors_of(items: Sequence[Item], batch: Batch, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor, Fork | None]:
+def tensors_of(
+    items: Sequence[Item], batch: Batch, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Fork | None]:
     """ids (rows, prefix + tails), places (N,), words (N,), all int64, and the fork if the rows are forks; `items` are the batch's.
 
     Each scored token in order, option by option: `places` has the position that predicts it, counted row by row through `ids`, and
