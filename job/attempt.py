@@ -187,11 +187,12 @@ def fold(run: Path) -> Record:
     """Fold the events of all attempts of `run` into one Record."""
     record = Record()
     for event in read_events(run):
-        _fold_event(record, event)
+        fold_event(record, event)
     return record
 
 
-def _fold_event(record: Record, event: dict[str, Any]) -> None:
+def fold_event(record: Record, event: dict[str, Any]) -> None:
+    """Fold one more event into `record`; events come in the order of `read_events`."""
     fields = {k: v for k, v in event.items() if k not in ("attempt", "seq", "kind")}
     number, t = event["attempt"], event["t"]
     if not record.attempts or record.attempts[-1].number != number:

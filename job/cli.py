@@ -327,6 +327,22 @@ def report(out: Path, bucket: Any, run_id: str, as_json: bool, quiet: bool, verb
     _show_result(run_path, as_json, quiet)
 
 
+@main.command("wandb-sync")
+@out_option
+@click.option("--run-id", required=True, metavar="ID", help="The run that wandb is to have, finished or not.")
+@talk_options
+def wandb_sync(out: Path, run_id: str, quiet: bool, verbose: bool) -> None:
+    """Send wandb what it does not have of a run that was offline, or that lost wandb on the way. Nothing is sent twice.
+
+    \b
+    Example:
+      speedrun wandb-sync --run-id mine
+    """
+    from job import launch, mirror
+
+    mirror.sync(launch.existing_run(out, run_id), Console(_verbosity(quiet, verbose)))
+
+
 def _run(
     stages: tuple[str, ...],
     recipe: Any,

@@ -28,6 +28,7 @@ from job.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, n
 from job.config import SCHEMA, Recipe, differing_keys, from_document, resolve
 from job.console import Console
 from job.errors import ExitCode, SpeedrunError, UsageError
+from job.mirror import mirrored
 from job.progress import Reporter
 from job.report.render import write_report
 from job.sealed import atomic_write, is_sealed, open_sealed
@@ -160,21 +161,22 @@ def execute(
             bucket.begin(run, attempt, int(final.name), console, fresh=fresh)
         uploads.start()
         start = _Start(out, run, recipe, attempt, console, interrupts, world_size, uploads, bucket)
-        for stage in stages:
-            interrupts.check(stage)
-            if not again and is_done(stage, run, recipe):
-                attempt.emit("stage.skipped", stage=stage, why="sealed")
-                console.say(f"{stage}: done already")
-                continue
-            attempt.check_newest()
-            started = time.monotonic()
-            attempt.emit("stage.started", stage=stage)
-            if stage == "report":
-                write_report(run)
-            else:
-                _run_ranks(stage, start)
-            attempt.emit("stage.done", stage=stage, seconds=time.monotonic() - started)
-            console.say(f"{stage}: done in {time.monotonic() - started:.1f} s")
+        with mirrored(run, attempt, console):  # from here on: the mirror's names follow from the run's first event
+            for stage in stages:
+                interrupts.check(stage)
+                if not again and is_done(stage, run, recipe):
+                    attempt.emit("stage.skipped", stage=stage, why="sealed")
+                    console.say(f"{stage}: done already")
+                    continue
+                attempt.check_newest()
+                started = time.monotonic()
+                attempt.emit("stage.started", stage=stage)
+                if stage == "report":
+                    write_report(run)
+                else:
+                    _run_ranks(stage, start)
+                attempt.emit("stage.done", stage=stage, seconds=time.monotonic() - started)
+                console.say(f"{stage}: done in {time.monotonic() - started:.1f} s")
         if "report" in stages:
             drop_optimizer(final)
 

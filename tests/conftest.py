@@ -58,7 +58,8 @@ class Speedrun:
         )
 
     def environment(self) -> dict[str, str]:
-        return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"} | self.variables
+        quiet = {"WANDB_MODE": "disabled"}  # unless a test says otherwise
+        return quiet | os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"} | self.variables
 
     def start(self, words: list[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment(), cwd=ROOT)

@@ -1,0 +1,424 @@
+"""wandb: what it is sent, that it is sent once, and that losing it harms nothing. The client is the real one, the server a small one of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from job import mirror
+from job.attempt import Attempt, fold, read_events
+from job.console import Console
+from job.errors import DivergedError, InterruptedRun, StorageError
+from job.mirror import mirrored
+from job.mirror_wandb import Events, has_key, history, mode, summary, wandb_id
+
+RECIPE = {"preset": "smoke", "recipe": {"model": {"depth": 2}, "data": {"paths": ["texts"]}}}
+FLOPS = 1000
+KEY = "a" * 40
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_POST(self) -> None:
+        server, body = self.server.wandb, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if server.hangs:
+            server.stopped.wait()
+            return
+        self._answer(server.take(self.path, body))
+
+    do_GET = do_PUT = do_POST
+
+    def _answer(self, document: object) -> None:
+        data = json.dumps(document).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(data)
+
+
+class WandbServer:
+    """As much of wandb's server as a run asks for: it keeps history lines by offset, and says at a resume how many it has."""
+
+    def __init__(self) -> None:
+        self.hangs = self.answers_nonsense = False
+        self.lines: dict[str, list[dict]] = {}
+        self.summaries: dict[str, dict] = {}
+        self.runs: dict[str, dict] = {}
+        self.stopped = threading.Event()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self._http.wandb = self
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def take(self, path: str, body: bytes) -> object:
+        if self.answers_nonsense:
+            return {"data": {}}
+        if path.endswith("/file_stream"):
+            return self._stream(path.split("/")[-2], json.loads(body))
+        if path != "/graphql":
+            return {}
+        asked = json.loads(body)
+        match asked["operationName"]:
+            case "Viewer":
+                return {"data": {"viewer": {"id": "u", "entity": "us", "username": "us", "flags": "{}", "teams": {"edges": []}}}}
+            case "RunResumeStatus":
+                return {"data": {"model": self._resume(asked["variables"]["name"])}}
+            case "UpsertBucket":
+                return {"data": {"upsertBucket": self._upsert(asked["variables"])}}
+            case "CreateRunFiles":
+                files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in asked["variables"]["files"]]
+                return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
+        return {"data": {}}
+
+    def _resume(self, name: str) -> dict:
+        bucket = None
+        if name in self.runs:
+            lines = self.lines.get(name, [])
+            counts = {"logLineCount": 0, "eventsLineCount": 0, "historyLineCount": len(lines)}
+            tails = {"historyTail": json.dumps([json.dumps(line) for line in lines[-1:]]), "eventsTail": "[]"}
+            bucket = {
+                "id": name,
+                "name": name,
+                "displayName": name,
+                "summaryMetrics": json.dumps(self.summaries.get(name, {})),
+                "config": self.runs[name].get("config") or "{}",
+                "tags": [],
+                "notes": None,
+                "wandbConfig": json.dumps({"t": 1}),
+            }
+            bucket |= counts | tails
+        return {"id": "p", "name": "p", "entity": {"id": "e", "name": "us"}, "bucket": bucket}
+
+    def _upsert(self, asked: dict) -> dict:
+        name = asked["name"] or asked["id"]
+        inserted = name not in self.runs
+        self.runs.setdefault(name, {}).update({key: value for key, value in asked.items() if value is not None})
+        project = {"id": "p", "name": asked["project"] or "p", "entity": {"id": "e", "name": "us"}}
+        bucket = {"id": name, "name": name, "displayName": asked["displayName"], "project": project, "config": "{}"}
+        return {"bucket": bucket | {"historyLineCount": len(self.lines.get(name, []))}, "inserted": inserted}
+
+    def _stream(self, name: str, sent: dict) -> dict:
+        for file, part in (sent.get("files") or {}).items():
+            if file == "wandb-history.jsonl":
+                lines = self.lines.setdefault(name, [])
+                lines[part["offset"] :] = [json.loads(line) for line in part["content"]]
+            elif file == "wandb-summary.json":
+                self.summaries[name] = json.loads(part["content"][-1])
+        return {}
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the only run that was sent, in the order of their lines."""
+        ((_, lines),) = self.lines.items()
+        return [line["_step"] for line in lines]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    for name in [n for n in os.environ if n.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    server = WandbServer()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    return folder
+
+
+def train(attempt: Attempt, first: int, last: int, steps: int = 20) -> None:
+    """Events as a training stage writes them, for the steps `first` ... `last`."""
+    attempt.emit("train.start", step=first, rows=first * 8, steps=steps, flops_per_token=FLOPS)
+    for step in range(first, last + 1):
+        if step and step % 5 == 0:
+            attempt.emit("train.val", step=step, rows=step * 8, bpb=3 - step / 100)
+        attempt.emit("train.step", step=step, rows=(step + 1) * 8, loss=5 - step / 10, lr_mult=1.0, ms=500.0, tokens=512)
+
+
+def evaluate(attempt: Attempt, name: str = "core", steps: int = 20) -> None:
+    attempt.emit("eval.bpb", step=steps, rows=steps * 8, bpb=2.5)
+    attempt.emit("eval.task", task="copa", centered=0.25)
+    attempt.emit("eval.done", metric=0.27, name=name, cap=None, bundle_id="b", se=0.01)
+
+
+def begin(run: Path) -> Attempt:
+    attempt = Attempt.claim(run)
+    attempt.emit("attempt.started", argv=[])
+    return attempt
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def warnings(run: Path) -> list[str]:
+    return [e["text"] for e in read_events(run) if e["kind"] == "warning"]
+
+
+# --- what is sent
+
+
+def test_rows_and_summary_have_the_leaderboards_names(run: Path) -> None:
+    attempt = begin(run)
+    train(attempt, 0, 19)
+    evaluate(attempt)
+    record = fold(run)
+    rows = dict(history(record, -1))
+    assert list(rows) == list(range(21))
+    assert rows[15] == {
+        "val/bpb": 2.85,
+        "step": 15,
+        "train/loss": 3.5,
+        "train/lrm": 1.0,
+        "train/dt": 0.5,
+        "train/tok_per_sec": 1024.0,
+        "total_training_flops": 16 * 512 * FLOPS,
+        "total_training_time": 2.5,
+    }
+    assert rows[20] == {"val/bpb": 2.5, "core_metric": 0.27, "centered_results": {"copa": 0.25}}
+    assert summary(record) == {
+        "step": 20,
+        "total_training_flops": 20 * 512 * FLOPS,
+        "total_training_time": record.training_seconds,
+        "val_bpb": 2.5,
+        "core_metric": 0.27,
+    }
+    assert rows[19]["total_training_time"] == record.training_seconds == 4.5
+
+
+def test_a_smoke_score_is_not_called_core(run: Path) -> None:
+    attempt = begin(run)
+    train(attempt, 0, 19)
+    evaluate(attempt, name="smoke_score")
+    assert "core_metric" not in summary(fold(run))
+    assert summary(fold(run))["smoke_score"] == 0.27
+    assert "core_metric" not in dict(history(fold(run), -1))[20]
+
+
+def test_what_was_sent_is_passed_over_and_a_validation_waits_for_its_step(run: Path) -> None:
+    attempt = begin(run)
+    train(attempt, 0, 9)
+    attempt.emit("train.val", step=10, rows=80, bpb=2.9)
+    assert [step for step, _ in history(fold(run), 6)] == [7, 8, 9]
+    again = begin(run)
+    train(again, 8, 11)
+    rows = dict(history(fold(run), 9))
+    assert list(rows) == [10, 11]
+    assert rows[10]["val/bpb"] == 2.9
+
+
+def test_events_are_folded_as_they_are_written_line_by_line(run: Path) -> None:
+    train(begin(run), 0, 3)
+    events = Events(run)
+    events.advance()
+    assert sorted(events.record.steps) == [0, 1, 2, 3]
+    with open(run / "events" / "1.jsonl", "ab") as file:
+        line = json.dumps({"kind": "train.step", "attempt": 1, "t": 1.0, "step": 4, "ms": 1.0}).encode()
+        file.write(line[:20])
+        file.flush()
+        events.advance()
+        assert 4 not in events.record.steps
+        file.write(line[20:] + b"\n")
+    events.advance()
+    assert 4 in events.record.steps
+    assert list(events.record.steps) == list(fold(run).steps)
+
+
+def test_a_run_begun_anew_is_another_one(run: Path) -> None:
+    begin(run)
+    before = wandb_id(run, fold(run))
+    assert before.startswith("mine-2")
+    begin(run)
+    assert wandb_id(run, fold(run)) == before
+    (run / "events" / "1.jsonl").write_text('{"kind": "attempt.started", "attempt": 1, "t": 5.0}\n')
+    assert wandb_id(run, fold(run)) == "mine-19700101-000005"
+
+
+def test_the_mode_follows_the_key_and_wandbs_own_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    logins = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(logins))
+    assert mode() == "offline"
+    logins.write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    logins.chmod(0o600)
+    assert has_key("https://api.wandb.ai")
+    assert not has_key("https://wandb.example.com")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert mode() == "offline"
+    assert not mirror.is_off()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert mirror.is_off()
+
+
+# --- sent once, by the real client
+
+
+def test_online_every_step_is_sent_once_though_the_mirror_was_killed(run: Path, server: WandbServer, capfd) -> None:
+    first = begin(run)
+    watching = mirror.Mirror(run, first.number, Console())
+    train(first, 0, 9)
+    wait_until(lambda: server.lines and len(server.steps) > 4)
+    os.killpg(watching._process.pid, signal.SIGKILL)
+    train(first, 10, 12)
+    second = begin(run)
+    with mirrored(run, second, Console()):
+        train(second, 8, 19)
+        evaluate(second)
+    assert server.steps == list(range(21))
+    ((name, sent),) = server.runs.items()
+    assert name.startswith("mine-")
+    assert sent["displayName"] == "mine"
+    assert json.loads(sent["config"])["model.depth"]["value"] == 2
+    said = {key: server.summaries[name][key] for key in summary(fold(run))}
+    assert said == summary(fold(run))
+    assert warnings(run) == []
+    assert capfd.readouterr().err.count("wandb: http") == 2  # once an attempt
+
+
+def offline_folders(run: Path) -> list[Path]:
+    return list((run / "wandb").glob("offline-run-*"))
+
+
+def test_offline_leaves_one_folder_and_one_command_sends_it_once(run: Path, server: WandbServer, monkeypatch, capfd) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(run / "none"))
+    first = begin(run)
+    with pytest.raises(InterruptedRun), mirrored(run, first, Console()):
+        train(first, 0, 9)
+        wait_until(lambda: offline_folders(run))
+        raise InterruptedRun("a signal")
+    time.sleep(1.1)  # wandb names folders by the second
+    second = begin(run)
+    with mirrored(run, second, Console()):
+        train(second, 8, 19)
+        evaluate(second)
+    (folder,) = offline_folders(run)
+    assert server.runs == {}
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)], check=True, capture_output=True, timeout=60)
+    assert server.steps == list(range(21))
+    mirror.sync(run, Console())
+    assert server.steps == list(range(21))
+    assert capfd.readouterr().err.count("warning") == 0
+
+
+def test_the_sync_command_sends_a_whole_run_and_then_what_is_new(run: Path, server: WandbServer, speedrun) -> None:
+    attempt = begin(run)
+    train(attempt, 0, 9)
+    words = speedrun.command("wandb-sync", "--out", str(run.parents[1]), "--run-id", "mine")
+    assert speedrun(words).stderr.startswith(f"wandb: {server.url}/us/gpt2-speedrun/runs/mine-")
+    assert server.steps == list(range(10))
+    train(attempt, 10, 19)
+    speedrun(words)
+    assert server.steps == list(range(20))
+
+
+# --- lost, without harm
+
+
+@pytest.mark.parametrize("trouble", ["refused", "hangs", "nonsense", "dies"])
+def test_a_lost_wandb_is_a_warning_and_nothing_else(run: Path, server: WandbServer, monkeypatch, capfd, trouble: str) -> None:
+    monkeypatch.setattr(mirror, "FINISH", 6.0)
+    server.hangs, server.answers_nonsense = trouble == "hangs", trouble == "nonsense"
+    if trouble == "refused":
+        server.stop()
+    attempt = begin(run)
+    with mirrored(run, attempt, Console()):
+        train(attempt, 0, 9)
+        if trouble == "dies":
+            wait_until(lambda: server.lines)
+            server.stop()
+        train(attempt, 10, 19)
+        ended = time.monotonic()
+    assert time.monotonic() - ended < 10
+    (warning,) = warnings(run)
+    assert warning.endswith("; later: speedrun wandb-sync --run-id mine")
+    assert warning in capfd.readouterr().err
+    wait_until(lambda: not processes_of(run), seconds=20)
+
+
+def test_the_error_of_a_run_passes_through_and_a_full_disk_hides_no_other(run: Path, server: WandbServer, monkeypatch) -> None:
+    monkeypatch.setattr(mirror, "FINISH", 1.0)
+    server.hangs = True
+    attempt = begin(run)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise StorageError("full")
+
+    with pytest.raises(DivergedError, match="as it was"), mirrored(run, attempt, Console()):
+        train(attempt, 0, 9)
+        attempt.emit = refuse
+        raise DivergedError("as it was")
+
+
+def test_a_mirror_whose_supervisor_vanished_ends_by_itself(run: Path, server: WandbServer) -> None:
+    attempt = begin(run)
+    watching = mirror.Mirror(run, attempt.number, Console())
+    train(attempt, 0, 3)
+    wait_until(lambda: server.lines)
+    server.hangs = True
+    watching._process.stdin.close()
+    watching._process.wait(timeout=20)
+    wait_until(lambda: not processes_of(run), seconds=20)
+
+
+def processes_of(run: Path) -> list[str]:
+    """Command lines of the mirror and of wandb's own processes that still work on `run`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode(errors="replace")
+            where = os.readlink(entry / "cwd") if "wandb" in words else ""
+            if ("job.mirror_wandb" in words and str(run) in words) or ("wandb-core" in words and where == os.fspath(run)):
+                found.append(words)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_real_run_that_is_killed_and_resumed(tmp_path: Path, server: WandbServer, speedrun, hangs: bool) -> None:
+    server.hangs = hangs
+    run = tmp_path / "runs" / "t"
+    killed = speedrun.start(speedrun.tiny("run", tmp_path))
+    wait_until(lambda: sum(e["kind"] == "train.step" for e in read_events(run)) > 6, seconds=120)
+    killed.kill()
+    killed.communicate()
+    speedrun(speedrun.tiny("run", tmp_path))
+    if not hangs:
+        assert server.steps == list(range(13))
+        assert server.lines.popitem()[1][-1]["smoke_score"] == fold(run).score["metric"]
+    assert bool(warnings(run)) == hangs
