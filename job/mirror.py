@@ -20,10 +20,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from job.attempt import Attempt
+from job.attempt import Attempt, fold
 from job.console import Console
-from job.errors import ExitCode, SpeedrunError, StorageError
+from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
 
+COMMAND = [sys.executable, "-m", "job.mirror_wandb"]
 FINISH = 20.0
 """seconds that wandb has for the rest once the stages have ended"""
 FINISH_INTERRUPTED = 3.0
@@ -63,8 +64,12 @@ def is_off() -> bool:
 
 
 def sync(run: Path, console: Console) -> None:
-    """Bring what wandb has of `run` to what its events say; StorageError when wandb does not take it."""
-    lost = Mirror(run, 0, console).finish(_last_code(run), SYNC)
+    """Bring what wandb has of `run` to what its events say; UsageError without a key, StorageError when wandb does not take it."""
+    attempts = fold(run).attempts
+    mirror = Mirror(run, 0, console)
+    lost = mirror.finish((attempts[-1].exit_code if attempts else None) or 0, SYNC)
+    if mirror.exit_code == ExitCode.USAGE:
+        raise UsageError(lost)
     if lost:
         raise StorageError(f"{lost}; nothing is lost: the events are in {run / 'events'}, give the command again")
 
@@ -78,7 +83,7 @@ class Mirror:
         root = str(Path(__file__).parent.parent)
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "job.mirror_wandb", str(run.resolve()), str(attempt)],
+                [*COMMAND, str(run.resolve()), str(attempt)],
                 cwd=run,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -87,20 +92,20 @@ class Mirror:
                 start_new_session=True,
             )
         self._log, self._console = log, console
-        self._lost = ""
+        self._lost, self._ending = "", False
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def finish(self, exit_code: int, seconds: float) -> str | None:
         """Let the mirror send the rest, for so long at most. Why it fell short, in words; None when wandb has everything."""
+        self._ending = True
         with contextlib.suppress(OSError):
             self._process.stdin.write(json.dumps({"exit_code": exit_code, "seconds": seconds}).encode() + b"\n")
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        code = self.exit_code
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -111,13 +116,19 @@ class Mirror:
             return f"wandb did not take the rest within {seconds:.0f} s"
         return self._lost or f"wandb's process ended with {code} (see {self._log})"
 
+    @property
+    def exit_code(self) -> int | None:
+        """None while the process works."""
+        return self._process.poll()
+
     def _listen(self) -> None:
         with contextlib.suppress(ValueError, OSError):
             for line in self._process.stdout:
                 message = json.loads(line)
                 if "lost" in message:
                     self._lost = message["lost"]
-                    self._console.say(f"warning: {self._lost}; the run goes on")
+                    if not self._ending:
+                        self._console.say(f"warning: {self._lost}; the run goes on without")
                 else:
                     self._console.say(message["said"])
 
@@ -127,10 +138,3 @@ def _regret(attempt: Attempt, console: Console, lost: str) -> None:
     console.say(f"warning: {text}")
     with contextlib.suppress(StorageError):
         attempt.emit("warning", text=text)
-
-
-def _last_code(run: Path) -> int:
-    from job.attempt import fold
-
-    attempts = fold(run).attempts
-    return (attempts[-1].exit_code if attempts else None) or 0

@@ -138,7 +138,7 @@ def has_key(base_url: str) -> bool:
 
 
 def mode() -> str:
-    """ "online" with a key, "offline" without one or when WANDB_MODE says so."""
+    """ "online" with a key; "offline" without one, or when WANDB_MODE says so."""
     import wandb
 
     asked = os.environ.get("WANDB_MODE", "online")
@@ -191,7 +191,11 @@ class Mirror:
             self.end.come.wait(0 if self.events.worth_showing else POLL)
         while True:
             try:
-                self.session(mode())
+                chosen = mode()
+                if chosen == "offline" and not self.attempt:
+                    self.tell(lost="wandb has no key; set WANDB_API_KEY, or give the command `wandb login` once")
+                    return int(ExitCode.USAGE)
+                self.session(chosen)
                 return 0
             except Exception as error:
                 self.tell(lost=f"wandb was lost ({_first_line(error)})")
@@ -280,6 +284,8 @@ def main(run: str, attempt: str) -> int:
         signal.signal(number, signal.SIG_IGN)
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    if not int(attempt):
+        os.environ.pop("WANDB_MODE", None)  # to sync is to be online
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ.setdefault(name, str(Path(run) / "wandb"))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

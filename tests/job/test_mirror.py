@@ -8,10 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -28,122 +25,10 @@ FLOPS = 1000
 KEY = "a" * 40
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None: ...
-
-    def do_POST(self) -> None:
-        server, body = self.server.wandb, self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if server.hangs:
-            server.stopped.wait()
-            return
-        self._answer(server.take(self.path, body))
-
-    do_GET = do_PUT = do_POST
-
-    def _answer(self, document: object) -> None:
-        data = json.dumps(document).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(data)
-
-
-class WandbServer:
-    """As much of wandb's server as a run asks for: it keeps history lines by offset, and says at a resume how many it has."""
-
-    def __init__(self) -> None:
-        self.hangs = self.answers_nonsense = False
-        self.lines: dict[str, list[dict]] = {}
-        self.summaries: dict[str, dict] = {}
-        self.runs: dict[str, dict] = {}
-        self.stopped = threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._http.wandb = self
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-
-    def stop(self) -> None:
-        self.stopped.set()
-        self._http.shutdown()
-        self._http.server_close()
-
-    def take(self, path: str, body: bytes) -> object:
-        if self.answers_nonsense:
-            return {"data": {}}
-        if path.endswith("/file_stream"):
-            return self._stream(path.split("/")[-2], json.loads(body))
-        if path != "/graphql":
-            return {}
-        asked = json.loads(body)
-        match asked["operationName"]:
-            case "Viewer":
-                return {"data": {"viewer": {"id": "u", "entity": "us", "username": "us", "flags": "{}", "teams": {"edges": []}}}}
-            case "RunResumeStatus":
-                return {"data": {"model": self._resume(asked["variables"]["name"])}}
-            case "UpsertBucket":
-                return {"data": {"upsertBucket": self._upsert(asked["variables"])}}
-            case "CreateRunFiles":
-                files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in asked["variables"]["files"]]
-                return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
-        return {"data": {}}
-
-    def _resume(self, name: str) -> dict:
-        bucket = None
-        if name in self.runs:
-            lines = self.lines.get(name, [])
-            counts = {"logLineCount": 0, "eventsLineCount": 0, "historyLineCount": len(lines)}
-            tails = {"historyTail": json.dumps([json.dumps(line) for line in lines[-1:]]), "eventsTail": "[]"}
-            bucket = {
-                "id": name,
-                "name": name,
-                "displayName": name,
-                "summaryMetrics": json.dumps(self.summaries.get(name, {})),
-                "config": self.runs[name].get("config") or "{}",
-                "tags": [],
-                "notes": None,
-                "wandbConfig": json.dumps({"t": 1}),
-            }
-            bucket |= counts | tails
-        return {"id": "p", "name": "p", "entity": {"id": "e", "name": "us"}, "bucket": bucket}
-
-    def _upsert(self, asked: dict) -> dict:
-        name = asked["name"] or asked["id"]
-        inserted = name not in self.runs
-        self.runs.setdefault(name, {}).update({key: value for key, value in asked.items() if value is not None})
-        project = {"id": "p", "name": asked["project"] or "p", "entity": {"id": "e", "name": "us"}}
-        bucket = {"id": name, "name": name, "displayName": asked["displayName"], "project": project, "config": "{}"}
-        return {"bucket": bucket | {"historyLineCount": len(self.lines.get(name, []))}, "inserted": inserted}
-
-    def _stream(self, name: str, sent: dict) -> dict:
-        for file, part in (sent.get("files") or {}).items():
-            if file == "wandb-history.jsonl":
-                lines = self.lines.setdefault(name, [])
-                lines[part["offset"] :] = [json.loads(line) for line in part["content"]]
-            elif file == "wandb-summary.json":
-                self.summaries[name] = json.loads(part["content"][-1])
-        return {}
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps of the only run that was sent, in the order of their lines."""
-        ((_, lines),) = self.lines.items()
-        return [line["_step"] for line in lines]
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    for name in [n for n in os.environ if n.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    server = WandbServer()
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    yield server
-    server.stop()
+def server(wandb_server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mirror, "FINISH", 60.0)
+    return wandb_server
 
 
 @pytest.fixture
@@ -287,7 +172,7 @@ def test_the_mode_follows_the_key_and_wandbs_own_variable(tmp_path: Path, monkey
 # --- sent once, by the real client
 
 
-def test_online_every_step_is_sent_once_though_the_mirror_was_killed(run: Path, server: WandbServer, capfd) -> None:
+def test_online_every_step_is_sent_once_though_the_mirror_was_killed(run: Path, server, capfd) -> None:
     first = begin(run)
     watching = mirror.Mirror(run, first.number, Console())
     train(first, 0, 9)
@@ -313,9 +198,11 @@ def offline_folders(run: Path) -> list[Path]:
     return list((run / "wandb").glob("offline-run-*"))
 
 
-def test_offline_leaves_one_folder_and_one_command_sends_it_once(run: Path, server: WandbServer, monkeypatch, capfd) -> None:
+@pytest.mark.slow
+def test_offline_leaves_one_folder_and_one_command_sends_it_once(run: Path, server, monkeypatch, capfd) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(run / "none"))
+    monkeypatch.setattr(mirror, "FINISH_INTERRUPTED", mirror.FINISH)
     first = begin(run)
     with pytest.raises(InterruptedRun), mirrored(run, first, Console()):
         train(first, 0, 9)
@@ -329,14 +216,15 @@ def test_offline_leaves_one_folder_and_one_command_sends_it_once(run: Path, serv
     (folder,) = offline_folders(run)
     assert server.runs == {}
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)], check=True, capture_output=True, timeout=60, cwd=run)
     assert server.steps == list(range(21))
     mirror.sync(run, Console())
     assert server.steps == list(range(21))
     assert capfd.readouterr().err.count("warning") == 0
 
 
-def test_the_sync_command_sends_a_whole_run_and_then_what_is_new(run: Path, server: WandbServer, speedrun) -> None:
+@pytest.mark.slow
+def test_the_sync_command_sends_a_whole_run_and_then_what_is_new(run: Path, server, speedrun) -> None:
     attempt = begin(run)
     train(attempt, 0, 9)
     words = speedrun.command("wandb-sync", "--out", str(run.parents[1]), "--run-id", "mine")
@@ -350,8 +238,10 @@ def test_the_sync_command_sends_a_whole_run_and_then_what_is_new(run: Path, serv
 # --- lost, without harm
 
 
-@pytest.mark.parametrize("trouble", ["refused", "hangs", "nonsense", "dies"])
-def test_a_lost_wandb_is_a_warning_and_nothing_else(run: Path, server: WandbServer, monkeypatch, capfd, trouble: str) -> None:
+@pytest.mark.parametrize(
+    "trouble", ["hangs", *(pytest.param(name, marks=pytest.mark.slow) for name in ("refused", "nonsense", "dies"))]
+)
+def test_a_lost_wandb_is_a_warning_and_nothing_else(run: Path, server, monkeypatch, capfd, trouble: str) -> None:
     monkeypatch.setattr(mirror, "FINISH", 6.0)
     server.hangs, server.answers_nonsense = trouble == "hangs", trouble == "nonsense"
     if trouble == "refused":
@@ -371,7 +261,7 @@ def test_a_lost_wandb_is_a_warning_and_nothing_else(run: Path, server: WandbServ
     wait_until(lambda: not processes_of(run), seconds=20)
 
 
-def test_the_error_of_a_run_passes_through_and_a_full_disk_hides_no_other(run: Path, server: WandbServer, monkeypatch) -> None:
+def test_the_error_of_a_run_passes_through_and_a_full_disk_hides_no_other(run: Path, server, monkeypatch) -> None:
     monkeypatch.setattr(mirror, "FINISH", 1.0)
     server.hangs = True
     attempt = begin(run)
@@ -385,7 +275,8 @@ def test_the_error_of_a_run_passes_through_and_a_full_disk_hides_no_other(run: P
         raise DivergedError("as it was")
 
 
-def test_a_mirror_whose_supervisor_vanished_ends_by_itself(run: Path, server: WandbServer) -> None:
+@pytest.mark.slow
+def test_a_mirror_whose_supervisor_vanished_ends_by_itself(run: Path, server) -> None:
     attempt = begin(run)
     watching = mirror.Mirror(run, attempt.number, Console())
     train(attempt, 0, 3)
@@ -394,6 +285,44 @@ def test_a_mirror_whose_supervisor_vanished_ends_by_itself(run: Path, server: Wa
     watching._process.stdin.close()
     watching._process.wait(timeout=20)
     wait_until(lambda: not processes_of(run), seconds=20)
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_back_gets_everything_once(run: Path, server, monkeypatch, capfd) -> None:
+    hasty = "import sys, job.mirror_wandb as m; m.INIT_TIMEOUT = 3; m.RETRY = 0.1; sys.exit(m.main(*sys.argv[1:]))"
+    monkeypatch.setattr(mirror, "COMMAND", [sys.executable, "-c", hasty])
+    server.hangs = True
+    attempt, said = begin(run), ""
+
+    def lost() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "warning: wandb was lost" in said
+
+    with mirrored(run, attempt, Console()):
+        train(attempt, 0, 9)
+        wait_until(lost)
+        server.hangs = False
+        wait_until(lambda: server.lines)
+        train(attempt, 10, 19)
+        evaluate(attempt)
+    assert server.steps == list(range(21))
+    assert warnings(run) == []
+
+
+@pytest.mark.parametrize("key", [None, pytest.param("too-short", marks=pytest.mark.slow)])
+def test_to_sync_without_a_usable_key_is_said(run: Path, server, monkeypatch, speedrun, key: str | None) -> None:
+    monkeypatch.setenv("NETRC", str(run / "none"))
+    monkeypatch.delenv("WANDB_API_KEY")
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    train(begin(run), 0, 3)
+    words = speedrun.command("wandb-sync", "--out", str(run.parents[1]), "--run-id", "mine")
+    said = speedrun(words, code=12 if key else 2).stderr
+    if key:
+        assert said.startswith("speedrun: wandb was lost (") and "nothing is lost" in said
+    else:
+        assert said == "speedrun: wandb has no key; set WANDB_API_KEY, or give the command `wandb login` once\n"
 
 
 def processes_of(run: Path) -> list[str]:
@@ -410,7 +339,7 @@ def processes_of(run: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hangs", [False, True])
-def test_a_real_run_that_is_killed_and_resumed(tmp_path: Path, server: WandbServer, speedrun, hangs: bool) -> None:
+def test_a_real_run_that_is_killed_and_resumed(tmp_path: Path, server, speedrun, hangs: bool) -> None:
     server.hangs = hangs
     run = tmp_path / "runs" / "t"
     killed = speedrun.start(speedrun.tiny("run", tmp_path))
