@@ -125,7 +125,7 @@ def summary(record: Record) -> dict[str, Any]:
 
 def wandb_id(run: Path, record: Record) -> str:
     """wandb's name of the run: the run id, and when its first attempt began (UTC)."""
-    return f"{run.name}-{datetime.fromtimestamp(record.attempts[0].start, UTC):%Y%m%d-%H%M%S}"
+    return f"{run.name}-{datetime.fromtimestamp(min(life.start for life in record.attempts), UTC):%Y%m%d-%H%M%S}"
 
 
 def has_key(base_url: str) -> bool:
