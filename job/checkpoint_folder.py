@@ -93,6 +93,12 @@ def _check_usable(sealed: Sealed, belongs_to: Mapping[str, str]) -> None:
         raise DataError(f"{sealed.path} has no optimizer state: its run was finished")
 
 
+def sweep_parts(run: Path) -> None:
+    """Remove parts of checkpoints that nobody is going to seal."""
+    for leftover in (run / "checkpoints").glob(".*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 class Keeper:
     """Seals checkpoints from the parts that ranks report, says when the next is due, and keeps the folder small."""
 
@@ -101,7 +107,7 @@ class Keeper:
         self._final_rows, self._seconds = final_rows, minutes * 60
         self._parts: dict[int, list[dict[str, Any]]] = {}
         self._last = time.monotonic()
-        self.sweep()
+        sweep_parts(run)
 
     def due(self) -> bool:
         return 0 < self._seconds <= time.monotonic() - self._last
@@ -119,30 +125,34 @@ class Keeper:
 
     def _seal(self, parts: list[dict[str, Any]]) -> None:
         self._attempt.check_newest()
-        rows, step = parts[0]["rows"], parts[0]["step"]
-        folder = folder_of(self._run, rows)
-        facts = {"rows": rows, "step": step, "world_size": self._world_size, "slices": _by_name(parts)}
-        files = {name: entry for part in parts for name, entry in part["files"].items()}
-        seal_written(
-            parts_folder(self._run, rows, self._attempt.number),
-            folder,
-            kind=KIND,
-            made_from=parts[0]["made_from"],
-            facts=facts,
-            files=files,
-        )
-        self.asked()
-        times = {key: max(part[key] for part in parts) for key in ("seconds", "stall")}
-        size = sum(entry["size"] for entry in files.values())
-        self._attempt.emit("checkpoint.sealed", step=step, rows=rows, folder=folder.name, bytes=size, **times)
+        rows = parts[0]["rows"]
+        written = parts_folder(self._run, rows, self._attempt.number)
+        seal_written(written, folder_of(self._run, rows), kind=KIND, **self._manifest(parts))
+        self._record(parts)
         others = [old for old in folders(self._run) if int(old.name) != self._final_rows]
         for old in others[KEEP:]:
             shutil.rmtree(old)
 
-    def sweep(self) -> None:
-        """Remove parts that became no checkpoint: before the ranks start, and when they have ended."""
-        for leftover in (self._run / "checkpoints").glob(".*.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def _manifest(self, parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What the manifest says: made_from, facts, files."""
+        facts = {"rows": parts[0]["rows"], "step": parts[0]["step"], "world_size": self._world_size, "slices": _by_name(parts)}
+        files = {name: entry for part in parts for name, entry in part["files"].items()}
+        return {"made_from": parts[0]["made_from"], "facts": facts, "files": files}
+
+    def _record(self, parts: list[dict[str, Any]]) -> None:
+        self.asked()
+        rows, step = parts[0]["rows"], parts[0]["step"]
+        times = {key: max(part[key] for part in parts) for key in ("seconds", "stall")}
+        size = sum(entry["size"] for part in parts for entry in part["files"].values())
+        folder = folder_of(self._run, rows).name
+        self._attempt.emit("checkpoint.sealed", step=step, rows=rows, folder=folder, bytes=size, **times)
+
+    def check(self) -> None:
+        """Several times a second: raise what sealing failed with."""
+
+    def end(self) -> None:
+        """When the ranks have ended: wait for what is being sealed, then remove parts that became no checkpoint."""
+        sweep_parts(self._run)
 
 
 def drop_optimizer(folder: Path) -> None:

@@ -135,6 +135,11 @@ def recipe_options(default_preset: str, *, published_line: bool = False) -> Call
     return decorate
 
 
+def ranks_option(command: Callable) -> Callable:
+    words = "Processes on each machine.  [default: one a GPU, else 1]"
+    return click.option("--ranks", type=click.IntRange(1, 64), metavar="N", help=words)(command)
+
+
 def run_options(command: Callable) -> Callable:
     """Options of the commands that make or continue a run."""
     run_id = click.option(
@@ -142,10 +147,7 @@ def run_options(command: Callable) -> Callable:
     )
     fresh = click.option("--fresh", is_flag=True, help="Discard what this run id has and start anew; prepared data are kept.")
     dry = click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
-    ranks = click.option(
-        "--ranks", type=click.IntRange(1, 64), default=1, show_default=True, help="Training processes on this machine."
-    )
-    for option in (talk_options, json_option, dry, fresh, ranks, run_id, bucket_options, out_option):
+    for option in (talk_options, json_option, dry, fresh, ranks_option, run_id, bucket_options, out_option):
         command = option(command)
     return command
 
@@ -261,7 +263,7 @@ def plan(recipe: Any, gpu: str | None, gpus: int | None, price: float | None, as
     help="The CORE bundle: folder, .zip, .tar.zst, or the address of one.  [default: what the run's recipe says; with --hf, the published one]",
 )
 @click.option("-o", "overrides", multiple=True, metavar="eval.KEY=VALUE", help="Override one value of the recipe's eval section.")
-@click.option("--ranks", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that share the work.")
+@ranks_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
 @json_option
 @talk_options
@@ -272,7 +274,7 @@ def evaluate(
     hf: Path | None,
     core_bundle: str | None,
     overrides: tuple[str, ...],
-    ranks: int,
+    ranks: int | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -286,21 +288,27 @@ def evaluate(
       speedrun evaluate --hf models/gpt2 -o eval.cap=1000
     """
     from job import launch
+    from job.nodes import nodes_here
 
     if (run_id is None) == (hf is None):
         raise UsageError("say what is scored: --run-id ID for a run's model, or --hf DIR for another")
+    console = Console(_verbosity(quiet, verbose))
+    nodes = nodes_here(ranks, run_id or "hf")
+    if not nodes.is_first:
+        console.say("the first node evaluates; there is nothing to do on this one")
+        return
+    nodes = nodes.alone()
     if hf is not None:
-        _evaluate_hf(out, hf, core_bundle, overrides, ranks, dry_run, as_json, _verbosity(quiet, verbose))
+        _evaluate_hf(out, hf, core_bundle, overrides, nodes.ranks, dry_run, as_json, console)
         return
 
     run_path = launch.existing_run(out, run_id, bucket)
     recipe = launch.recipe_for_evaluation(run_path, core_bundle, overrides)
     if dry_run:
-        click.echo(launch.describe_plan(out, run_path, recipe, ("evaluate", "report"), ranks=ranks))
+        click.echo(launch.describe_plan(out, run_path, recipe, ("evaluate", "report"), ranks=nodes.ranks))
         return
-    console = Console(_verbosity(quiet, verbose))
     with launch.changed_evaluation(run_path, recipe):
-        launch.execute(out, run_path, recipe, ("evaluate", "report"), console=console, world_size=ranks, again=True, bucket=bucket)
+        launch.execute(out, run_path, recipe, ("evaluate", "report"), console=console, nodes=nodes, again=True, bucket=bucket)
     _show_result(run_path, as_json, quiet)
 
 
@@ -349,7 +357,7 @@ def _run(
     out: Path,
     bucket: Any,
     run_id: str | None,
-    ranks: int,
+    ranks: int | None,
     fresh: bool,
     dry_run: bool,
     as_json: bool,
@@ -359,16 +367,22 @@ def _run(
     allow_fa2: bool = False,
 ) -> None:
     from job import launch, preflight
+    from job.follow import join
+    from job.nodes import nodes_here
 
     run_id = run_id or recipe.preset
     console = Console(_verbosity(quiet, verbose))
+    nodes = nodes_here(ranks, run_id, recipe.preset)
     if dry_run:
-        click.echo(launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=ranks))
+        click.echo(launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size))
         return
-    for sentence in preflight.check(recipe, ranks, strict=strict, allow_fa2=allow_fa2):
+    for sentence in preflight.check(recipe, nodes.world_size, strict=strict, allow_fa2=allow_fa2):
         console.say(sentence)
-    run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=ranks, bucket=bucket)
-    launch.execute(out, run_path, recipe, stages, console=console, world_size=ranks, bucket=bucket, fresh=fresh)
+    if not nodes.is_first:
+        join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)
+        return
+    run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=nodes.world_size, bucket=bucket)
+    launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, bucket=bucket, fresh=fresh)
     if "report" in stages:
         _show_result(run_path, as_json, quiet)
 
@@ -381,7 +395,7 @@ def _evaluate_hf(
     ranks: int,
     dry_run: bool,
     as_json: bool,
-    verbosity: int,
+    console: Console,
 ) -> None:
     from job import hf_launch
     from job.core_eval.ledger import table_lines
@@ -392,10 +406,10 @@ def _evaluate_hf(
         items = f"at most {asked.cap:,} items a task" if asked.cap else "all items"
         click.echo(f"{folder}: {items} of {asked.core_bundle}; answers below {hf_launch.folder_of(out, folder)}")
         return
-    ledger = hf_launch.evaluate(out, folder, asked, ranks=ranks, console=Console(verbosity))
+    ledger = hf_launch.evaluate(out, folder, asked, ranks=ranks, console=console)
     if as_json:
         click.echo(json.dumps(ledger.as_dict(), indent=1))
-    elif verbosity >= 0:
+    elif console.verbosity >= 0:
         click.echo("\n".join(table_lines(ledger)))
 
 

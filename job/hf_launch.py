@@ -19,9 +19,10 @@ from job.core_eval.core_v1 import PUBLISHED_URL
 from job.core_eval.ledger import Ledger
 from job.errors import DataError, UsageError
 from job.launch import check_writable
+from job.processes import start_ranks
 from job.progress import Reporter
 from job.sealed import atomic_write
-from job.supervise import Interrupts, start_ranks, supervise
+from job.supervise import Interrupts, supervise
 
 USED = ("eval.cap", "eval.core_bundle")
 

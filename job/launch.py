@@ -27,12 +27,17 @@ from job.bucket import Bucket
 from job.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
 from job.config import SCHEMA, Recipe, differing_keys, from_document, resolve
 from job.console import Console
+from job.crew import Crew, crew_of
 from job.errors import ExitCode, SpeedrunError, UsageError
 from job.mirror import mirrored
+from job.nodes import Nodes, same_command
+from job.processes import start_ranks
 from job.progress import Reporter
 from job.report.render import write_report
 from job.sealed import atomic_write, is_sealed, open_sealed
-from job.supervise import Interrupts, start_ranks, supervise
+from job.site import Site
+from job.split_checkpoint import SplitKeeper, fetch, share
+from job.supervise import Interrupts, supervise
 from job.uploading import Told, Uploads, uploading
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -137,12 +142,12 @@ def execute(
     stages: Sequence[str],
     *,
     console: Console,
-    world_size: int = 1,
+    nodes: Nodes,
     again: bool = False,
     bucket: Bucket | None = None,
     fresh: bool = False,
 ) -> None:
-    """Claim an attempt and bring every stage of `stages` to its end; `again` repeats stages that are done.
+    """On the first node: claim an attempt and bring every stage of `stages` to its end; `again` repeats stages that are done.
 
     With a `bucket` the run goes on from what is there, unless `fresh` discards that, and is mirrored there.
     Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
@@ -152,15 +157,18 @@ def execute(
     attempt = Attempt.claim(run, bucket and bucket.store, **({"fresh": True} if fresh else {}))
     attempt.emit("attempt.started", argv=sys.argv[1:], **machine.describe())
     final = folder_of(run, derive(recipe).rows)
+    site = Site(out, run, recipe.train.threads, bucket and bucket.store)
     with (
         Interrupts() as interrupts,
+        crew_of(nodes, interrupts, console) as crew,
         uploading(bucket, out, run, attempt, int(final.name), console, interrupts) as uploads,
         _last_word(attempt, uploads),
     ):
+        crew.meet(same_command(recipe, nodes), site)
         if bucket:
             bucket.begin(run, attempt, int(final.name), console, fresh=fresh)
         uploads.start()
-        start = _Start(out, run, recipe, attempt, console, interrupts, world_size, uploads, bucket)
+        start = _Start(site, recipe, attempt, console, interrupts, crew, uploads, bucket)
         with mirrored(run, attempt, console):  # from here on: the mirror's names follow from the run's first event
             for stage in stages:
                 interrupts.check(stage)
@@ -185,34 +193,32 @@ def execute(
 class _Start:
     """What the stages of one attempt share."""
 
-    out: Path
-    run: Path
+    site: Site
     recipe: Recipe
     attempt: Attempt
     console: Console
     interrupts: Interrupts
-    world_size: int
+    crew: Crew
     uploads: Uploads
     bucket: Bucket | None
 
 
 def _run_ranks(stage: str, start: _Start) -> None:
-    """Start the ranks of `stage` and see them to their end."""
+    """Start the ranks of `stage` on all nodes and see them to their end."""
     from job.derive import derive
 
-    run, recipe, attempt = start.run, start.recipe, start.attempt
-    keeper, resume = None, None
+    site, run, attempt, crew = start.site, start.site.run, start.attempt, start.crew
+    keeper, resume, final_rows = None, None, derive(start.recipe).rows
+    prepared = fold(run).prepared.get("id", "")
     if stage == "pretrain":
-        final_rows = derive(recipe).rows
-        keeper = Keeper(run, attempt, world_size=start.world_size, final_rows=final_rows, minutes=recipe.train.checkpoint_minutes)
-        resume = newest_usable(run, identity(recipe.values(), fold(run).prepared["id"]), attempt, start.console, start.bucket)
-    ranks = start_ranks(
-        [stage, str(start.out), str(run / "recipe.json"), str(run), str(attempt.number), str(resume or "")],
-        world_size=1 if stage == "prepare" else start.world_size,
-        threads=recipe.train.threads,
-        logs=run / "logs",
-        label=f"{attempt.number}.{stage}",
-    )
+        keeper = _keeper(start, final_rows)
+        belongs_to = identity(start.recipe.values(), prepared)
+        resume = newest_usable(run, belongs_to, attempt, start.console, start.bucket)
+        if crew.split and resume:
+            share(site.fenced(attempt.number), run, int(resume.name))
+            crew.fetch(int(resume.name))
+    order = crew.order(stage, attempt=attempt.number, prepared=prepared, resume=int(resume.name) if resume else None)
+    ranks = crew.start(order, site)
     try:
         supervise(
             stage,
@@ -225,7 +231,17 @@ def _run_ranks(stage: str, start: _Start) -> None:
         )
     finally:
         if keeper:
-            keeper.sweep()
+            keeper.end()
+    if stage == "pretrain" and crew.split:
+        fetch(site.store, run, final_rows)  # the evaluation is the first node's
+
+
+def _keeper(start: _Start, final_rows: int) -> Keeper:
+    run, attempt, crew = start.site.run, start.attempt, start.crew
+    given = {"world_size": crew.nodes.world_size, "final_rows": final_rows, "minutes": start.recipe.train.checkpoint_minutes}
+    if crew.split:
+        return SplitKeeper(run, attempt, start.site.fenced(attempt.number), **given)
+    return Keeper(run, attempt, **given)
 
 
 @contextlib.contextmanager

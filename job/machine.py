@@ -17,6 +17,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus() -> int:
+    """GPUs that this process sees, at least 1: a machine without one computes on its CPU."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """The processor's feature flags as Linux names them; empty elsewhere."""

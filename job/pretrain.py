@@ -165,7 +165,7 @@ def device_of(context: RankContext) -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", context.rank)
+    device = torch.device("cuda", context.local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -211,12 +211,12 @@ def main(context: RankContext) -> None:
     device = device_of(context)
     if context.world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=context.rank, world_size=context.world_size)
-    workers = max(1, machine.usable_cores() - context.world_size)
+    workers = max(1, machine.usable_cores() - context.local_world_size)
     job = Job(
         context.out, recipe.data, recipe.model.seq_len, workers, derived.rows, functools.partial(count_leaks, context.out, recipe)
     )
     kernels = preflight.choose_kernels(recipe, preflight.machine_of(device), context.world_size)
-    with training_rows(prepared, job, context.reporter, feeds=context.rank == 0) as rows:
+    with training_rows(prepared, job, context.reporter, feeds=context.local_rank == 0) as rows:
         run = build(context, recipe, derived, prepared, rows, device)
         if device.type == "cuda":
             warm_up(run)

@@ -15,50 +15,38 @@ import json
 import os
 import selectors
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from job.checkpoint_folder import Keeper
 from job.console import Console
 from job.errors import InterruptedRun, error_for
-from job.machine import usable_cores
+from job.processes import GRACE, Rank
 from job.progress import Reporter
-
-GRACE = 15.0
-"""seconds that ranks have to reach the shared border and seal a checkpoint (the table allows 20 in all)"""
-
-RANK_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-}
-"""What ranks are given unless the user's environment says otherwise. Threads that wait for each other sleep instead of spinning: on
-cores that others use too, spinning is 4 to 8 times slower. glibc keeps freed activations instead of returning them to the kernel page by
-page: a step's page faults cost 15 to 30 % of it. Both measured in LOG.md. On a GPU, segments that grow leave no holes between
-activations of changing sizes: what the plan says fits must not fail by fragmentation."""
-
-PYTHONPATH = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-"""with which children find this package wherever they are started"""
 
 GOES_ON = "what is sealed is kept, and the same command goes on from there"
 
-LOG_TAIL = 30
-"""lines of a rank's log that a failure shows"""
+HEARSAY = 5.0
+"""seconds that a rank's unexplained end waits for the word of other nodes: what ended it may have happened there"""
 
 
 class Interrupts:
-    """Counts SIGINT and SIGTERM while it is in force."""
+    """Counts SIGINT and SIGTERM while it is in force. A signal that every node of a run gets is one signal."""
 
     def __init__(self) -> None:
-        self.count = 0
         self.name = ""
+        self._own = 0
+        self._elsewhere: dict[int, int] = {}
+
+    @property
+    def count(self) -> int:
+        return max([self._own, *self._elsewhere.values()])
+
+    def heard(self, node: int, count: int, name: str) -> None:
+        """`node` has had `count` signals, the last of them `name`."""
+        self.name = self.name or name
+        self._elsewhere = self._elsewhere | {node: count}
 
     def __enter__(self) -> Interrupts:
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -74,94 +62,13 @@ class Interrupts:
             raise InterruptedRun(f"{self.name} came before {stage}; {GOES_ON}")
 
     def _note(self, number: int, _frame: object) -> None:
-        self.count += 1
+        self._own += 1
         self.name = signal.Signals(number).name
-
-
-class Rank:
-    """One child process (of `module`): its pipes, its log, and the last unfinished line it sent."""
-
-    def __init__(self, arguments: list[str], environment: Mapping[str, str], log: Path, module: str = "job.worker") -> None:
-        read_end, write_end = os.pipe()
-        self.log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env={**environment, "PYTHONPATH": PYTHONPATH, "SPEEDRUN_EVENTS_FD": str(write_end)},
-                pass_fds=[write_end],
-                start_new_session=True,
-            )
-        os.close(write_end)
-        os.set_blocking(read_end, False)
-        self.pipe = read_end
-        self.error: tuple[int, str] | None = None
-        self.boundary: int | None = None
-        self.closed = False
-        self._buffer = b""
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """Whole lines that have arrived; EOFError when the child closed its end."""
-        data = os.read(self.pipe, 1 << 16)
-        if not data:
-            self.closed = True
-            raise EOFError
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        for line in lines:
-            yield json.loads(line)
-
-    def tell(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write((json.dumps(message) + "\n").encode())
-            self.process.stdin.flush()
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def ended(self) -> int | None:
-        """The exit code; None when the process closed its pipe and still runs after GRACE seconds, or has a failed peer."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(timeout=GRACE if self.closed else 0)
-        return None
-
-    def tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_ranks(arguments: list[str], *, world_size: int, threads: int, logs: Path, label: str) -> list[Rank]:
-    """Start `world_size` children of this machine. `threads` CPU threads each (0: the cores, divided)."""
-    per_rank = threads or max(1, usable_cores() // world_size)
-    shared = (
-        RANK_ENVIRONMENT
-        | os.environ
-        | {
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": str(per_rank),
-            "PYTHONUNBUFFERED": "1",
-        }
-    )
-    return [
-        Rank(arguments, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, logs / f"{label}.rank{rank}.log")
-        for rank in range(world_size)
-    ]
 
 
 def supervise(
     stage: str,
-    ranks: list[Rank],
+    ranks: Sequence[Rank],
     *,
     reporter: Reporter,
     console: Console,
@@ -178,17 +85,22 @@ def supervise(
     for rank in ranks:
         selector.register(rank.pipe, selectors.EVENT_READ, rank)
     borders = _Borders(stage, ranks, interrupts, console, keeper)
+
+    def listen() -> None:
+        for key, _ in selector.select(timeout=0.2):
+            try:
+                for message in key.data.messages():
+                    _take(key.data, message, reporter, console, keeper)
+            except EOFError:
+                selector.unregister(key.fd)
+                os.close(key.fd)
+
     try:
-        while selector.get_map() and all(rank.process.poll() in (None, 0) for rank in ranks):
-            for key, _ in selector.select(timeout=0.2):
-                try:
-                    for message in key.data.messages():
-                        _take(key.data, message, reporter, console, keeper)
-                except EOFError:
-                    selector.unregister(key.fd)
-                    os.close(key.fd)
+        while selector.get_map() and all(rank.poll() in (None, 0) for rank in ranks):
+            listen()
             borders.advance()
             meanwhile()
+        _hear_others(ranks, selector, listen)
         codes = [rank.ended() for rank in ranks]
     finally:
         for rank in ranks:
@@ -201,13 +113,15 @@ def supervise(
 class _Borders:
     """Agreements on a shared border: for a checkpoint when one is due, for the end after a signal."""
 
-    def __init__(self, stage: str, ranks: list[Rank], interrupts: Interrupts, console: Console, keeper: Keeper | None) -> None:
+    def __init__(self, stage: str, ranks: Sequence[Rank], interrupts: Interrupts, console: Console, keeper: Keeper | None) -> None:
         self.stage, self.ranks, self.interrupts, self.console, self.keeper = stage, ranks, interrupts, console, keeper
         self.stopping: float | None = None
         self.asked = False
         self.told_to_stop = False
 
     def advance(self) -> None:
+        if self.keeper:
+            self.keeper.check()
         if self.interrupts.count:
             self._patience()
         if self.asked:
@@ -267,19 +181,32 @@ def _drain(selector: selectors.BaseSelector, reporter: Reporter, console: Consol
         os.close(key.fd)
 
 
+def _hear_others(ranks: Sequence[Rank], selector: selectors.BaseSelector, listen: Callable[[], None]) -> None:
+    """While no rank's end explains the others', and some of them are on other nodes: what those still have to say."""
+    until = time.monotonic() + HEARSAY
+
+    def unexplained() -> bool:
+        explained = any(rank.error or (rank.poll() or 0) < 0 for rank in ranks)
+        return not explained and any(rank.poll() for rank in ranks) and any(rank.remote for rank in ranks)
+
+    while unexplained() and selector.get_map() and time.monotonic() < until:
+        listen()
+
+
 def _interrupted(stage: str) -> InterruptedRun:
     return InterruptedRun(f"{stage} was interrupted; {GOES_ON}")
 
 
-def _raise_failure(stage: str, ranks: list[Rank], codes: list[int | None]) -> None:
+def _raise_failure(stage: str, ranks: Sequence[Rank], codes: list[int | None]) -> None:
     """Raise what the first failed rank said, or what its exit code says; `codes` are from before the others were killed."""
     for rank in ranks:
         if rank.error:
             raise error_for(*rank.error)
-    for number, (rank, code) in enumerate(zip(ranks, codes, strict=True)):
+    for rank, code in zip(ranks, codes, strict=True):
         if code is not None and code < 0:
             name = signal.Signals(-code).name
             hint = " (the system may be short of memory)" if name == "SIGKILL" else ""
-            raise InterruptedRun(f"rank {number} of {stage} was killed by {name}{hint}; {GOES_ON}")
+            raise InterruptedRun(f"{rank.name} of {stage} was killed by {name}{hint}; {GOES_ON}")
+    for rank, code in zip(ranks, codes, strict=True):
         if code:
-            raise RuntimeError(f"rank {number} of {stage} failed; the end of {rank.log}:\n{rank.tail()}")
+            raise RuntimeError(f"{rank.name} of {stage} failed; the end of {rank.log}:\n{rank.tail()}")

@@ -14,8 +14,9 @@ from job.attempt import Attempt
 from job.bucket import Bucket
 from job.console import Console
 from job.errors import ExitCode, InterruptedRun, SpeedrunError, StorageError, error_for
+from job.processes import LocalRank
 from job.progress import Reporter
-from job.supervise import Interrupts, Rank
+from job.supervise import Interrupts
 
 SIGNAL_WAIT = 90.0
 """seconds at most that the end after a signal waits for uploads: a spot machine has two minutes, ranks may have taken a quarter of one"""
@@ -85,7 +86,7 @@ class BucketUploads(Uploads):
 
     def _start_child(self) -> None:
         self._started = time.monotonic()
-        self._child = Rank(self._arguments, os.environ, self._log, module="job.upload")
+        self._child = LocalRank("the uploader", self._arguments, os.environ, self._log, module="job.upload")
         for order in self._orders:
             self._child.tell(order)
 

@@ -111,6 +111,11 @@ class RankContext:
     attempt: int = 0
     resume: Path | None = None
     """the verified checkpoint that training goes on from"""
+    prepared_id: str = ""
+    """the prepared set that the stage works on"""
+    local_rank: int = 0
+    """the rank's number on its node"""
+    local_world_size: int = 1
 
     def recipe(self) -> Recipe:
         return from_document(json.loads(self.recipe_file.read_text(encoding="utf-8")))
@@ -122,14 +127,12 @@ class RankContext:
         return steps * tokens // document["recipe"]["model"]["seq_len"]
 
     def load(self) -> tuple[Recipe, Derived, Prepared]:
-        """What the training and evaluation stages start from; the prepared set is the one that this run's events name."""
-        from job.attempt import fold
+        """What the training and evaluation stages start from."""
         from job.data.prepare import Prepared
         from job.derive import derive
 
         recipe = self.recipe()
-        prepared_id = fold(self.run).prepared["id"]
-        prepared = Prepared.open(self.out / "prepared" / prepared_id)
+        prepared = Prepared.open(self.out / "prepared" / self.prepared_id)
         return recipe, derive(recipe), prepared
 
 
@@ -143,10 +146,17 @@ def _listen(borders: Borders) -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def main(stage: str, out: str, recipe_file: str, run: str, attempt: str = "0", resume: str = "") -> int:
+def _leave_signals_to_the_supervisor() -> None:
+    """A scheduler that ends a job signals all of its processes: a rank that died of it would be missing at the border."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+
+
+def main(stage: str, out: str, recipe_file: str, run: str, attempt: str = "0", resume: str = "", prepared: str = "") -> int:
     pipe = os.fdopen(int(os.environ["SPEEDRUN_EVENTS_FD"]), "w", encoding="utf-8")
     reporter = RankReporter(pipe)
     borders = Borders(reporter)
+    _leave_signals_to_the_supervisor()
     threading.Thread(target=_listen, args=(borders,), daemon=True).start()
     context = RankContext(
         out=Path(out),
@@ -158,6 +168,9 @@ def main(stage: str, out: str, recipe_file: str, run: str, attempt: str = "0", r
         borders=borders,
         attempt=int(attempt),
         resume=Path(resume) if resume else None,
+        prepared_id=prepared,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
     try:
         importlib.import_module(STAGES[stage]).main(context)

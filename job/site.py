@@ -1,0 +1,52 @@
+"""One node's own part in a run: its folders, and how ranks are started in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from job.checkpoint_folder import folder_of
+from job.fence import Fenced
+from job.nodes import Nodes, Order
+from job.processes import LocalRank, Rank, start_ranks
+from job.relay import PublishingRank
+from job.split_checkpoint import publish
+from job.store import Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a run is on this node, and how many CPU threads a rank has (0: the cores, divided)."""
+
+    out: Path
+    run: Path
+    threads: int = 0
+    store: Store | None = None
+
+    def fenced(self, attempt: int) -> Store:
+        """The store for the writes of `attempt`."""
+        return Fenced(self.store, self.run.name, attempt)
+
+    def start(self, order: Order, nodes: Nodes) -> list[Rank]:
+        """This node's ranks of the stage that is ordered."""
+        ranks = self._start(order, nodes)
+        if order.stage != "pretrain" or not order.split:
+            return ranks
+        store = self.fenced(order.attempt)
+        return [PublishingRank(rank, functools.partial(publish, store, self.run, order.attempt)) for rank in ranks]
+
+    def _start(self, order: Order, nodes: Nodes) -> list[LocalRank]:
+        here, world_size = order.share(nodes)
+        resume = "" if order.resume is None else str(folder_of(self.run, order.resume))
+        alone = nodes.count == 1 or order.stage == "prepare"
+        return start_ranks(
+            [order.stage, str(self.out), str(self.run / "recipe.json"), str(self.run), str(order.attempt), resume, order.prepared],
+            world_size=world_size,
+            threads=self.threads,
+            logs=self.run / "logs",
+            label=f"{order.attempt}.{order.stage}",
+            here=here,
+            node=None if nodes.count == 1 else nodes.number,
+            master=("127.0.0.1" if alone else nodes.addresses[0], order.port),
+        )
