@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
+import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import AuthenticationError
 from pathlib import Path
 
@@ -15,10 +20,16 @@ import pytest
 
 from job.attempt import read_events
 from job.checkpoint_folder import folders
-from job.errors import UsageError
+from job.console import Console
+from job.crew import crew_of
+from job.errors import InterruptedRun, UsageError
+from job.follow import follow
 from job.nodes import Nodes, Order
 from job.processes import free_port
 from job.sealed import open_sealed
+from job.site import Site
+from job.store import FolderStore
+from job.supervise import Interrupts
 from job.wire import Wire
 
 TWO = {
@@ -123,6 +134,73 @@ def test_another_secret_is_refused_on_both_sides(listener: socket.socket) -> Non
     assert isinstance(into[0], AuthenticationError)
 
 
+# ---- the meeting ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Meeting:
+    """Two nodes that meet in threads of this process; `outcome` is what each of both raised, or None."""
+
+    base: Path
+    outs: tuple[str, str] = ("n0", "n1")
+    sames: tuple[str, str] = ("a command", "a command")
+    secrets: tuple[bytes, bytes] = (b"secret", b"secret")
+    store: FolderStore | None = None
+    present: tuple[int, ...] = (0, 1)
+    wait: float = 20.0
+    split: bool | None = None
+
+    def hold(self) -> list[Exception | None]:
+        port = free_port()
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(self._attend, number, port) for number in self.present]
+            return [future.exception() for future in futures]
+
+    def _attend(self, number: int, port: int) -> None:
+        nodes = Nodes(1, ("127.0.0.1", "127.0.0.1"), number, port, self.secrets[number], self.wait)
+        run = self.base / self.outs[number] / "runs" / "t"
+        run.mkdir(parents=True, exist_ok=True)
+        site = Site(run.parents[1], run, store=self.store)
+        interrupts, console = Interrupts(), Console(-1)
+        if number:
+            follow(nodes, site, self.sames[1], begin=lambda shared: None, interrupts=interrupts, console=console)
+            return
+        with crew_of(nodes, interrupts, console) as crew:
+            crew.meet(self.sames[0], site)
+            self.split = crew.split
+
+
+def test_nodes_find_out_whether_they_share_a_folder(tmp_path: Path) -> None:
+    together = Meeting(tmp_path, outs=("n0", "n0"))
+    assert together.hold() == [None, None] and together.split is False
+    apart = Meeting(tmp_path, store=FolderStore(tmp_path / "bucket"))
+    assert apart.hold() == [None, None] and apart.split is True
+    assert not list(tmp_path.rglob(".seen-*"))
+
+
+def test_folders_of_their_own_need_a_bucket(tmp_path: Path) -> None:
+    for error in Meeting(tmp_path).hold():
+        assert isinstance(error, UsageError)
+        assert str(error).endswith("give --bucket, or an --out that all nodes share")
+
+
+def test_another_command_ends_both(tmp_path: Path) -> None:
+    for error in Meeting(tmp_path, sames=("recipe 1", "recipe 2")).hold():
+        assert isinstance(error, UsageError)
+        assert str(error) == "node 1 (127.0.0.1) was started with another command than the first node: recipe 2, not recipe 1"
+
+
+def test_a_stranger_is_sent_away_and_the_first_node_goes_on_waiting(tmp_path: Path) -> None:
+    first, stranger = Meeting(tmp_path, secrets=(b"secret", b"another"), wait=2).hold()
+    assert isinstance(stranger, UsageError) and "its secret is another one" in str(stranger)
+    assert isinstance(first, InterruptedRun) and "node 1 (127.0.0.1) did not call within 2 s" in str(first)
+
+
+def test_a_first_node_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    (error,) = Meeting(tmp_path, present=(1,), wait=0.5).hold()
+    assert isinstance(error, InterruptedRun) and "node 0 (127.0.0.1) did not answer" in str(error)
+
+
 # ---- runs ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -225,28 +303,100 @@ def test_two_nodes_train_what_one_node_trains_to_the_last_bit(cluster, speedrun,
     assert not list(nodes.out(1).glob("runs/t/checkpoints/*")), "what is in the bucket is not kept"
 
 
-def test_whoever_does_not_belong_is_sent_away(cluster) -> None:
-    nodes = cluster()
-    first = nodes.start(0, "pretrain", *SHORT)
-    stranger = nodes.start(1, "pretrain", *SHORT, SKYPILOT_TASK_ID="another-task")
-    (said,) = nodes.wait([stranger], [2])
-    assert "its secret is another one" in said
-    assert first.poll() is None, "the first node goes on waiting"
-    other = nodes.start(1, "pretrain", *SHORT, "-o", "train.seed=1")
-    for said in nodes.wait([first, other], [2, 2]):
-        assert "was started with another command than the first node" in said
-        assert "Traceback" not in said
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, speedrun) -> Path:
+    """One node with four processes."""
+    out = tmp_path_factory.mktemp("one")
+    speedrun(speedrun.tiny("run", out, "--ranks", "4", *LONG))
+    return out
 
 
-def test_folders_of_their_own_need_a_bucket(cluster) -> None:
-    nodes = cluster(variables={"SPEEDRUN_BUCKET": ""})
-    for said in nodes.wait(nodes.start_all("pretrain", *SHORT), [2, 2]):
-        assert said.rstrip().endswith("give --bucket, or an --out that all nodes share")
+LONG = ("-o", "train.total_batch_size=1024", "-o", "train.steps=12", "-o", "train.checkpoint_every=3")
+NAMES = ("val_bpb", "bigram_bpb", "tokens", "steps")
 
 
-def test_a_node_that_does_not_come_is_named(cluster) -> None:
-    nodes = cluster(variables={"SPEEDRUN_NODES_WAIT": "1"})
-    (said,) = nodes.wait([nodes.start(0, "pretrain", *SHORT)], [75])
-    assert "node 1 (127.0.0.1) did not call within 1 s" in said
-    (said,) = nodes.wait([nodes.start(1, "pretrain", *SHORT)], [75])
-    assert "node 0 (127.0.0.1) did not answer" in said
+def result(out: Path) -> dict:
+    return json.loads((out / "runs" / "t" / "report" / "result.json").read_text())
+
+
+def check_finished(nodes: Cluster, undisturbed: Path) -> None:
+    """The run has ended as the undisturbed one did, to the last bit."""
+    assert weights(nodes.out(0) / "runs" / "t") == weights(undisturbed / "runs" / "t")
+    mine, other = result(nodes.out(0)), result(undisturbed)
+    assert {name: mine[name] for name in NAMES} == {name: other[name] for name in NAMES}
+    assert [t["accuracy"] for t in mine["smoke_score"]["tasks"]] == [t["accuracy"] for t in other["smoke_score"]["tasks"]]
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_two_nodes_is_the_run_of_one(cluster, undisturbed: Path) -> None:
+    nodes = cluster(ranks=2)
+    nodes.wait(nodes.start_all("run", *LONG), [0, 0])
+    check_finished(nodes, undisturbed)
+    stored = nodes.base / "bucket" / "runs" / "t"
+    assert weights(stored) == weights(undisturbed / "runs" / "t")
+    assert result(nodes.base / "bucket")["steps"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["the second node", "the first node", "a rank of the second node"])
+def test_a_loss_ends_all_with_75_and_the_same_command_goes_on(cluster, undisturbed: Path, victim: str) -> None:
+    nodes = cluster(ranks=2)
+    processes = nodes.start_all("run", *LONG)
+    nodes.wait_for(lambda: len(nodes.events("checkpoint.sealed")) >= 1)
+    ranks = [rank for process in processes for rank in nodes.ranks_of(process)]
+    assert len(ranks) == 4
+    lost, codes = {"the second node": (processes[1].pid, [75, -9]), "the first node": (processes[0].pid, [-9, 75])}.get(
+        victim, (nodes.ranks_of(processes[1])[0], [75, 75])
+    )
+    os.kill(lost, signal.SIGKILL)
+    said = nodes.wait(processes, codes)
+    assert not any("Traceback" in words for words in said)
+    if victim == "a rank of the second node":
+        assert "rank 2 on node 1 of pretrain was killed by SIGKILL" in said[0]
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline, "a rank outlived its supervisor"
+        time.sleep(0.1)
+    nodes.wait(nodes.start_all("run", *LONG), [0, 0])
+    check_finished(nodes, undisturbed)
+    assert [e["step"] for e in nodes.events("train.start")][1] >= 3, "it went on from a checkpoint"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_signal_to_one_node_or_to_all_stops_both_at_a_border(cluster, undisturbed: Path, everywhere: bool) -> None:
+    nodes = cluster(ranks=2)
+    processes = nodes.start_all("run", *LONG)
+    nodes.wait_for(lambda: len(nodes.events("train.step")) >= 1)
+    ranks = [rank for process in processes for rank in nodes.ranks_of(process)]
+    for process in [*ranks, *(p.pid for p in processes)] if everywhere else [processes[1].pid]:
+        os.kill(process, signal.SIGTERM)
+    for words in nodes.wait(processes, [75, 75]):
+        assert "with a checkpoint; the same command goes on" in words
+    steps = len(nodes.events("train.step"))
+    assert nodes.events("checkpoint.sealed")[-1]["step"] == steps < 12
+    shutil.rmtree(nodes.out(1))  # a machine that is new
+    nodes.wait(nodes.start_all("run", *LONG), [0, 0])
+    check_finished(nodes, undisturbed)
+    assert len(nodes.events("train.step")) == 12, "no step was done twice"
+
+
+@pytest.mark.slow
+def test_other_numbers_of_nodes_go_on(cluster, undisturbed: Path, speedrun, tmp_path: Path) -> None:
+    """Four steps on two nodes, four on one, the rest on two: the same rows, and the first losses of each part agree."""
+    nodes = cluster(ranks=2)
+    for count in (2, 1, 2):
+        nodes.count = count
+        nodes.started.clear()
+        processes = nodes.start_all("pretrain", *LONG)
+        before = len(nodes.events("train.step"))
+        nodes.wait_for(lambda before=before: len(nodes.events("train.step")) >= before + 3)
+        if len(nodes.events("train.start")) < 3:
+            processes[-1].send_signal(signal.SIGTERM)
+            nodes.wait(processes, [75] * count)
+    nodes.wait(processes, [0, 0])
+    steps = nodes.events("train.step")
+    assert [e["step"] for e in steps] == list(range(12))
+    assert [e["world_size"] for e in nodes.events("train.start")] == [4, 2, 4]
+    other = [e["loss"] for e in read_events(undisturbed / "runs" / "t") if e["kind"] == "train.step"]
+    assert [e["loss"] for e in steps] == pytest.approx(other, abs=0.05)
