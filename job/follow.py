@@ -228,6 +228,8 @@ class _Follower:
             code = rank.poll()
             if code is not None and local not in self._reported:
                 self._reported.add(local)
+                if rank.error:
+                    self._pass_on(local, {"error": list(rank.error)})
                 self.wire.send({"rank": local, "exit": code, "tail": rank.tail() if code else ""})
 
     def _pass_on_signals(self) -> None:

@@ -155,7 +155,7 @@ def execute(
     from job.derive import derive
 
     attempt = Attempt.claim(run, bucket and bucket.store, **({"fresh": True} if fresh else {}))
-    attempt.emit("attempt.started", argv=sys.argv[1:], **machine.describe())
+    attempt.emit("attempt.started", argv=sys.argv[1:], nodes=nodes.count, **machine.describe())
     final = folder_of(run, derive(recipe).rows)
     site = Site(out, run, recipe.train.threads, bucket and bucket.store)
     with (

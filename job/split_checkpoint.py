@@ -24,6 +24,7 @@ from job.errors import DataError
 from job.fence import run_key
 from job.sealed import MANIFEST, is_sealed, open_sealed, write_manifest
 from job.store import Store, pull_sealed, push_sealed, sealed_names
+from job.upload import remove_folder
 
 FINISH_SECONDS = 60.0
 """that manifests of whole checkpoints have to reach the store when training has ended"""
@@ -45,9 +46,7 @@ def publish(store: Store, run: Path, attempt: int, part: dict[str, Any]) -> None
 def fetch(store: Store, run: Path, rows: int) -> None:
     """Make the checkpoint stand on this disk as the store has it, and no other."""
     folder, key = folder_of(run, rows), key_of(run, rows)
-    for other in folders(run):
-        if other != folder:
-            shutil.rmtree(other)
+    _keep_only(folder)
     if is_sealed(folder) and (folder / MANIFEST).read_bytes() == store.get(f"{key}/{MANIFEST}"):
         with contextlib.suppress(DataError):
             open_sealed(folder, kind=KIND)
@@ -56,8 +55,15 @@ def fetch(store: Store, run: Path, rows: int) -> None:
 
 
 def share(store: Store, run: Path, rows: int) -> None:
-    """Make the store have a checkpoint that this disk has."""
+    """Make the store have a checkpoint that this disk has, which keeps no other."""
     push_sealed(store, key_of(run, rows), folder_of(run, rows))
+    _keep_only(folder_of(run, rows))
+
+
+def _keep_only(folder: Path) -> None:
+    for other in folders(folder.parents[1]):
+        if other != folder:
+            shutil.rmtree(other)
 
 
 class SplitKeeper(Keeper):
@@ -111,6 +117,4 @@ class SplitKeeper(Keeper):
         parent = f"{run_key(self._run.name)}/checkpoints"
         older = sorted((int(name) for name in sealed_names(self._store, parent) if int(name) < rows), reverse=True)
         for number in older[KEEP if rows == self._final_rows else KEEP - 1 :]:
-            key = key_of(self._run, number)
-            self._store.delete([f"{key}/{MANIFEST}"])
-            self._store.delete(self._store.list(key))
+            remove_folder(self._store, key_of(self._run, number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,10 +23,11 @@ from job.attempt import read_events
 from job.checkpoint_folder import folders
 from job.console import Console
 from job.crew import crew_of
-from job.errors import InterruptedRun, UsageError
+from job.errors import InterruptedRun, StorageError, UsageError
 from job.follow import follow
 from job.nodes import Nodes, Order
-from job.processes import free_port
+from job.processes import LocalRank, free_port
+from job.relay import PublishingRank
 from job.sealed import open_sealed
 from job.site import Site
 from job.store import FolderStore
@@ -134,6 +136,53 @@ def test_another_secret_is_refused_on_both_sides(listener: socket.socket) -> Non
     assert isinstance(into[0], AuthenticationError)
 
 
+# ---- parts of checkpoints ------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import os
+pipe = os.fdopen(int(os.environ["SPEEDRUN_EVENTS_FD"]), "w")
+pipe.write('{"part": {"rows": 8}}\\n{"boundary": 3}\\n')
+"""
+
+
+def said_until(rank: PublishingRank, over: Callable[[list], bool]) -> list[dict]:
+    said: list[dict] = []
+    with contextlib.suppress(EOFError):
+        while not over(said):
+            with contextlib.suppress(BlockingIOError):
+                said += rank.messages()
+            time.sleep(0.01)
+    return said
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalRank:
+    (tmp_path / "a_rank.py").write_text(CHILD)
+    monkeypatch.chdir(tmp_path)
+    return LocalRank("rank 0", [], os.environ, tmp_path / "log", module="a_rank")
+
+
+def test_a_part_is_heard_of_when_it_is_published_and_nothing_waits_for_it(child: LocalRank) -> None:
+    may = threading.Event()
+    rank = PublishingRank(child, lambda part: may.wait())
+    assert said_until(rank, over=bool) == [{"boundary": 3}]
+    while rank.poll() is None:
+        time.sleep(0.01)
+    assert not rank.closed, "its process has ended, its part is still on its way"
+    may.set()
+    assert said_until(rank, over=lambda said: False) == [{"part": {"rows": 8}}]
+    assert rank.closed and rank.poll() == 0 and rank.error is None
+
+
+def test_a_part_that_cannot_be_published_fails_its_rank(child: LocalRank) -> None:
+    def refuse(part: dict) -> None:
+        raise StorageError("the bucket is gone")
+
+    rank = PublishingRank(child, refuse)
+    assert said_until(rank, over=lambda said: False) == [{"boundary": 3}]
+    assert rank.error == (12, "the bucket is gone") and rank.poll() == 12
+
+
 # ---- the meeting ---------------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +262,7 @@ class Cluster:
     count: int = 2
     ranks: int = 1
     port: int = 0
+    shared: bool = False
     variables: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -221,7 +271,7 @@ class Cluster:
         self.started: list[subprocess.Popen] = []
 
     def out(self, number: int) -> Path:
-        return self.base / f"n{number}"
+        return self.base / ("all" if self.shared else f"n{number}")
 
     def start(self, number: int, command: str, *more: str, **changed: str) -> subprocess.Popen[str]:
         environment = self.speedrun.environment() | {
@@ -335,6 +385,13 @@ def test_a_whole_run_on_two_nodes_is_the_run_of_one(cluster, undisturbed: Path) 
     stored = nodes.base / "bucket" / "runs" / "t"
     assert weights(stored) == weights(undisturbed / "runs" / "t")
     assert result(nodes.base / "bucket")["steps"] == 12
+
+
+@pytest.mark.slow
+def test_nodes_with_one_folder_in_common_need_no_bucket(cluster, undisturbed: Path) -> None:
+    nodes = cluster(ranks=2, shared=True, variables={"SPEEDRUN_BUCKET": ""})
+    nodes.wait(nodes.start_all("run", *LONG), [0, 0])
+    check_finished(nodes, undisturbed)
 
 
 @pytest.mark.slow
