@@ -376,7 +376,7 @@ def _run(
     if dry_run:
         click.echo(launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size))
         return
-    for sentence in preflight.check(recipe, nodes.world_size, strict=strict, allow_fa2=allow_fa2):
+    for sentence in preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2):
         console.say(sentence)
     if not nodes.is_first:
         join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)
