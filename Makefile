@@ -8,7 +8,8 @@ $(error TORCH=$(TORCH) is no build of torch: say TORCH=cpu or TORCH=cuda)
 endif
 
 # Where torch's CPU build is taken from when pip's find-links have none (macOS needs neither: its ordinary build is the CPU one).
-TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX := https://download.pytorch.org/whl
+TORCH_CPU_INDEX = $(TORCH_INDEX)/cpu
 
 # The first Python 3.11 on the path; `make smoke PYTHON=/usr/local/bin/python3.11` names one.
 PYTHON = $(shell for p in python3.11 python3 python; do \
@@ -16,14 +17,20 @@ PYTHON = $(shell for p in python3.11 python3 python; do \
 
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 LOCKED := --require-hashes --only-binary :all:
+
+# What the image is called here, and which torch it gets: CUDA's unless the command line says TORCH=cpu or, for an older driver, CUDA=cu126.
 IMAGE := gpt2-speedrun
+TARGET := runtime
+IMAGE_TORCH = $(or $(CUDA),$(if $(filter command,$(origin TORCH)),$(TORCH)),cuda)
+BUILD = docker build --build-arg TORCH=$(IMAGE_TORCH) --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) \
+    --build-arg SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct 2>/dev/null || echo 0) $(BUILD_FLAGS)
 
 # The last thing that a finished environment gets is a file named after all that it was made from.
 MADE_FROM := $(shell { cat requirements.lock requirements-cuda.lock; echo $(TORCH) "$(CURDIR)"; } | cksum | cut -d ' ' -f 1)
 ENVIRONMENT := .venv/made-from-$(MADE_FROM)
 PROJECT := .venv/project-installed
 
-.PHONY: help smoke test slow lint bench image lock clean
+.PHONY: help smoke test slow lint bench image push compose lock clean
 .DELETE_ON_ERROR:
 
 help: ## list these commands
@@ -45,8 +52,20 @@ lint: $(PROJECT) ## style and formatting
 bench: $(PROJECT) ## tables of timings (tests/bench/bench_*.py)
 	.venv/bin/python -m pytest tests/bench --override-ini "python_files=bench_*.py" --capture=no
 
-image: ## the container image
-	docker build --tag $(IMAGE) .
+image: ## the container image; TORCH=cpu for one without CUDA
+	$(BUILD) --target $(TARGET) --tag $(IMAGE) .
+
+push: ## build it for SkyPilot and push it: make push IMAGE=ghcr.io/me/gpt2-speedrun:1
+	@case '$(IMAGE)' in *YOUR-NAME*|*/you/*) false;; */*) ;; *) false;; esac \
+	|| { echo "make: $(IMAGE) is no place to push to: say make push IMAGE=REGISTRY/NAME/gpt2-speedrun:TAG" >&2; exit 2; }
+	$(BUILD) --target sky --tag $(IMAGE) .
+	docker push $(IMAGE)
+
+compose: ## the smoke in a container, its record in a real S3 server in another; the report is fetched to out/compose
+	$(BUILD) --target runtime --tag $(IMAGE) .
+	mkdir -p out/compose
+	OWNER=$$(id -u) docker compose --file docker/compose.yaml run --rm --build fetch; \
+	code=$$?; docker compose --file docker/compose.yaml down --volumes; exit $$code
 
 clean: ## remove .venv and caches; out/ stays
 	rm -rf .venv .lock-env build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -80,8 +99,9 @@ $(ENVIRONMENT):
 # The CUDA lock is what PyPI's torch needs on Linux. The CPU lock is what the same versions need where torch has no CUDA (macOS);
 # its torch is the CPU builds, whose hashes are listed here because the package index knows only one of them.
 UV_VERSION := 0.13.9
-UV := .lock-env/bin/uv --no-config pip compile --quiet pyproject.toml --extra dev --python-version 3.11 --only-binary :all: --generate-hashes \
+COMPILE := .lock-env/bin/uv --no-config pip compile --quiet --python-version 3.11 --only-binary :all: --generate-hashes \
     --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(UPGRADE)
+UV := $(COMPILE) pyproject.toml --extra dev
 TORCH_VERSION := 2.13.0
 TORCH_CPU_HASHES := \
     6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b \
@@ -89,10 +109,16 @@ TORCH_CPU_HASHES := \
     e76f9bcecc52b8ff711239a2f7547d5353df95878ab232f0773c1d95928b92f8
 # in this order: Linux x86_64 and Linux aarch64 (2.13.0+cpu), macOS arm64; Python 3.11
 
-lock: ## make both locks from pyproject.toml
+lock: ## make the locks from pyproject.toml; CUDA=cu126 makes the one for torch's builds of that generation
 	$(PYTHON) -m venv --clear .lock-env
 	.lock-env/bin/python -m pip install --quiet uv==$(UV_VERSION)
 	$(UV) --python-platform x86_64-manylinux_2_28 --output-file requirements-cuda.lock
 	MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) --python-platform aarch64-apple-darwin --constraints requirements-cuda.lock --no-emit-package torch --output-file requirements.lock
 	printf '%s\n' '# but stands here, with the hashes of its CPU builds:' 'torch==$(TORCH_VERSION) \' >>requirements.lock
 	printf '    --hash=sha256:%s \\\n' $(TORCH_CPU_HASHES) | sed '$$s/ .$$//' >>requirements.lock
+	$(COMPILE) tests/container/requirements.in --python-platform x86_64-manylinux_2_28 --output-file tests/container/requirements.txt
+ifdef CUDA
+	echo 'torch==$(TORCH_VERSION)+$(CUDA)' >.lock-env/torch.in
+	$(UV) --python-platform x86_64-manylinux_2_28 --index $(TORCH_INDEX)/$(CUDA) --index-strategy unsafe-best-match \
+	    --constraints .lock-env/torch.in --constraints requirements.lock --output-file requirements-$(CUDA).lock
+endif

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from job import machine
+from job import container, machine
 from job.attempt import Attempt, fold
 from job.bucket import Bucket
 from job.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
@@ -44,16 +44,18 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def check_writable(out: Path) -> None:
-    """UsageError unless `out` is a folder we can write in, or can become one."""
+    """UsageError unless `out` is a folder we can write in, or can become one; PreflightError in a container without temporary files."""
+    container.check_temporary_folder()
     probe = out / f".writable-{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(
-            f"--out {out} cannot be written ({error.strerror}); choose another folder or give user {os.getuid()} write permission"
-        ) from None
+        remedy = f"choose another folder or give user {os.getuid()} write permission"
+        if container.inside():
+            remedy = container.remedy_for(out)
+        raise UsageError(f"--out {out} cannot be written ({error.strerror}); {remedy}") from None
 
 
 def recipe_document(recipe: Recipe, run_id: str) -> dict:
@@ -79,11 +81,12 @@ def run_folder(out: Path, run_id: str) -> Path:
 
 def open_run(out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int = 1, bucket: Bucket | None = None) -> Path:
     """The folder of `run_id`, its recipe written; UsageError when it was begun with another recipe, here or in the bucket."""
+    run = run_folder(out, run_id)
+    check_writable(out)
+    container.check(recipe, ranks)
     from job.derive import derive, micro_steps
 
-    run = run_folder(out, run_id)
     document = recipe_document(recipe, run_id)
-    check_writable(out)
     micro_steps(recipe, derive(recipe), ranks)
     if fresh and run.exists():
         shutil.rmtree(run)

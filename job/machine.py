@@ -8,13 +8,17 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job import cgroup
+
 if TYPE_CHECKING:
     import torch
 
 
 def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may run on, or the whole ones of a smaller quota (a container's --cpus)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup.cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def gpus() -> int:

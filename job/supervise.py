@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from job import cgroup, container
 from job.checkpoint_folder import Keeper
 from job.console import Console
-from job.errors import InterruptedRun, error_for
+from job.errors import InterruptedRun, OutOfMemoryError, error_for
 from job.processes import GRACE, Rank
 from job.progress import Reporter
 
@@ -95,6 +96,7 @@ def supervise(
                 selector.unregister(key.fd)
                 os.close(key.fd)
 
+    kills = cgroup.oom_kills()
     try:
         while selector.get_map() and all(rank.poll() in (None, 0) for rank in ranks):
             listen()
@@ -107,6 +109,8 @@ def supervise(
             rank.kill()
         _drain(selector, reporter, console, keeper)
         selector.close()
+    if cgroup.oom_kills() != kills and any(codes) and not any(rank.error for rank in ranks):
+        raise OutOfMemoryError(_memory_sentence(stage))
     _raise_failure(stage, ranks, codes)
 
 
@@ -195,6 +199,15 @@ def _hear_others(ranks: Sequence[Rank], selector: selectors.BaseSelector, listen
 
 def _interrupted(stage: str) -> InterruptedRun:
     return InterruptedRun(f"{stage} was interrupted; {GOES_ON}")
+
+
+def _memory_sentence(stage: str) -> str:
+    limit = cgroup.memory_limit()
+    of = f" of {limit / 1e9:.2f} GB" if limit else ""
+    return (
+        f"{stage} ran out of memory: the kernel killed one of its processes at the limit{of}; {container.memory_remedy()}, or lower "
+        f"train.device_batch_size; {GOES_ON}"
+    )
 
 
 def _raise_failure(stage: str, ranks: Sequence[Rank], codes: list[int | None]) -> None:

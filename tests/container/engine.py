@@ -29,6 +29,9 @@ NEEDED = ("mmdebstrap", "runc", "tini", "ca-certificates")
 ENGINE = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd")
 IN_BASE = "python3,python3-venv,python3-pip,libpython3-dev,ca-certificates"
 
+LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/lib/python3*/config-*/*.a")
+"""what the real base does not hold either"""
+
 
 class Unavailable(Exception):
     """Why this machine cannot run an engine: a sentence."""
@@ -80,12 +83,16 @@ class Engine:
             each.mkdir(parents=True, exist_ok=True)
 
     def run(self, command: list[str], *, timeout: float = 600, **options) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False, **options)
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False, **options
+        )
 
     def docker(self, *arguments: str, timeout: float = 600) -> str:
         """What `docker ...` prints; AssertionError with all it said when it fails."""
         ended = self.run(["docker", *arguments], timeout=timeout)
-        assert ended.returncode == 0, f"docker {' '.join(arguments)}: exit {ended.returncode}\n{ended.stdout[-4000:]}\n{ended.stderr[-8000:]}"
+        assert ended.returncode == 0, (
+            f"docker {' '.join(arguments)}: exit {ended.returncode}\n{ended.stdout[-4000:]}\n{ended.stderr[-8000:]}"
+        )
         return ended.stdout.strip()
 
     # --- from nothing to a running engine
@@ -159,12 +166,11 @@ class Engine:
             'chroot "$1" update-ca-certificates >/dev/null 2>&1; '
             'printf "[global]\\ncert = /etc/ssl/certs/ca-certificates.crt\\n" >"$1/etc/pip.conf"',
         )
-        left_out = ("doc", "man", "locale")
         retried(
             [
                 *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--format=tar", "--dpkgopt=force-unsafe-io"),
                 f"--include={IN_BASE}",
-                *(f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in left_out),
+                *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
                 *(f"--customize-hook={hook}" for hook in hooks),
                 *(RELEASE, str(archive), debian_mirror()),
             ],
