@@ -43,19 +43,19 @@ lock=requirements-$TORCH.lock
 python runtime_lock.py pyproject.toml "$lock" >runtime.txt
 sed -n '/^torch==/,/[^\\]$/p' runtime.txt >torch.txt
 python -m venv --without-pip /opt/speedrun
-install=(python -m pip --python /opt/speedrun/bin/python install --require-hashes --only-binary :all: --no-compile --find-links /wheels)
+install() { python -m pip --python /opt/speedrun/bin/python install --require-hashes --only-binary :all: --no-compile --find-links /wheels "$@"; }
 case $TORCH in
 cuda) ;;
-*) "${install[@]}" --no-deps --no-index -r torch.txt 2>/dev/null \
-    || "${install[@]}" --no-deps --index-url "$TORCH_INDEX/$TORCH" -r torch.txt ;;
+*) install --no-deps --no-index -r torch.txt 2>/dev/null \
+    || install --no-deps --index-url "$TORCH_INDEX/$TORCH" -r torch.txt ;;
 esac
-"${install[@]}" -r runtime.txt
-cd /opt/speedrun/lib/python3.11/site-packages
+install -r runtime.txt
 # 380 MB that no run touches: the packages' own tests, and symbol tables that only a debugger of torch would read
-find . -depth -type d -name tests -exec rm -rf {} +
-rm -rf torch/test
-find torch/bin -type f ! -name torch_shm_manager -delete
-strip --strip-unneeded torch/lib/libtorch_cpu.so torch/lib/libtorch_python.so zstandard/*.so
+packages=/opt/speedrun/lib/python3.11/site-packages
+find $packages -depth -type d -name tests -exec rm -rf {} +
+rm -rf $packages/torch/test
+find $packages/torch/bin -type f ! -name torch_shm_manager -delete
+strip --strip-unneeded $packages/torch/lib/libtorch_cpu.so $packages/torch/lib/libtorch_python.so $packages/zstandard/*.so
 /opt/speedrun/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/speedrun/lib || true # templates of code are no code
 EOS
 
@@ -78,11 +78,13 @@ ARG SOURCE_DATE_EPOCH=0
 RUN --mount=type=bind,from=project,source=/wheel,target=/wheel <<'EOS'
 export PYTHONHASHSEED=0
 python -m pip --python /opt/speedrun/bin/python install --quiet --root-user-action=ignore --no-index --no-deps --no-compile /wheel/*.whl
-cd /opt/speedrun/lib/python3.11/site-packages
-/opt/speedrun/bin/python -m compileall -q --invalidation-mode unchecked-hash job model
+packages=/opt/speedrun/lib/python3.11/site-packages
+/opt/speedrun/bin/python -m compileall -q --invalidation-mode unchecked-hash $packages/job $packages/model
 ln -s /opt/speedrun/bin/speedrun /usr/local/bin/speedrun
-find job model gpt2_speedrun-* /opt/speedrun/bin/speedrun /usr/local/bin/speedrun -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +
+find $packages/job $packages/model $packages/gpt2_speedrun-* /opt/speedrun/bin/speedrun /usr/local/bin/speedrun \
+    -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +
 EOS
+
 # what NVIDIA's runtime puts into the container; and caches where a read-only container of any user can write
 ENV PATH=/opt/speedrun/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -130,7 +132,7 @@ RUN apt-get update \
     && echo 'ssh-keygen -A >/dev/null # keys of a machine, not of an image' >>/etc/default/ssh \
     && echo 'speedrun ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/speedrun \
     && chmod 440 /etc/sudoers.d/speedrun
-USER speedrun
+USER 10001:10001
 
 
 FROM program AS runtime

@@ -30,7 +30,7 @@ MADE_FROM := $(shell { cat requirements.lock requirements-cuda.lock; echo $(TORC
 ENVIRONMENT := .venv/made-from-$(MADE_FROM)
 PROJECT := .venv/project-installed
 
-.PHONY: help smoke test slow lint bench image push compose lock clean
+.PHONY: help smoke test slow lint bench image push compose lock sizes clean
 .DELETE_ON_ERROR:
 
 help: ## list these commands
@@ -111,7 +111,7 @@ TORCH_CPU_HASHES := \
 
 lock: ## make the locks from pyproject.toml; CUDA=cu126 makes the one for torch's builds of that generation
 	$(PYTHON) -m venv --clear .lock-env
-	.lock-env/bin/python -m pip install --quiet uv==$(UV_VERSION)
+	.lock-env/bin/python -m pip install --quiet uv==$(UV_VERSION) packaging
 	$(UV) --python-platform x86_64-manylinux_2_28 --output-file requirements-cuda.lock
 	MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) --python-platform aarch64-apple-darwin --constraints requirements-cuda.lock --no-emit-package torch --output-file requirements.lock
 	printf '%s\n' '# but stands here, with the hashes of its CPU builds:' 'torch==$(TORCH_VERSION) \' >>requirements.lock
@@ -122,3 +122,10 @@ ifdef CUDA
 	$(UV) --python-platform x86_64-manylinux_2_28 --index $(TORCH_INDEX)/$(CUDA) --index-strategy unsafe-best-match \
 	    --constraints .lock-env/torch.in --constraints requirements.lock --output-file requirements-$(CUDA).lock
 endif
+
+sizes: ## what the wheels of the CUDA image weigh, packed
+	test -x .lock-env/bin/uv || { $(PYTHON) -m venv .lock-env && .lock-env/bin/python -m pip install --quiet uv==$(UV_VERSION) packaging; }
+	$(PYTHON) docker/runtime_lock.py pyproject.toml requirements-cuda.lock >.lock-env/runtime.txt
+	.lock-env/bin/uv --no-config pip compile --quiet .lock-env/runtime.txt --no-deps --python-version 3.11 --only-binary :all: \
+	    --python-platform x86_64-manylinux_2_28 --format pylock.toml --output-file .lock-env/pylock.toml
+	.lock-env/bin/python docker/wheel_sizes.py .lock-env/pylock.toml

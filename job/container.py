@@ -27,7 +27,6 @@ def inside() -> bool:
 
 def check(recipe: Recipe, ranks: int) -> None:
     """PreflightError, with the flag, for the first thing that `recipe` on `ranks` ranks will want and this container does not have."""
-    check_temporary_folder()
     if not inside():
         return
     made_for = preset_header(recipe.preset).machine

