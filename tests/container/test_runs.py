@@ -148,7 +148,12 @@ def test_the_smoke_run_through_compose_and_a_real_s3_server(image: Any, tmp_path
     report.mkdir()
     os.chown(report, 10001, 10001)
     compose = ["docker", "compose", "--file", str(repository / "docker/compose.yaml")]
-    variables = {"IMAGE": image.name, "OUT": str(report), "S3_IMAGE": "speedrun:test-s3"}
+    variables = {
+        "IMAGE": image.name,
+        "OUT": str(report),
+        "S3_IMAGE": "speedrun:test-s3",
+        "OPTIONS": "-o train.steps=40 -o eval.cap=20",
+    }
     image.engine.build(repository, "speedrun:test-s3", "--target=s3")
     environment = image.engine.environment | variables
     try:
@@ -157,6 +162,7 @@ def test_the_smoke_run_through_compose_and_a_real_s3_server(image: Any, tmp_path
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         result = json.loads((report / "smoke/result.json").read_text())
-        assert result["val_bpb"] < result["bigram_bpb"]
+        assert (result["run_id"], result["steps"]) == ("smoke", 40)
+        assert {path.name for path in (report / "smoke").iterdir()} >= {"report.html", "report.md", "manifest.json"}
     finally:
         subprocess.run([*compose, "down", "--volumes"], env=environment, capture_output=True, check=True)
