@@ -120,6 +120,7 @@ def image(engine: Any, speedrun: Any) -> Image:
     """The CPU image, `runtime` target."""
     name = "speedrun:test"
     engine.build(ROOT, name, "--target=runtime", "--build-arg=TORCH=cpu", f"--build-arg=SOURCE_DATE_EPOCH={EPOCH}")
+    speedrun.data.chmod(0o755)  # pytest's folders are its user's alone, and the image's user is another
     return Image(engine, name, speedrun)
 
 

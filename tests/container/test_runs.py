@@ -57,7 +57,7 @@ def test_torch_compile_has_what_it_needs(image: Any) -> None:
 
 
 def test_sigterm_in_mid_training_and_the_same_command_again(image: Any, out: Path) -> None:
-    words = image.tiny("run", "train.steps=4000", "train.warmdown=0.5")
+    words = image.tiny("run", "train.steps=4000")
     container = image.start(*words, out=out)
     wait_for_step(image, container, out, step=3)
     assert image.engine.docker("exec", container, "python", "-m", "job.health") == ""
