@@ -338,9 +338,8 @@ def report(out: Path, bucket: Any, run_id: str, as_json: bool, quiet: bool, verb
 @main.command("wandb-sync")
 @out_option
 @click.option("--run-id", required=True, metavar="ID", help="The run that wandb is to have, finished or not.")
-@talk_options
-def wandb_sync(out: Path, run_id: str, quiet: bool, verbose: bool) -> None:
-    """Send wandb what it does not have of a run that was offline, or that lost wandb on the way. Nothing is sent twice.
+def wandb_sync(out: Path, run_id: str) -> None:
+    """Send wandb what it has not got yet of a run that was offline, or that lost wandb on the way.
 
     \b
     Example:
@@ -348,7 +347,7 @@ def wandb_sync(out: Path, run_id: str, quiet: bool, verbose: bool) -> None:
     """
     from job import launch, mirror
 
-    mirror.sync(launch.existing_run(out, run_id), Console(_verbosity(quiet, verbose)))
+    mirror.sync(launch.existing_run(out, run_id), Console())
 
 
 def _run(
