@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from job import bpb, checkpoint, machine
+from job import bpb, checkpoint, machine, preflight
 from job.checkpoint_folder import final_checkpoint
 from job.config import Recipe
 from job.core_eval.score import Forward
@@ -21,7 +21,7 @@ from job.data.bigram import bigram_bpb
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.prepare import eval_bundle, items_folder
-from job.pretrain import choose_kernels, device_of
+from job.pretrain import device_of
 from job.progress import Reporter
 from job.ranks import Ranks, joined
 from job.sealed import Sealed, is_sealed, open_sealed, sealing
@@ -48,7 +48,7 @@ def main(context: RankContext) -> None:
 def choose_backend(device: torch.device, recipe: Recipe) -> str:
     """Put the attention kernel in place; what computes, in words. A GPU without fp8 will do, whatever the model was trained with."""
     without_fp8 = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, fp8=False))
-    kernels = choose_kernels(device, without_fp8)
+    kernels = preflight.choose_kernels(without_fp8, preflight.machine_of(device))
     return device.type if device.type == "cpu" else f"{device.type}, {kernels['attention']}"
 
 
