@@ -307,8 +307,9 @@ def evaluate(
     if dry_run:
         click.echo(launch.describe_plan(out, run_path, recipe, ("evaluate", "report"), ranks=nodes.ranks))
         return
+    stages = STAGES[2:] if bucket is None else ("prepare", *STAGES[2:])  # what this machine may not have, the bucket has
     with launch.changed_evaluation(run_path, recipe):
-        launch.execute(out, run_path, recipe, ("evaluate", "report"), console=console, nodes=nodes, again=True, bucket=bucket)
+        launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, again=True, bucket=bucket)
     _show_result(run_path, as_json, quiet)
 
 

@@ -180,7 +180,7 @@ def test_of_two_supervisors_the_older_publishes_nothing_after_the_newers_claim(
 def test_a_store_that_blocks_for_ever_ends_with_12_and_the_path(
     finished: tuple[Path, str], prepared: Path, with_s3: Any, s3: Any, gate: Any
 ) -> None:
-    hole = gate(urlsplit(s3.endpoint).port, shut_on=b"/checkpoints/")
+    hole = gate(urlsplit(s3.endpoint).port, shut_on=f"checkpoints/{32:015d}/".encode())
     blocked = dataclasses.replace(with_s3, variables=with_s3.variables | {"AWS_ENDPOINT_URL": hole.url})
     said = blocked(blocked.tiny("run", prepared, "--bucket", s3.url, "--bucket-wait", "0.1"), code=12).stderr
     assert hole.shut.is_set()
