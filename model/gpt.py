@@ -37,6 +37,7 @@ from model.attention import attention
 from model.fork import Fork
 from model.fp8 import Quantised
 from model.loss import capped_logits, cross_entropy, token_losses
+from model.rotary import Rotary, rotate
 
 SMEAR_CHANNELS = 24
 VOCAB_LIMIT = 1 << 16  # prepared rows are uint16
@@ -186,36 +187,6 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is: `GPT.init_weights` fills every parameter by name."""
-
-
-class Rotary:
-    """cos and sin of position x frequency, made when first needed and longer when a longer sequence comes."""
-
-    def __init__(self, head_dim: int, base: float, length: int) -> None:
-        self.head_dim, self.base, self.length = head_dim, base, length
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-    def tables(self, T: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin: each (1, T, 1, head_dim / 2), on `like`'s device and in its dtype."""
-        key = (like.device, like.dtype)
-        if key not in self._tables or self._tables[key][0].size(1) < T:
-            with torch.inference_mode(False):  # training may follow, with the same tables
-                self._tables[key] = self._make(max(T, self.length), like.device, like.dtype)
-        cos, sin = self._tables[key]
-        return cos[:, :T], sin[:, :T]
-
-    def _make(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(dtype, torch.float32)
-        channel = torch.arange(0, self.head_dim, 2, dtype=wide, device=device)
-        position = torch.arange(length, dtype=wide, device=device)
-        angle = torch.outer(position, 1.0 / self.base ** (channel / self.head_dim))[None, :, None, :]
-        return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of each head by minus the angle of their position; x: (B, T, H, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
 class Attention(nn.Module):
