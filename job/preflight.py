@@ -63,9 +63,12 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def choose_kernels(
-    recipe: Recipe, machine: Machine, ranks: int, *, strict: bool = False, allow_fa2: bool = False
+    recipe: Recipe, machine: Machine, ranks: int | None = None, *, strict: bool = False, allow_fa2: bool = False
 ) -> dict[str, str]:
-    """The attention kernel, put in place for this process, and fp8: what was chosen and why, in words. PreflightError as at the top."""
+    """The attention kernel, put in place for this process, and fp8: what was chosen and why, in words. PreflightError as at the top.
+
+    ranks: that train, for the price of a slower kernel; None where nothing is trained.
+    """
     try:
         backend = attention.choose_backend(
             recipe.train.attention,
@@ -73,7 +76,7 @@ def choose_kernels(
             attention.installed(),
             strict=strict,
             allow_fa2=allow_fa2,
-            price=price_of(attention.FA2_COST, recipe, machine, ranks),
+            price="" if ranks is None else price_of(attention.FA2_COST, recipe, machine, ranks),
         )
         attention.activate(backend)
         device = torch.device("cpu" if machine.capability is None else "cuda")

@@ -85,11 +85,12 @@ def test_the_stage_puts_the_model_on_its_device_in_bf16_and_names_the_kernel(mon
     recipe = resolve("smoke", {}, ["train.fp8=true"])
     asked = []
 
-    def kernels(device, recipe):
+    def kernels(recipe, machine):
         asked.append(recipe.train.fp8)
         return {"attention": "attention: FlashAttention 3 (unversioned)", "fp8": "off"}
 
-    monkeypatch.setattr(evaluate, "choose_kernels", kernels)
+    monkeypatch.setattr(evaluate.preflight, "choose_kernels", kernels)
+    monkeypatch.setattr(evaluate.preflight, "machine_of", lambda device: None)
     assert evaluate.choose_backend(torch.device("cpu"), recipe) == "cpu"
     gpu = types.SimpleNamespace(type="cuda")
     assert evaluate.choose_backend(gpu, recipe) == "cuda, attention: FlashAttention 3 (unversioned)"
