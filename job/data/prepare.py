@@ -211,8 +211,9 @@ class Making:
         if not is_sealed(self.root / "set"):
             return False
         facts = open_sealed(self.root / "set", kind="prepared").facts
-        parts = ["tokenizer", "val", *(f"rows/{file['name']}" for file in facts["files"])]
-        if not all(is_sealed(self.root / part) for part in parts):
+        if not all(
+            is_sealed(self.root / part) for part in ["tokenizer", "val", *(f"rows/{file['name']}" for file in facts["files"])]
+        ):
             return False
         return not self.source.hub or facts["train_rows"] >= self.rows or len(facts["files"]) == len(self.source.shards)
 
