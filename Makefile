@@ -29,6 +29,7 @@ BUILD = docker build --build-arg TORCH=$(IMAGE_TORCH) --build-arg REVISION=$(she
 MADE_FROM := $(shell { cat requirements.lock requirements-cuda.lock; echo $(TORCH) "$(CURDIR)"; } | cksum | cut -d ' ' -f 1)
 ENVIRONMENT := .venv/made-from-$(MADE_FROM)
 PROJECT := .venv/project-installed
+SKY := .sky-env/made-from-$(shell { cat tests/cluster/requirements.txt; echo "$(CURDIR)"; } 2>/dev/null | cksum | cut -d ' ' -f 1)
 
 .PHONY: help smoke test slow lint bench image push compose lock sizes clean
 .DELETE_ON_ERROR:
@@ -42,7 +43,7 @@ smoke: $(PROJECT) ## the whole pipeline on a CPU, in minutes; the report is in o
 test: $(PROJECT) ## all tests but the slow ones
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
-slow: $(PROJECT) ## the slow tests, one after another
+slow: $(PROJECT) $(SKY) ## the slow tests, one after another
 	.venv/bin/python -m pytest -m slow
 
 lint: $(PROJECT) ## style and formatting
@@ -68,7 +69,7 @@ compose: ## the smoke in a container, its record in a real S3 server in another;
 	code=$$?; docker compose --file docker/compose.yaml down --volumes; exit $$code
 
 clean: ## remove .venv and caches; out/ stays
-	rm -rf .venv .lock-env build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .sky-env .lock-env build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PROJECT): $(ENVIRONMENT) pyproject.toml
@@ -94,6 +95,15 @@ $(ENVIRONMENT):
 	$(PIP) install $(LOCKED) -r $$lock
 	@touch $@
 
+# --- SkyPilot, for the tests of sky/: an environment of its own, since it needs an older click than wandb
+
+$(SKY): tests/cluster/requirements.txt
+	$(PYTHON) -m venv --clear .sky-env
+	sed -n '/^uv==/,/[^\\]$$/p' $< >.sky-env/uv.txt
+	.sky-env/bin/python -m pip --disable-pip-version-check --quiet install $(LOCKED) -r .sky-env/uv.txt
+	.sky-env/bin/uv pip install --quiet --python .sky-env/bin/python --require-hashes -r $<
+	@touch $@
+
 # --- the locks: one for CPU machines, one for CUDA, from pyproject.toml; `make lock UPGRADE=--upgrade` takes newer versions
 #
 # The CUDA lock is what PyPI's torch needs on Linux. The CPU lock is what the same versions need where torch has no CUDA (macOS);
@@ -109,9 +119,11 @@ TORCH_CPU_HASHES := \
     e76f9bcecc52b8ff711239a2f7547d5353df95878ab232f0773c1d95928b92f8
 # in this order: Linux x86_64 and Linux aarch64 (2.13.0+cpu), macOS arm64; Python 3.11
 
-lock: ## make the locks from pyproject.toml; CUDA=cu126 makes the one for torch's builds of that generation
+lock: ## make the locks from pyproject.toml and SkyPilot's; CUDA=cu126 makes the one for torch's builds of that generation
 	$(PYTHON) -m venv --clear .lock-env
 	.lock-env/bin/python -m pip install --quiet uv==$(UV_VERSION) packaging
+	.lock-env/bin/uv --no-config pip compile --quiet tests/cluster/requirements.in --python-version 3.11 --generate-hashes --no-emit-index-url \
+	    --no-emit-find-links --custom-compile-command "make lock" $(UPGRADE) --output-file tests/cluster/requirements.txt
 	$(UV) --python-platform x86_64-manylinux_2_28 --output-file requirements-cuda.lock
 	MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) --python-platform aarch64-apple-darwin --constraints requirements-cuda.lock --no-emit-package torch --output-file requirements.lock
 	printf '%s\n' '# but stands here, with the hashes of its CPU builds:' 'torch==$(TORCH_VERSION) \' >>requirements.lock

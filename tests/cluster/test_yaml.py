@@ -1,0 +1,180 @@
+"""What SkyPilot itself does not check in sky/*.yaml, and that every `run:` is a command line of ours that hands its exit code on.
+
+The scripts are run by bash, as a node runs them, with a stand-in for `speedrun` that writes down its arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from job.cli import main
+from job.config import resolve
+from job.errors import ExitCode
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "sky").glob("*.yaml"))
+TASKS = {path.stem: yaml.safe_load(path.read_text()) for path in FILES}
+GPU = [name for name, task in TASKS.items() if "accelerators" in task["resources"]]
+RECOVERY = {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
+"""the keys that SkyPilot 0.14.1 knows below job_recovery; it takes any other without a word"""
+GIVEN = {"BUCKET": "s3://mine/prefix", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+
+STAND_IN = """#!{python}
+import json, os, signal, sys, time
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+first, *rest = json.loads(os.environ["CODES"])
+if os.path.exists(os.environ["CALLS"] + ".first"):
+    sys.exit(rest[0])
+open(os.environ["CALLS"] + ".first", "w").close()
+if rest:  # until it is stopped, as a training that has just sealed a checkpoint
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(first))
+    out = sys.argv[sys.argv.index("--out") + 1]
+    events = os.path.join(out, "runs", sys.argv[sys.argv.index("--run-id") + 1], "events")
+    os.makedirs(events)
+    with open(os.path.join(events, "1.jsonl"), "w") as file:
+        file.write('{{"kind": "checkpoint.sealed"}}\\n')
+    time.sleep(60)
+sys.exit(first)
+"""
+
+
+def run_script(task: dict[str, Any], folder: Path, *codes: int) -> tuple[int, list[list[str]]]:
+    """The exit code of `run:` and the arguments of each `speedrun` in it, which end with `codes`; with two, the first waits for a signal."""
+    (folder / "bin").mkdir(parents=True)
+    stand_in = folder / "bin" / "speedrun"
+    stand_in.write_text(STAND_IN.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    variables = {name: value or "" for name, value in {**task["envs"], **task["secrets"]}.items()}
+    environment = variables | GIVEN | {"HOME": str(folder), "CALLS": str(folder / "calls"), "CODES": json.dumps(codes)}
+    environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
+    ended = subprocess.run(["bash", "-c", task["run"]], env=environment, timeout=60, check=False)
+    return ended.returncode, [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+def interrupted(name: str) -> bool:
+    return name == "try"
+
+
+def test_the_folder_holds_yaml_and_nothing_else() -> None:
+    assert [path for path in (ROOT / "sky").rglob("*") if path.suffix != ".yaml"] == []
+    assert set(TASKS) == {"speedrun", "prepare", "try", "smoke", "nodes"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_is_one_task_with_a_header(path: Path) -> None:
+    text = path.read_text()
+    assert len(list(yaml.safe_load_all(text))) == 1, "`sky launch` refuses a file of two documents"
+    header = re.match(r"(?:#.*\n)+", text)[0].splitlines()
+    assert 9 <= len(header) <= 12
+    assert any(re.match(rf"#   sky (?:jobs )?launch .*sky/{path.name} .*--image-id docker:\$IMAGE", line) for line in header)
+    assert any("What lands in the bucket" in line for line in header) or "lands in the bucket" in " ".join(header)
+    assert re.search(r"\$\d.*\((?:estimated|published)", " ".join(line.lstrip("# ") for line in header))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_readme_has_every_file(path: Path) -> None:
+    assert f"sky/{path.name}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_recovery_is_from_code_75_and_no_other_error(name: str) -> None:
+    recovery = TASKS[name]["resources"]["job_recovery"]
+    assert recovery.keys() <= RECOVERY
+    assert recovery["max_restarts_on_errors"] == 0
+    codes = recovery.get("recover_on_exit_codes", [])
+    assert codes == ([] if interrupted(name) else [int(ExitCode.RESUME)])
+    assert all("job_recovery" not in choice for choice in TASKS[name]["resources"].get("any_of", []))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_secrets_are_secrets_and_have_no_null(name: str) -> None:
+    envs, secrets = TASKS[name]["envs"], TASKS[name]["secrets"]
+    assert envs.keys().isdisjoint(secrets)
+    assert set(secrets.values()) == {""}, "null would mean a secret of somebody's vault; a value would be one in the repository"
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= secrets.keys()
+    assert [env for env in envs if re.search("KEY|SECRET|TOKEN|PASSWORD", env)] == []
+    assert [env for env, value in envs.items() if value is None] == ["BUCKET"], "SkyPilot asks for what is null, and for nothing else"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_machine_goes_away_and_has_a_price_cap(name: str) -> None:
+    resources = TASKS[name]["resources"]
+    assert resources["autostop"] == {"idle_minutes": 2, "down": True, "wait_for": "jobs"}
+    assert resources["max_hourly_cost"] <= (30 if name in ("speedrun", "nodes") else 6)
+    assert resources["image_id"] == "docker:ghcr.io/YOUR-NAME/gpt2-speedrun:latest"
+    assert [mount for mount in ("file_mounts", "workdir", "setup") if mount in TASKS[name]] == [], "everything is in the image"
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_shared_memory_is_given_where_nccl_is(name: str) -> None:
+    assert "--shm-size=16g" in TASKS[name]["config"]["docker"]["run_options"]
+
+
+@pytest.mark.parametrize("name", ["speedrun", "nodes"])
+def test_spot_is_tried_on_several_clouds_and_has_a_fallback(name: str) -> None:
+    choices = TASKS[name]["resources"]["any_of"]
+    spot, on_demand = ({choice["infra"] for choice in choices if choice["use_spot"] is kind} for kind in (True, False))
+    assert len(spot) >= 3
+    assert len(on_demand) >= 3
+
+
+def commands(name: str, folder: Path) -> list[list[str]]:
+    return run_script(TASKS[name], folder, *([75, 0] if interrupted(name) else [0]))[1]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_line_is_a_command_of_ours(name: str, tmp_path: Path) -> None:
+    lines = commands(name, tmp_path)
+    assert len(lines) == 1 + interrupted(name)
+    for words in lines:
+        context = main.make_context("speedrun", list(words))
+        word, command, rest = main.resolve_command(context, words)
+        with command.make_context(word, list(rest), parent=context) as parsed:
+            assert parsed.params["bucket"] == GIVEN["BUCKET"]
+            assert parsed.params["out"] == tmp_path / "out"
+            resolve(parsed.params["preset"], {}, parsed.params["overrides"])
+            assert parsed.params.get("strict", False) is (name in GPU), "a paid GPU refuses what is slow"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_wrong_line_would_be_found(name: str, tmp_path: Path) -> None:
+    words = [*commands(name, tmp_path)[0], "--no-such-flag"]
+    context = main.make_context("speedrun", list(words))
+    word, command, rest = main.resolve_command(context, words)
+    with pytest.raises(click.NoSuchOption):
+        command.make_context(word, list(rest), parent=context)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_script_ends_with_our_exit_code(name: str, tmp_path: Path) -> None:
+    for code in map(int, ExitCode):
+        codes = [75, code] if interrupted(name) else [code]
+        assert run_script(TASKS[name], tmp_path / str(code), *codes)[0] == code
+
+
+def test_a_try_that_fails_is_not_begun_again(tmp_path: Path) -> None:
+    assert [run_script(TASKS["try"], tmp_path / str(code), code)[0] for code in (0, 10, 14)] == [0, 10, 14]
+    assert len((tmp_path / "10" / "calls").read_text().splitlines()) == 1
+
+
+def test_options_reach_the_command_line(tmp_path: Path) -> None:
+    for name, task in TASKS.items():
+        if "OPTIONS" in task["envs"]:
+            changed = task | {"envs": task["envs"] | {"OPTIONS": "-o data.max_chars=100 -q"}}
+            assert run_script(changed, tmp_path / name, 0)[1][0][-3:] == ["-o", "data.max_chars=100", "-q"]
+
+
+def test_scripts_of_this_folder_can_be_run() -> None:
+    assert all(os.stat(Path(__file__).with_name(name)).st_mode & stat.S_IXUSR for name in ("slurm-up", "slurm-down"))
