@@ -105,7 +105,9 @@ def test_secrets_are_secrets_and_have_no_null(name: str) -> None:
     assert set(secrets.values()) == {""}, "null would mean a secret of somebody's vault; a value would be one in the repository"
     assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= secrets.keys()
     assert [env for env in envs if re.search("KEY|SECRET|TOKEN|PASSWORD", env)] == []
-    assert [env for env, value in envs.items() if value is None] == ["BUCKET"], "SkyPilot asks for what is null, and for nothing else"
+    assert [env for env, value in envs.items() if value is None] == ["BUCKET"], (
+        "SkyPilot asks for what is null, and for nothing else"
+    )
 
 
 @pytest.mark.parametrize("name", TASKS)
