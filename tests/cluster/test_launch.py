@@ -45,7 +45,7 @@ def weights(manifest: dict[str, Any]) -> dict[str, str]:
 
 
 def sealed_steps(s3: Any, run: str) -> list[str]:
-    return [key for key in s3.keys() if key.startswith(f"runs/{run}/checkpoints/") and key.endswith("manifest.json")]
+    return [key for key in s3.keys() if key.startswith(f"runs/{run}/checkpoints/") and key.endswith("manifest.json")]  # noqa: SIM118
 
 
 def test_launch(cluster: Any, s3: Any) -> None:

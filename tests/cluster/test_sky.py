@@ -1,0 +1,64 @@
+"""SkyPilot's schema and optimizer on every YAML of sky/, offline, with a small catalog (optimize.py)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ALL = ["aws", "lambda", "nebius"]
+CASES = {
+    "speedrun": ("speedrun", ALL, ("nebius", True, 10.00)),
+    "speedrun, one cloud without spot": ("speedrun", ["lambda"], ("lambda", False, 23.92)),
+    "speedrun, only a cloud that is too dear on demand": ("speedrun", ["aws"], ("aws", True, 20.00)),
+    "nodes": ("nodes", ALL, ("nebius", True, 20.00)),
+    "try": ("try", ALL, ("nebius", False, 2.95)),
+    "try, a PCIe board would be cheaper": ("try", ["lambda"], ("lambda", False, 3.29)),
+    "prepare": ("prepare", ALL, ("aws", True, 0.30)),
+    "prepare, no spot": ("prepare", ["lambda"], ("lambda", False, 0.80)),
+    "smoke": ("smoke", ALL, ("nebius", False, 0.0992)),
+}
+BROKEN = {
+    "an unknown key": ("autostop:", "auto_stop:", "auto_stop"),
+    "an unknown GPU": ("H100:8", "H199:8", "H199"),
+    "a cap below every price": ("max_hourly_cost: 30", "max_hourly_cost: 3", "ResourcesUnavailable"),
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def opinions(sky_env: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What SkyPilot says to every case; one process for all, since importing it takes seconds."""
+    asked = {name: (ROOT / "sky" / f"{file}.yaml", clouds) for name, (file, clouds, _) in CASES.items()}
+    good = (ROOT / "sky" / "speedrun.yaml").read_text()
+    for name, (old, new, _) in BROKEN.items():
+        assert old in good
+        broken = tmp_path_factory.mktemp("broken") / "speedrun.yaml"
+        broken.write_text(good.replace(old, new))
+        asked[name] = (broken, ALL)
+    words = [sky_env / "bin" / "python", Path(__file__).with_name("optimize.py"), json.dumps([[str(p), c] for p, c in asked.values()])]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return dict(zip(asked, json.loads(ended.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_skypilot_takes_it_and_rents_the_cheapest(case: str, opinions: dict[str, dict[str, Any]]) -> None:
+    cloud, spot, dollars = CASES[case][2]
+    said = opinions[case]
+    assert "error" not in said, said
+    assert (said["cloud"], said["spot"]) == (cloud, spot)
+    assert said["dollars_an_hour"] == pytest.approx(dollars)
+    assert said["autostop"] == [2, True]
+    assert said["image"] == "ghcr.io/YOUR-NAME/gpt2-speedrun:latest"
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= set(said["secrets"])
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_skypilot_refuses_what_is_broken(case: str, opinions: dict[str, dict[str, Any]]) -> None:
+    assert BROKEN[case][2] in opinions[case].get("error", "taken")
