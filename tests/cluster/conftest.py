@@ -123,7 +123,7 @@ def cluster(sky_env: Path) -> Iterator[Cluster]:
         command.chmod(0o755)
         (state / "disks").mkdir(mode=0o777)
         (state / "disks").chmod(0o777)
-        made.call("api", "start")
+        made.call("api", "start", seconds=400)
         yield made
     finally:
         made.sky("api", "stop", seconds=120).wait()

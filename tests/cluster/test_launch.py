@@ -50,7 +50,7 @@ def sealed_steps(s3: Any, run: str) -> list[str]:
 
 def test_launch(cluster: Any, s3: Any) -> None:
     task = cluster.task("smoke", cpus="2+")
-    cluster.call("launch", "-y", "-c", "smoke", *cluster.given(s3, OPTIONS=OPTIONS), str(task), seconds=420)
+    cluster.call("launch", "-y", "-c", "smoke", *cluster.given(s3, OPTIONS=OPTIONS), str(task), seconds=600)
     cluster.sky("down", "-y", "smoke", seconds=120).wait()
     result = json.loads(stored(s3, "runs/smoke/report/result.json"))
     assert (result["state"], result["steps"], result["attempts"]) == ("complete", 120, 1)
