@@ -97,11 +97,11 @@ $(ENVIRONMENT):
 
 # --- SkyPilot, for the tests of sky/: an environment of its own, since it needs an older click than wandb
 
-$(SKY): tests/cluster/requirements.txt
+$(SKY):
 	$(PYTHON) -m venv --clear .sky-env
-	sed -n '/^uv==/,/[^\\]$$/p' $< >.sky-env/uv.txt
+	sed -n '/^uv==/,/[^\\]$$/p' tests/cluster/requirements.txt >.sky-env/uv.txt
 	.sky-env/bin/python -m pip --disable-pip-version-check --quiet install $(LOCKED) -r .sky-env/uv.txt
-	.sky-env/bin/uv pip install --quiet --python .sky-env/bin/python --require-hashes -r $<
+	.sky-env/bin/uv pip install --quiet --python .sky-env/bin/python --require-hashes -r tests/cluster/requirements.txt
 	@touch $@
 
 # --- the locks: one for CPU machines, one for CUDA, from pyproject.toml; `make lock UPGRADE=--upgrade` takes newer versions

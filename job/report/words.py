@@ -146,16 +146,27 @@ def summary_lines(result: dict[str, Any], page: Path) -> list[str]:
         "time": duration(result["clocks"]["node_s"]) + (f"   ({stages})" if stages else ""),
         "page": str(page),
     }
+    if (result["machine"]["device"] or "").startswith("cuda") and (timed := timed_steps(result)):
+        milliseconds, speed = timed
+        rows["step"] = f"{count(round(milliseconds))} ms, {count(round(speed))} tokens a second (measured, by the training clock)"
     width = max(map(len, rows))
     return [f"{headline(result)}.", "", *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
 
 
-def training_clock(result: dict[str, Any]) -> str:
-    """The leaderboard's clock and the speed that it gives."""
+def timed_steps(result: dict[str, Any]) -> tuple[float, float] | None:
+    """Milliseconds of a step and tokens a second by the leaderboard's clock; None before step UNTIMED_STEPS."""
     seconds, timed = result["clocks"]["training_s"], result["steps"] - UNTIMED_STEPS
     if timed <= 0 or not seconds:
+        return None
+    return 1000 * seconds / timed, result["tokens"] / result["steps"] * timed / seconds
+
+
+def training_clock(result: dict[str, Any]) -> str:
+    """The leaderboard's clock and the speed that it gives."""
+    measured = timed_steps(result)
+    if measured is None:
         return f"The training clock leaves out the first {UNTIMED_STEPS} steps; there are no others yet."
-    speed = result["tokens"] / result["steps"] * timed / seconds
+    seconds, speed = result["clocks"]["training_s"], measured[1]
     return (
         f"The training clock (step {UNTIMED_STEPS} to the last, counted from 0 and each once, without evaluation "
         f"and checkpoints) says {duration(seconds)}, which is {count(round(speed))} tokens a second."

@@ -19,7 +19,10 @@ CLOUDS = ("aws", "lambda", "nebius")
 
 def gpus(count: int) -> str:
     memory = {"SizeInMiB": 81920}
-    info = {"Gpus": [{"Name": "H100", "Manufacturer": "NVIDIA", "Count": count, "MemoryInfo": memory}], "TotalGpuMemoryInMiB": count * 81920}
+    info = {
+        "Gpus": [{"Name": "H100", "Manufacturer": "NVIDIA", "Count": count, "MemoryInfo": memory}],
+        "TotalGpuMemoryInMiB": count * 81920,
+    }
     return f'"{info}"'
 
 
@@ -65,9 +68,10 @@ for name, lines in CATALOG.items():
     path.write_text("\n".join(lines) + "\n")
 
 import pandas  # noqa: E402 - SkyPilot reads HOME when it is imported
+from sky.utils import registry, yaml_utils  # noqa: E402
+
 import sky  # noqa: E402
 from sky import optimizer  # noqa: E402
-from sky.utils import registry, yaml_utils  # noqa: E402
 
 ZONES = pandas.DataFrame([("us-east-2a", "us-east-2a")], columns=["AvailabilityZone", "AvailabilityZoneName"])
 

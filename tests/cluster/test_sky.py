@@ -41,7 +41,11 @@ def opinions(sky_env: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         broken = tmp_path_factory.mktemp("broken") / "speedrun.yaml"
         broken.write_text(good.replace(old, new))
         asked[name] = (broken, ALL)
-    words = [sky_env / "bin" / "python", Path(__file__).with_name("optimize.py"), json.dumps([[str(p), c] for p, c in asked.values()])]
+    words = [
+        sky_env / "bin" / "python",
+        Path(__file__).with_name("optimize.py"),
+        json.dumps([[str(p), c] for p, c in asked.values()]),
+    ]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return dict(zip(asked, json.loads(ended.stdout.splitlines()[-1]), strict=True))

@@ -144,7 +144,7 @@ def test_every_line_is_a_command_of_ours(name: str, tmp_path: Path) -> None:
         context = main.make_context("speedrun", list(words))
         word, command, rest = main.resolve_command(context, words)
         with command.make_context(word, list(rest), parent=context) as parsed:
-            assert parsed.params["bucket"] == GIVEN["BUCKET"]
+            assert parsed.params["url"] == GIVEN["BUCKET"]
             assert parsed.params["out"] == tmp_path / "out"
             resolve(parsed.params["preset"], {}, parsed.params["overrides"])
             assert parsed.params.get("strict", False) is (name in GPU), "a paid GPU refuses what is slow"

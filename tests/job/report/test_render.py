@@ -255,6 +255,10 @@ def test_summary_lines(run):
         "  time            2 min 30 s   (prepare 20 s, pretrain 1 min 40 s, evaluate 30 s)",
         "  page            out/runs/smoke/report/report.html",
     ]
+    on_gpu = result | {"machine": result["machine"] | {"device": "cuda:0"}, "clocks": result["clocks"] | {"training_s": 18.9}}
+    assert (
+        summary_lines(on_gpu, Path("p"))[-1] == "  step            100 ms, 81,920 tokens a second (measured, by the training clock)"
+    )
 
 
 def test_neither_torch_nor_plots_are_needed_to_read_a_result():
