@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from job.errors import StorageError
 from job.progress import Reporter
+from job.sealed import storage_errors
 
 LOCK_SECONDS = 0.2
 
@@ -24,6 +26,16 @@ def alone(root: Path, reporter: Reporter) -> Iterator[None]:
             time.sleep(LOCK_SECONDS)
             waited += LOCK_SECONDS
         yield
+
+
+def make_folder(root: Path) -> None:
+    """Where the set is made; StorageError when that cannot be."""
+    try:
+        with storage_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(path for path in (root, *root.parents) if path.is_file())
+        raise StorageError(f"{root} cannot be made: {file} is a file, not a folder; choose another --out") from error
 
 
 def is_being_made(root: Path) -> bool:

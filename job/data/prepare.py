@@ -34,16 +34,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from job.data.lock import alone
+from job.data.lock import alone, make_folder
 from job.data.memory import check_training
 from job.data.parts import PackTask
 from job.data.pool import Part, Pool
 from job.data.sources import ByHash, ByShard, Counts, Shard, Source, Split, document_hash, documents, open_source
 from job.data.tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from job.data.workers import run_tasks
-from job.errors import DataError, StorageError
+from job.errors import DataError
 from job.progress import Reporter
-from job.sealed import Sealed, content_id, is_sealed, open_sealed, sealing, storage_errors
+from job.sealed import Sealed, content_id, is_sealed, open_sealed, sealing
 from job.store import Store
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def prepare(
     """
     source = open_source(data, Path(out), store)
     making = Making(Path(out), source, data, seq_len, reporter, workers, rows, store)
-    _make_folder(making.root)
+    make_folder(making.root)
     reporter.emit("prepare.started", id=making.root.name)
     try:
         with alone(making.root, reporter):
@@ -143,15 +143,6 @@ def prepare(
             source.hub.close()
     reporter.emit("prepare.done", id=prepared.id, **{key: prepared.facts[key] for key in REPORTED})
     return prepared
-
-
-def _make_folder(root: Path) -> None:
-    try:
-        with storage_errors(root):
-            root.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        file = next(path for path in (root, *root.parents) if path.is_file())
-        raise StorageError(f"{root} cannot be made: {file} is a file, not a folder; choose another --out") from error
 
 
 class Making:
