@@ -280,7 +280,7 @@ class Cluster:
             "SKYPILOT_NODE_RANK": str(number),
             "SKYPILOT_TASK_ID": "a-task",
             "SPEEDRUN_NODES_PORT": str(self.port),
-            "SPEEDRUN_NODES_WAIT": "120",
+            "SPEEDRUN_NODES_WAIT": "600",
         }
         words = self.speedrun.tiny(command, self.out(number), "--ranks", str(self.ranks), *more)
         process = subprocess.Popen(
@@ -340,8 +340,8 @@ def weights(run: Path) -> dict[str, str]:
 
 def test_two_nodes_train_what_one_node_trains_to_the_last_bit(cluster, speedrun, tmp_path: Path) -> None:
     nodes = cluster()
-    second = nodes.start(1, "pretrain", *SHORT)  # before the first node listens
     speedrun(speedrun.tiny("pretrain", tmp_path / "one", "--ranks", "2", *SHORT))
+    second = nodes.start(1, "pretrain", *SHORT)  # before the first node listens
     said = nodes.wait([nodes.start(0, "pretrain", *SHORT), second], [0, 0])
     assert "waiting for 1 more of 2 nodes" in said[0]
     for run in (nodes.out(0) / "runs" / "t", tmp_path / "bucket" / "runs" / "t"):
