@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 
 from job.attempt import UNTIMED_STEPS, read_events
 
-STEPS = 600
+STEPS = 200
 TURN = 2.0
 """seconds for which the store answers, then blocks, in turn"""
-OPTIONS = ("-o", f"train.steps={STEPS}", "-o", "train.checkpoint_every=20", "-o", "train.val_every=0")
+OPTIONS = ("-o", f"train.steps={STEPS}", "-o", "train.checkpoint_every=10", "-o", "train.val_every=0")
 
 
 def steps_of(out: Path) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def test_a_blocked_store_against_a_good_one_in_the_same_run(tmp_path: Path, spee
         "it blocks, same run": blocked,
         "no bucket, run before": [e["ms"] for e in steps_of(tmp_path / "without")],
     }
-    print(f"\n\nms a step of the tests' tiny model, a checkpoint every 20 steps, the store turning every {TURN:.0f} s")
+    print(f"\n\nms a step of the tests' tiny model, a checkpoint every 10 steps, the store turning every {TURN:.0f} s")
     print(f"{'':>24} {'steps':>6} {'median':>8} {'p90':>8}")
     for name, values in columns.items():
         print(f"{name:>24} {len(values):>6} {statistics.median(values):>8.1f} {statistics.quantiles(values, n=10)[-1]:>8.1f}")
