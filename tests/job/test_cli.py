@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
+from job import container
 from job.cli import main
 from job.errors import MEANING
 
@@ -103,7 +104,8 @@ def test_usage_errors_are_one_sentence_and_write_nothing(
 def test_an_output_folder_that_cannot_be_written(tmp_path: Path, speedrun) -> None:
     (tmp_path / "file").write_text("")
     ended = speedrun(speedrun.tiny("run", tmp_path / "file" / "out"), code=2)
-    assert "cannot be written (Not a directory); choose another folder or give user" in ended.stderr
+    remedy = container.remedy_for(tmp_path / "file" / "out") if container.inside() else "choose another folder or give user"
+    assert f"cannot be written (Not a directory); {remedy}" in ended.stderr
 
 
 def test_missing_and_empty_data_end_with_11(tmp_path: Path, speedrun) -> None:
