@@ -67,14 +67,14 @@ def test_managed_job_on_two_nodes_is_preempted_and_recovers(cluster: Any, s3: An
 
     task = cluster.task("nodes", accelerators="H100:2")
     given = cluster.given(s3, PRESET="smoke", RUN_ID="job", OPTIONS=OPTIONS)
-    job = cluster.sky("jobs", "launch", "-y", "--infra", "slurm", "--no-use-spot", *given, str(task), seconds=540)
+    job = cluster.sky("jobs", "launch", "-y", "--infra", "slurm", "--no-use-spot", *given, str(task), seconds=900)
     try:
-        wait_for(lambda: sealed_steps(s3, "job") or job.poll() is not None, 300, cluster.said)
+        wait_for(lambda: sealed_steps(s3, "job") or job.poll() is not None, 600, cluster.said)
         assert job.poll() is None, cluster.said()
         first = cluster.slurm("squeue", "--noheader", "--format=%i", "--states=RUNNING")
         cluster.slurm("scancel", first)
         preempted = time.time()
-        assert job.wait(540) == 0, cluster.said()
+        assert job.wait(920) == 0, cluster.said()
     finally:
         job.kill()
 
