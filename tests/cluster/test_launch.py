@@ -54,7 +54,7 @@ def test_launch(cluster: Any, s3: Any) -> None:
     cluster.sky("down", "-y", "smoke", seconds=120).wait()
     result = json.loads(stored(s3, "runs/smoke/report/result.json"))
     assert (result["state"], result["steps"], result["attempts"]) == ("complete", 120, 1)
-    assert stored(s3, "runs/smoke/report/report.html").startswith(b"<!doctype html>")
+    assert stored(s3, "runs/smoke/report/report.html").startswith(b"<!DOCTYPE html>")
     assert s3.secret not in cluster.said()
 
 
