@@ -24,7 +24,7 @@ from job.errors import DataError
 from job.fence import run_key
 from job.sealed import MANIFEST, is_sealed, open_sealed, write_manifest
 from job.store import Store, pull_sealed, push_sealed, sealed_names
-from job.upload import remove_folder
+from job.upload import put_events, remove_folder
 
 FINISH_SECONDS = 60.0
 """that manifests of whole checkpoints have to reach the store when training has ended"""
@@ -104,6 +104,7 @@ class SplitKeeper(Keeper):
         folder = parts_folder(self._run, rows, self._attempt.number)
         try:
             write_manifest(folder, kind=KIND, **self._manifest(parts))
+            put_events(self._store, self._run, self._attempt.number)
             self._store.put(f"{key_of(self._run, rows)}/{MANIFEST}", (folder / MANIFEST).read_bytes(), "application/json")
             shutil.rmtree(folder)
             self._remove_older(rows)

@@ -53,8 +53,17 @@ CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json
 class Mirror:
     """What of a run (and of the prepared set it uses) is not in the bucket yet, and how it gets there."""
 
-    def __init__(self, store: Store, out: Path, run: Path | None, final_rows: int, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        store: Store,
+        out: Path,
+        run: Path | None,
+        final_rows: int,
+        reporter: Reporter,
+        before_checkpoint: Callable[[], None] = lambda: None,
+    ) -> None:
         self.store, self.out, self.run, self.final_rows, self.reporter = store, out, run, final_rows, reporter
+        self._before_checkpoint = before_checkpoint
         self.prepared: set[str] = set()
         self._known: dict[str, str] = {}
         self._done: dict[str, tuple[int, int]] = {}
@@ -91,8 +100,10 @@ class Mirror:
         if path.is_file():
             self.store.put(key, path.read_bytes(), "application/json")
             return 0
-        size = push_sealed(self.store, key, path, known=self._known)
-        if path.parent.name == "checkpoints":
+        is_checkpoint = path.parent.name == "checkpoints"
+        first = self._before_checkpoint if is_checkpoint else lambda: None
+        size = push_sealed(self.store, key, path, first, known=self._known)
+        if is_checkpoint:
             self._remove_older(path)
         return size
 
@@ -128,12 +139,13 @@ class Live:
         self.store, self.run, self.attempt, self.reporter = store, run, attempt, reporter
         self.began = time.time()
         self._sizes: dict[int, int] = {}
+        self._one_at_a_time = threading.Lock()
         self._report_is_sealed = True
 
     def publish(self, *, last: bool = False) -> bool:
         """Put page, then events, where they are new; whether all of it arrived. Raises TakenOver; another failure is an event."""
         works = {"logs": self._logs} if last else {}
-        works |= {"report": self._page, "events": self._events}
+        works |= {"report": self._page, "events": self.events}
         return all([self._tried(name, work) for name, work in works.items()])
 
     def _tried(self, name: str, publish: Callable[[], None]) -> bool:
@@ -172,22 +184,18 @@ class Live:
             if text := log.read_bytes()[-LOG_BYTES:]:
                 self.store.put(f"{run_key(self.run.name)}/logs/{log.name}", text, "text/plain; charset=utf-8")
 
-    def _events(self) -> None:
-        """This attempt's events, and of earlier ones what the bucket has not: whole lines, the file that has more of them counts."""
-        key = f"{run_key(self.run.name)}/events"
-        if not self._sizes:
-            self._sizes = {int(Path(k).stem): size for k, size in self.store.list(key).items() if Path(k).stem.isdigit()}
-            for number in range(1, newest_attempt(self.run) + 1):
-                claim = self.run / "attempts" / str(number)
-                if number < self.attempt and claim.is_file():
-                    self.store.create(claim_key(self.run.name, number), claim.read_bytes())
-        for number in range(1, self.attempt + 1):
-            file = self.run / "events" / f"{number}.jsonl"
-            data = file.read_bytes() if file.is_file() and file.stat().st_size > self._sizes.get(number, 0) else b""
-            data = data[: data.rfind(b"\n") + 1]
-            if len(data) > self._sizes.get(number, 0):
-                self.store.put(f"{key}/{number}.jsonl", data, "application/x-ndjson")
-                self._sizes[number] = len(data)
+    def events(self) -> None:
+        """This attempt's events, and of earlier ones what the bucket has not: the file that has more of them counts."""
+        with self._one_at_a_time:
+            if not self._sizes:
+                stored = self.store.list(f"{run_key(self.run.name)}/events")
+                self._sizes = {int(Path(key).stem): size for key, size in stored.items() if Path(key).stem.isdigit()}
+                for number in range(1, newest_attempt(self.run) + 1):
+                    claim = self.run / "attempts" / str(number)
+                    if number < self.attempt and claim.is_file():
+                        self.store.create(claim_key(self.run.name, number), claim.read_bytes())
+            for number in range(1, self.attempt + 1):
+                self._sizes[number] = put_events(self.store, self.run, number, self._sizes.get(number, 0))
 
 
 class Uploader:
@@ -247,6 +255,16 @@ class Uploader:
                 self._last.wait(max(LIVE_EVERY, 10 * (time.monotonic() - began)))
 
 
+def put_events(store: Store, run: Path, attempt: int, stored: int = 0) -> int:
+    """Put an attempt's events, whole lines, where they are more than the `stored` bytes that are there; how many are there now."""
+    file = run / "events" / f"{attempt}.jsonl"
+    data = file.read_bytes() if file.is_file() and file.stat().st_size > stored else b""
+    data = data[: data.rfind(b"\n") + 1]
+    if len(data) > stored:
+        store.put(f"{run_key(run.name)}/events/{attempt}.jsonl", data, "application/x-ndjson")
+    return max(stored, len(data))
+
+
 def sealed_below(folder: Path) -> list[Path]:
     """All sealed folders below `folder`, at whatever depth; hidden ones are somebody's unfinished work."""
     found = []
@@ -281,7 +299,8 @@ def main(url: str, out: str, run: str, attempt: str, final_rows: str) -> None:
     if run:
         store = Fenced(store, Path(run).name, int(attempt))
         live = Live(store, Path(run), int(attempt), reporter)
-    mirror = Mirror(store, Path(out), Path(run) if run else None, int(final_rows), reporter)
+    recorded = live.events if live else lambda: None
+    mirror = Mirror(store, Path(out), Path(run) if run else None, int(final_rows), reporter, recorded)
     Uploader(mirror, live, reporter).run()
     os._exit(0)
 

@@ -256,9 +256,9 @@ def check_world(world: int, config: GPTConfig, steps: int, folder: Path) -> tupl
     assert drift < 1e-9
     many = on_ranks(folder=folder / "f32", dtype=torch.float32, steps=1, **kwargs)
     one, exact = (reduced_gradients([alone(config, dtype, 1)]) for dtype in (torch.float32, torch.float64))
-    rounding = distances(one, exact)  # a scalar whose terms cancel has more than 1e-6 of it on one rank already
+    rounding = distances(one, exact)  # a scalar whose terms cancel has more than 1e-6 of it on one rank already, and as much on two
     gradient = distances(reduced_gradients(many), one)
-    assert all(gradient[name] < max(1e-6, rounding[name]) for name in gradient)
+    assert {name: (far, rounding[name]) for name, far in gradient.items() if far >= max(1e-6, 2 * rounding[name])} == {}
     return drift, max(value for name, value in gradient.items() if rounding[name] < 1e-6)
 
 
