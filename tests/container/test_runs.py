@@ -38,7 +38,7 @@ def test_the_smoke_run_hardened_and_without_a_network(image: Any, out: Path) -> 
     assert "The model has learned." in ended.stdout
     result = json.loads((out / "runs/smoke/report/result.json").read_text())
     assert result["val_bpb"] < result["bigram_bpb"]
-    assert {path.stat().st_uid for path in out.rglob("*")} == {10001}
+    assert {path.lstat().st_uid for path in out.rglob("*")} == {10001}
 
 
 def test_a_user_that_nobody_knows_and_a_login_shell(image: Any, out: Path) -> None:
