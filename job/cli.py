@@ -264,6 +264,9 @@ def _run(
     strict: bool = False,
     allow_fa2: bool = False,
 ) -> None:
+    from job import container
+
+    container.check_temporary_folder()  # torch wants one as it is imported
     from job import launch, preflight
     from job.follow import join
     from job.nodes import nodes_here

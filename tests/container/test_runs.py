@@ -83,7 +83,6 @@ def test_after_sigterm_the_second_docker_run_finishes_the_run(image: Any, out: P
 
 
 def test_out_of_memory_ends_with_14_and_names_the_flag(image: Any, out: Path) -> None:
-    image.run(*image.tiny("prepare"), out=out)
     greedy = image.tiny("run", "train.device_batch_size=1024", "train.total_batch_size=65536", "model.depth=12")
     ended = image.run(*greedy, out=out, flags=("--memory=1g", "--memory-swap=1g"), code=14)
     assert "pretrain ran out of memory: the kernel killed one of its processes at the limit of 1.07 GB" in ended.stderr
