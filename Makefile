@@ -31,7 +31,7 @@ ENVIRONMENT := .venv/made-from-$(MADE_FROM)
 PROJECT := .venv/project-installed
 SKY := .sky-env/made-from-$(shell { cat tests/cluster/requirements.txt; echo "$(CURDIR)"; } 2>/dev/null | cksum | cut -d ' ' -f 1)
 
-.PHONY: help smoke test slow lint bench image push compose lock sizes clean
+.PHONY: help smoke test slow container cluster lint bench image push compose lock sizes clean
 .DELETE_ON_ERROR:
 
 help: ## list these commands
@@ -43,8 +43,14 @@ smoke: $(PROJECT) ## the whole pipeline on a CPU, in minutes; the report is in o
 test: $(PROJECT) ## all tests but the slow ones
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
-slow: $(PROJECT) $(SKY) ## the slow tests, one after another
-	.venv/bin/python -m pytest -m slow
+slow: $(PROJECT) ## the slow tests, one after another
+	.venv/bin/python -m pytest -m slow --ignore tests/container --ignore tests/cluster
+
+container: $(PROJECT) ## the image in a real engine (root, Debian; minutes)
+	.venv/bin/python -m pytest -m slow tests/container
+
+cluster: $(PROJECT) $(SKY) ## SkyPilot on a local Slurm, with a real S3 server (root, Debian; minutes)
+	.venv/bin/python -m pytest -m slow tests/cluster
 
 lint: $(PROJECT) ## style and formatting
 	.venv/bin/ruff check

@@ -49,9 +49,9 @@ def free_ports(number: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def sky_env() -> Path:
-    """The environment of SkyPilot; `make slow` makes it."""
+    """The environment of SkyPilot; `make cluster` makes it."""
     if not list(SKY.glob("made-from-*")):
-        pytest.fail("SkyPilot's environment is not there: `make slow` makes it, or `make .sky-env/...` as the Makefile says")
+        pytest.fail("SkyPilot's environment is not there: `make cluster` makes it, or `make .sky-env/...` as the Makefile says")
     return SKY
 
 
