@@ -86,12 +86,12 @@ def test_managed_job_on_two_nodes_is_preempted_and_recovers(cluster: Any, s3: An
     recovered = events(s3, "job", 2)
     began = next(event for event in recovered if event["kind"] == "train.start")
     assert began["step"] > 0, "it went on from a checkpoint in the bucket: the first nodes' disks are gone"
-    print("\n".join(recovery_table(cluster.state / "disks", first, preempted, recovered)))
+    print("\n".join(recovery_table(cluster.state / "disks", preempted, recovered)))
 
 
-def recovery_table(disks: Path, first: str, preempted: float, recovered: list[dict[str, Any]]) -> list[str]:
+def recovery_table(disks: Path, preempted: float, recovered: list[dict[str, Any]]) -> list[str]:
     """Seconds from the preemption to the first new step, by part."""
-    started = min(float(path.read_text()) for path in disks.glob("*/started") if not path.parent.name.startswith(f"{first}."))
+    started = min(began for path in disks.glob("*/started") if (began := float(path.read_text())) > preempted)
     moments = [("scancel to the recovered job's start (SkyPilot: notice, allocate, set up)", started)]
     parts = {
         "attempt.started": "imports, the nodes meet, the attempt is claimed in the bucket",
