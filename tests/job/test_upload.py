@@ -205,10 +205,10 @@ def test_earlier_attempts_are_pulled_and_the_longer_file_counts(store: Failing, 
     first = Attempt.claim(out / RUN, store)
     first.emit("train.step", step=0)
     live = Live(store, out / RUN, 1, Kept())
-    live._events()
+    live.events()
     first.emit("train.step", step=1)
     first._file.write(b'{"kind": "cut')
-    live._events()
+    live.events()
     other = tmp_path / "other" / RUN
     second = Attempt.claim(other, store)
     Bucket(store, 1.0).pull_record(other, before=2)
@@ -216,7 +216,7 @@ def test_earlier_attempts_are_pulled_and_the_longer_file_counts(store: Failing, 
     assert (other / "attempts" / "1").read_bytes() == (out / RUN / "attempts" / "1").read_bytes()
     second.emit("train.step", step=2)
     (other / "events" / "1.jsonl").write_bytes(b"")
-    Live(store, other, 2, Kept())._events()
+    Live(store, other, 2, Kept()).events()
     assert store.get(f"{RUN}/events/1.jsonl").count(b"\n") == 2, "what is shorter here does not replace what is longer there"
     assert store.get(f"{RUN}/events/2.jsonl").count(b"\n") == 1
 
