@@ -33,10 +33,18 @@ HEARSAY = 5.0
 
 
 class Interrupts:
-    """Counts SIGINT and SIGTERM while it is in force. A signal that every node of a run gets is one signal."""
+    """Counts SIGINT and SIGTERM while it is in force.
+
+    One wish is one signal: that every node of a run gets it, or that `timeout` and a shell pass it on to the process and again to its
+    group, makes it no second one, which would end the run at once.
+    """
+
+    TOGETHER = 0.3
+    """seconds within which two signals are one"""
 
     def __init__(self) -> None:
         self.name = ""
+        self._last = float("-inf")
         self._own = 0
         self._elsewhere: dict[int, int] = {}
 
@@ -63,7 +71,10 @@ class Interrupts:
             raise InterruptedRun(f"{self.name} came before {stage}; {GOES_ON}")
 
     def _note(self, number: int, _frame: object) -> None:
-        self._own += 1
+        now = time.monotonic()
+        if now - self._last > self.TOGETHER:
+            self._own += 1
+        self._last = now
         self.name = signal.Signals(number).name
 
 

@@ -47,7 +47,7 @@ def test_push_refuses_what_is_no_place(image: str) -> None:
 
 
 def test_push_builds_the_target_that_skypilot_works_with() -> None:
-    command = ["make", "--dry-run", "push", "IMAGE=registry.example/me/gpt2-speedrun:1", "CUDA=cu126"]
+    command = ["make", "--no-print-directory", "--dry-run", "push", "IMAGE=registry.example/me/gpt2-speedrun:1", "CUDA=cu126"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.search(r"docker build --build-arg TORCH=cu126 .*--target sky --tag registry\.example/me/gpt2-speedrun:1 \.", said)
     assert said.endswith("docker push registry.example/me/gpt2-speedrun:1\n")

@@ -105,6 +105,7 @@ def weights(run: Path) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in sealed.files.items() if name.startswith("weights-")}
 
 
+@pytest.mark.slow
 def test_two_nodes_train_what_one_node_trains_to_the_last_bit(cluster, speedrun, tmp_path: Path) -> None:
     nodes = cluster()
     speedrun(speedrun.tiny("pretrain", tmp_path / "one", "--ranks", "2", *SHORT))

@@ -14,6 +14,7 @@ import pytest
 
 from job.attempt import fold, read_events
 from job.sealed import open_sealed
+from job.supervise import Interrupts
 
 
 def weights(out: Path) -> dict[str, str]:
@@ -129,7 +130,7 @@ def test_two_runs_are_byte_identical(finished: Path, tmp_path: Path, speedrun) -
     assert weights(tmp_path) == weights(finished)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_while_stepping_seals_a_checkpoint_and_the_same_command_goes_on(
     finished: Path, prepared: Path, speedrun, name: str
 ) -> None:
@@ -149,6 +150,15 @@ def test_a_signal_while_stepping_seals_a_checkpoint_and_the_same_command_goes_on
     assert len(events(prepared, "train.step")) == 12, "no step was done twice"
     assert weights(prepared) == weights(finished)
     assert [life.exit_code for life in fold(prepared / "runs" / "t").attempts] == [75, 0]
+
+
+def test_a_signal_that_comes_twice_at_once_is_one() -> None:
+    with Interrupts() as interrupts:
+        for wished in (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupts.count == wished and interrupts.name == "SIGTERM"
+            time.sleep(Interrupts.TOGETHER * 1.5)
 
 
 @pytest.mark.slow
