@@ -130,14 +130,14 @@ lock: ## make the locks from pyproject.toml and SkyPilot's; CUDA=cu126 makes the
 	.lock-env/bin/python -m pip install --quiet uv==$(UV_VERSION) packaging
 	.lock-env/bin/uv --no-config pip compile --quiet tests/cluster/requirements.in --python-version 3.11 --generate-hashes --no-emit-index-url \
 	    --no-emit-find-links --custom-compile-command "make lock" $(UPGRADE) --output-file tests/cluster/requirements.txt
-	$(UV) --python-platform x86_64-manylinux_2_28 --output-file requirements-cuda.lock
+	$(UV) --extra attention --python-platform x86_64-manylinux_2_28 --output-file requirements-cuda.lock
 	MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) --python-platform aarch64-apple-darwin --constraints requirements-cuda.lock --no-emit-package torch --output-file requirements.lock
 	printf '%s\n' '# but stands here, with the hashes of its CPU builds:' 'torch==$(TORCH_VERSION) \' >>requirements.lock
 	printf '    --hash=sha256:%s \\\n' $(TORCH_CPU_HASHES) | sed '$$s/ .$$//' >>requirements.lock
 	$(COMPILE) tests/container/requirements.in --python-platform x86_64-manylinux_2_28 --output-file tests/container/requirements.txt
 ifdef CUDA
 	echo 'torch==$(TORCH_VERSION)+$(CUDA)' >.lock-env/torch.in
-	$(UV) --python-platform x86_64-manylinux_2_28 --index $(TORCH_INDEX)/$(CUDA) --index-strategy unsafe-best-match \
+	$(UV) --extra attention --python-platform x86_64-manylinux_2_28 --index $(TORCH_INDEX)/$(CUDA) --index-strategy unsafe-best-match \
 	    --constraints .lock-env/torch.in --constraints requirements.lock --output-file requirements-$(CUDA).lock
 endif
 

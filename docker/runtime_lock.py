@@ -1,7 +1,8 @@
 """Print the part of a lock that the program itself needs: `python runtime_lock.py pyproject.toml requirements.lock`.
 
 The locks hold the developers' tools too, and an image needs none of them. Who asked for a package stands under each pin ("# via");
-what the project's own dependencies lead to is kept, hashes and all, so that pip still checks every file. Standard library only.
+what the project's own dependencies lead to is kept, hashes and all, so that pip still checks every file; so are the attention kernels
+(extra `attention`) where the lock has them, which is on CUDA. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def runtime_part(pyproject: str, lock: str) -> str:
         asked_by = re.findall(r"^ +# +(?:via +)?([A-Za-z0-9._-]+)$", pin, re.MULTILINE)
         for parent in asked_by:
             needs.setdefault(canonical(parent), set()).add(name)
-    wanted = [canonical(re.match(r"[A-Za-z0-9._-]+", line)[0]) for line in tomllib.loads(pyproject)["project"]["dependencies"]]
+    project = tomllib.loads(pyproject)["project"]
+    asked, kernels = project["dependencies"], project["optional-dependencies"]["attention"]
+    wanted, optional = ([canonical(re.match(r"[A-Za-z0-9._-]+", line)[0]) for line in lines] for lines in (asked, kernels))
+    wanted += [name for name in optional if name in pins]
     kept: set[str] = set()
     while wanted:
         name = wanted.pop()

@@ -11,7 +11,8 @@ it must never be taken unasked. So `--strict`, which everything sets that rents 
     fp8 on a GPU without it                            refused                     refused
 
 More ranks than GPUs cannot run at all. Whatever is accepted is printed before the first stage. The ranks choose by the same function
-from the same facts, so what was printed is what they run on, and a kernel that cannot be loaded there is an error, not another kernel.
+from the same facts, so what was printed is what they run on, and a kernel that there cannot be loaded, fails or is wrong is an error,
+not another kernel.
 """
 
 from __future__ import annotations
@@ -63,11 +64,18 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def choose_kernels(
-    recipe: Recipe, machine: Machine, ranks: int | None = None, *, strict: bool = False, allow_fa2: bool = False
+    recipe: Recipe,
+    machine: Machine,
+    ranks: int | None = None,
+    *,
+    strict: bool = False,
+    allow_fa2: bool = False,
+    prove_on: torch.device | None = None,
 ) -> dict[str, str]:
     """The attention kernel, put in place for this process, and fp8: what was chosen and why, in words. PreflightError as at the top.
 
-    ranks: that train, for the price of a slower kernel; None where nothing is trained.
+    ranks: that train, for the price of a slower kernel; None where nothing is trained. prove_on: a rank's device, on which the kernel
+    is compiled and compared first.
     """
     try:
         backend = attention.choose_backend(
@@ -79,6 +87,8 @@ def choose_kernels(
             price="" if ranks is None else price_of(attention.FA2_COST, recipe, machine, ranks),
         )
         attention.activate(backend)
+        if prove_on is not None:
+            attention.prove(backend, prove_on)
         device = torch.device("cpu" if machine.capability is None else "cuda")
         in_fp8 = fp8.require_hardware(device, machine.capability, machine.name) if recipe.train.fp8 else "off"
     except (attention.BackendError, fp8.Fp8Error) as error:

@@ -215,7 +215,7 @@ def main(context: RankContext) -> None:
     job = Job(
         context.out, recipe.data, recipe.model.seq_len, workers, derived.rows, functools.partial(count_leaks, context.out, recipe)
     )
-    kernels = preflight.choose_kernels(recipe, preflight.machine_of(device), context.world_size)
+    kernels = preflight.choose_kernels(recipe, preflight.machine_of(device), context.world_size, prove_on=device)
     with training_rows(prepared, job, context.reporter, feeds=context.local_rank == 0) as rows:
         run = build(context, recipe, derived, prepared, rows, device)
         if device.type == "cuda":

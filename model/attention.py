@@ -21,8 +21,9 @@ kernel stands behind that call is chosen once per process, before the first step
     fa3   FlashAttention 3, a package of its own   Hopper
     fa4   FlashAttention 4, a package of its own   Hopper, Blackwell      pinned: later releases return more values than torch unpacks
 
-Where somebody pays for the machine, a slower one than asked for is refused before the run begins (`job/preflight.py`). The kernels
-compute in 16 bits; a model that computes in fp32 on a GPU takes the blocks.
+Where somebody pays for the machine, a slower one than asked for is refused before the run begins (`job/preflight.py`). A package's kernel
+is compiled for the GPU when it is first called, by each rank, and then has to agree with the blocks before anything is trained with it
+(`prove`). The kernels compute in 16 bits; a model that computes in fp32 on a GPU takes the blocks.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 
 FA4_PACKAGE, FA4_FITS = "flash-attn-4", "4.0.0b12"
+PROOF_LENGTH, PROOF_BOUND = 256, 0.03
+"""T of the proof, which is also a window that sees everything; and what its bf16 may be wrong by, of the largest value"""
 FA2_COST = 0.03
 """estimated share of a step that FlashAttention 2 takes longer on Hopper and Blackwell"""
 
@@ -180,3 +183,32 @@ def activate(backend: Backend) -> None:
         activate_flash_attention_impl(backend.name.upper())
     except (ImportError, RuntimeError) as error:
         raise BackendError(f"{backend.name} cannot be used: {error}; install it again or choose fa2") from error
+
+
+def prove(backend: Backend, device: torch.device) -> None:
+    """Whether a package's kernel, compiled for `device` by this call, gives the blocks' outputs and gradients; BackendError if not."""
+    if backend.name not in ("fa3", "fa4"):
+        return
+    instead = "install it again or say -o train.attention=fa2"
+    try:
+        worst = max(disagreement(device, window) for window in (64, PROOF_LENGTH))
+    except Exception as error:
+        sentence = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BackendError(f"{backend.name} fails on this GPU: {sentence}; {instead}") from error
+    if not worst < PROOF_BOUND:
+        raise BackendError(f"{backend.name} computes something else on this GPU, wrong by {worst:.1%}; {instead}")
+
+
+def disagreement(device: torch.device, window: int) -> float:
+    """Largest difference between attention in bf16 on `device` and in fp32 on the CPU, in the output and the three gradients, each
+    relative to the largest value there."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weight = (torch.randn(2, PROOF_LENGTH, 2, 128, generator=generator).bfloat16() for _ in range(4))
+
+    def computed(where: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(where, dtype).requires_grad_() for x in (q, k, v)]
+        out = attention(*inputs, window)
+        return [x.float().cpu() for x in (out, *torch.autograd.grad(out, inputs, weight.to(where, dtype)))]
+
+    pairs = zip(computed(device, torch.bfloat16), computed(torch.device("cpu"), torch.float32), strict=True)
+    return max(((mine - right).abs().max() / right.abs().max()).nan_to_num(nan=float("inf")).item() for mine, right in pairs)

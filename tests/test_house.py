@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 LOCKS = ("requirements.lock", "requirements-cuda.lock")
+ONLY_CUDA = {"triton", "flash-attn-4", "quack-kernels", "apache-tvm-ffi", "torch-c-dlpack-ext", "einops"}
 MADE = {"__pycache__", "out", "build", "dist"}  # folders that are no part of the project's text, beside those with a dot
 
 PIN = re.compile(
@@ -60,7 +61,7 @@ def test_a_lock_is_pins_with_hashes_and_nothing_else(lock: str) -> None:
 def test_the_locks_agree_and_differ_by_what_only_cuda_needs() -> None:
     cpu, cuda = (pins(lock) for lock in LOCKS)
     assert {name: version for name, (version, _) in cpu.items()} == {name: cuda[name][0] for name in cuda if name in cpu}
-    assert all(name.startswith(("nvidia-", "cuda-")) or name == "triton" for name in cuda.keys() - cpu.keys())
+    assert all(name.startswith(("nvidia-", "cuda-")) or name in ONLY_CUDA for name in cuda.keys() - cpu.keys())
     assert all(cpu[name] == cuda[name] for name in cpu if name != "torch")
 
 
@@ -75,7 +76,9 @@ def test_torch_in_the_cpu_lock_is_the_cpu_builds_of_the_makefile() -> None:
 @pytest.mark.parametrize("lock", LOCKS)
 def test_a_lock_satisfies_the_project(lock: str) -> None:
     project, locked = PYPROJECT["project"], pins(lock)
-    asked = [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["dev"], *(extras["attention"] if lock == "requirements-cuda.lock" else [])]
+    asked = [Requirement(line) for line in asked]
     missed = [str(want) for want in asked if Version(locked[canonicalize_name(want.name)][0]) not in want.specifier]
     assert missed == [], "run `make lock`"
 

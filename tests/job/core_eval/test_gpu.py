@@ -85,7 +85,7 @@ def test_the_stage_puts_the_model_on_its_device_in_bf16_and_names_the_kernel(mon
     recipe = resolve("smoke", {}, ["train.fp8=true"])
     asked = []
 
-    def kernels(recipe, machine):
+    def kernels(recipe, machine, *, prove_on):
         asked.append(recipe.train.fp8)
         return {"attention": "attention: FlashAttention 3 (unversioned)", "fp8": "off"}
 
