@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from job.attempt import Attempt
-from job.checkpoint_folder import KEEP, KIND, Keeper, folder_of, folders, parts_folder
+from job.checkpoint_folder import KIND, Keeper, folder_of, folders, parts_folder
 from job.errors import DataError
 from job.fence import run_key
 from job.sealed import MANIFEST, is_sealed, open_sealed, write_manifest
-from job.store import Store, pull_sealed, push_sealed, sealed_names
-from job.upload import put_events, remove_folder
+from job.store import Store, pull_sealed, push_sealed
+from job.upload import put_events, remove_older
 
 FINISH_SECONDS = 60.0
 """that manifests of whole checkpoints have to reach the store when training has ended"""
@@ -107,15 +107,8 @@ class SplitKeeper(Keeper):
             put_events(self._store, self._run, self._attempt.number)
             self._store.put(f"{key_of(self._run, rows)}/{MANIFEST}", (folder / MANIFEST).read_bytes(), "application/json")
             shutil.rmtree(folder)
-            self._remove_older(rows)
+            remove_older(self._store, f"{run_key(self._run.name)}/checkpoints", rows, self._final_rows)
         except BaseException as error:
             self._error = error
             return
         self._sealed.append(parts)
-
-    def _remove_older(self, rows: int) -> None:
-        """Keep in the store as many checkpoints as a folder keeps: first the manifest goes, then the files."""
-        parent = f"{run_key(self._run.name)}/checkpoints"
-        older = sorted((int(name) for name in sealed_names(self._store, parent) if int(name) < rows), reverse=True)
-        for number in older[KEEP if rows == self._final_rows else KEEP - 1 :]:
-            remove_folder(self._store, key_of(self._run, number))

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from job.attempt import newest_attempt
-from job.checkpoint_folder import KEEP, folders
+from job.checkpoint_folder import KEEP, folder_of, folders
 from job.errors import ExitCode, SpeedrunError
 from job.fence import Fenced, TakenOver, claim_key, run_key
 from job.progress import Reporter
@@ -104,7 +104,7 @@ class Mirror:
         first = self._before_checkpoint if is_checkpoint else lambda: None
         size = push_sealed(self.store, key, path, first, known=self._known)
         if is_checkpoint:
-            self._remove_older(path)
+            remove_older(self.store, self._key(path.parent), int(path.name), self.final_rows)
         return size
 
     def _fail(self, key: str, error: Exception) -> None:
@@ -122,14 +122,6 @@ class Mirror:
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.out).as_posix()
-
-    def _remove_older(self, folder: Path) -> None:
-        """Of the checkpoints before `folder`, keep in the bucket what the run's folder keeps of them."""
-        parent, rows = self._key(folder.parent), int(folder.name)
-        older = [name for name in sealed_names(self.store, parent) if name.isdigit() and int(name) < rows]
-        keep = KEEP if rows == self.final_rows else KEEP - 1
-        for name in sorted(older, key=int, reverse=True)[keep:]:
-            remove_folder(self.store, f"{parent}/{name}")
 
 
 class Live:
@@ -276,6 +268,13 @@ def sealed_below(folder: Path) -> list[Path]:
 
 def reason(error: Exception) -> str:
     return str(error) if isinstance(error, SpeedrunError) else f"{type(error).__name__}: {error}"
+
+
+def remove_older(store: Store, parent: str, rows: int, final_rows: int) -> None:
+    """Of the checkpoints below `parent`, keep that of `rows` and as many before it as a run's folder keeps."""
+    older = sorted((int(name) for name in sealed_names(store, parent) if name.isdigit() and int(name) < rows), reverse=True)
+    for number in older[KEEP if rows == final_rows else KEEP - 1 :]:
+        remove_folder(store, f"{parent}/{folder_of(Path(), number).name}")
 
 
 def remove_folder(store: Store, key: str) -> None:

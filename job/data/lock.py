@@ -20,9 +20,11 @@ LOCK_SECONDS = 0.2
 def alone(root: Path, reporter: Reporter) -> Iterator[None]:
     """Hold the set's lock: two processes that prepare the same set do so one after the other."""
     with open(_lock(root), "ab") as handle:
-        waited = 0.0
+        waited, said = LOCK_SECONDS, 0.0
         while not _locked(handle):
-            reporter.progress(f"waiting for the process that prepares {root.name}", waited, waited, "s")
+            if waited >= 2 * said:  # a log has a line for each, and a wait can be long
+                reporter.progress(f"waiting for the process that prepares {root.name}", waited, waited, "s")
+                said = max(waited, 1.0)
             time.sleep(LOCK_SECONDS)
             waited += LOCK_SECONDS
         yield
