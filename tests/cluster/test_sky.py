@@ -1,8 +1,10 @@
-"""SkyPilot's schema and optimizer on every YAML of sky/, offline, with a small catalog (optimize.py)."""
+"""SkyPilot's schema and optimizer on every YAML of sky/, offline, with a small catalog (optimize.py); its command line on the README's lines."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -66,3 +68,39 @@ def test_skypilot_takes_it_and_rents_the_cheapest(case: str, opinions: dict[str,
 @pytest.mark.parametrize("case", BROKEN)
 def test_skypilot_refuses_what_is_broken(case: str, opinions: dict[str, dict[str, Any]]) -> None:
     assert BROKEN[case][2] in opinions[case].get("error", "taken")
+
+
+STAND_IN = """#!/usr/bin/env bash
+[ "$1" = launch ] || [ "$2" = launch ] || exit 0
+python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@" >>"$CALLS"
+"""
+
+
+def test_the_readmes_lines_are_whole_tasks_to_skypilots_command_line(sky_env: Path, tmp_path: Path) -> None:
+    """The block is run by bash, from the image's name on, with a `sky` and a `make` that write down what they are given."""
+    section = (ROOT / "README.md").read_text().split("\n## On a cloud\n")[1]
+    (block,) = re.findall(r"^    export IMAGE=.*?(?=^\S)", section, re.MULTILINE | re.DOTALL)
+    for name in ("sky", "make"):
+        (tmp_path / name).write_text(STAND_IN)
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    subprocess.run(["bash", "-euc", block], cwd=ROOT, env=environment, check=True)
+    lines = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [line[-1] for line in lines] == ["sky/smoke.yaml", "sky/try.yaml", "sky/speedrun.yaml"]
+
+    words = [sky_env / "bin" / "python", Path(__file__).with_name("command_line.py"), json.dumps(lines)]
+    ended = subprocess.run(words, cwd=ROOT, env=environment | block_exports(block), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for task in json.loads(ended.stdout.splitlines()[-1]):
+        assert task["images"] == ["ghcr.io/me/gpt2-speedrun:1"]
+        assert task["envs"]["BUCKET"] == "s3://my-bucket/gpt2"
+        assert task["secrets"]["AWS_ACCESS_KEY_ID"] and task["secrets"]["AWS_SECRET_ACCESS_KEY"]
+
+
+def block_exports(block: str) -> dict[str, str]:
+    """What the block exports, which SkyPilot's command line reads where it is given a bare name."""
+    return {
+        name: value
+        for line in re.findall(r"^ *export (.*)$", block, re.MULTILINE)
+        for name, value in re.findall(r"(\w+)=(\S+)", line)
+    }
