@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl
-from torch.nn.attention.varlen import varlen_attn
 
 FA4_PACKAGE, FA4_FITS = "flash-attn-4", "4.0.0b12"
 PROOF_LENGTH, PROOF_BOUND = 256, 0.03
@@ -76,6 +75,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
     """Through the flash-attention kernel: the rows of the batch one after another, each a sequence of T."""
+    from torch.nn.attention.varlen import varlen_attn  # two seconds of imports, with the compiler's, that no CPU needs
+
     B, T, _, _ = q.shape
     starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
     seen = (-1 if window >= T - 1 else window, 0)

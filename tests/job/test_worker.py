@@ -1,6 +1,9 @@
-"""A rank's side: which failures are a lack of memory, and what is said then."""
+"""A rank's side: what it imports; which failures are a lack of memory, and what is said then."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -38,3 +41,13 @@ def test_another_error_of_torch_is_none() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.zeros(2) @ torch.zeros(3)
     assert not lacks_memory(raised.value)
+
+
+def test_a_cpu_run_imports_no_compiler() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", "import sys, job.pretrain, job.evaluate; print('torch._dynamo' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == "False\n", "it takes two seconds of every process"

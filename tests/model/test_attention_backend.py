@@ -110,7 +110,7 @@ def test_the_kernel_is_asked_for_what_the_blocks_compute(T: int, window: int, B:
     generator = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(B, T, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(model.attention, "varlen_attn", documented_varlen_attn)
+        patched.setattr(varlen, "varlen_attn", documented_varlen_attn)
         asked = model.attention._kernel(q, k, v, window, scale)
     torch.testing.assert_close(asked, attention(q, k, v, window, scale), rtol=0, atol=1e-12)
 
