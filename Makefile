@@ -31,7 +31,7 @@ ENVIRONMENT := .venv/made-from-$(MADE_FROM)
 PROJECT := .venv/project-installed
 SKY := .sky-env/made-from-$(shell { cat tests/cluster/requirements.txt; echo "$(CURDIR)"; } 2>/dev/null | cksum | cut -d ' ' -f 1)
 
-.PHONY: help smoke test slow container cluster lint bench image push compose lock sizes clean
+.PHONY: help smoke test slow chaos container cluster lint bench image push compose lock sizes clean
 .DELETE_ON_ERROR:
 
 help: ## list these commands
@@ -43,7 +43,9 @@ smoke: $(PROJECT) ## the whole pipeline on a CPU, in minutes; the report is in o
 test: $(PROJECT) ## all tests but the slow ones
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
-slow: $(PROJECT) ## the slow tests, one after another
+slow: chaos container cluster ## all slow tests: the next three
+
+chaos: $(PROJECT) ## kill -9 everywhere, many processes and nodes, a faulty S3 server, real CORE items, compiled steps
 	.venv/bin/python -m pytest -m slow --ignore tests/container --ignore tests/cluster
 
 container: $(PROJECT) ## the image in a real engine (root, Debian; minutes)
