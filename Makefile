@@ -46,7 +46,7 @@ test: $(PROJECT) ## all tests but the slow ones
 slow: chaos container cluster ## all slow tests: the next three
 
 chaos: $(PROJECT) ## kill -9 everywhere, many processes and nodes, a faulty S3 server, real CORE items, compiled steps
-	.venv/bin/python -m pytest -m slow --ignore tests/container --ignore tests/cluster
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow --ignore tests/container --ignore tests/cluster --numprocesses 2 --dist loadfile
 
 container: $(PROJECT) ## the image in a real engine (root, Debian; minutes)
 	.venv/bin/python -m pytest -m slow tests/container

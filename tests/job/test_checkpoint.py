@@ -245,7 +245,7 @@ def _rank(
 ) -> None:
     if fp64:
         torch.set_default_dtype(torch.float64)
-        machine.compute_dtype = lambda _: torch.float64
+        machine.compute_dtype = lambda *_, **__: torch.float64
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{run}/store-{attempt}", rank=rank, world_size=world)
     reporter = InProcess(outbox=Path(run) / f"part-{attempt}-{rank}.json")

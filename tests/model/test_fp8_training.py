@@ -83,7 +83,7 @@ def trained(generation: str, seed: int, in_fp8: bool) -> float:
     rules = RULES[generation]
     rules = rules.changed(lrs={name: faster * group.lr for name, group in rules.groups.items()})
     specs = derive(config, rules, ratio=None, steps=STEPS, batch_tokens=rows_a_step * T).specs
-    optimizer, schedule = Optimizer(gpt.groups(), specs), Schedule.for_generation(STEPS, generation)
+    optimizer, schedule = Optimizer(gpt.groups(), specs, polar_dtype=torch.float32), Schedule.for_generation(STEPS, generation)
     for step in range(STEPS):
         rows = text(rows_a_step, seed=1000 * seed + step)
         gpt.loss(rows[:, :-1], rows[:, 1:]).backward()
