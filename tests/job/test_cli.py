@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import resource
 import subprocess
 import sys
@@ -123,8 +122,3 @@ def test_dry_run_says_all_and_writes_nothing(tmp_path: Path, speedrun) -> None:
     assert f"run folder: {tmp_path / 'out' / 'runs' / 't'}\n" in ended.stdout
     assert ended.stdout.endswith("  prepare: to do\n  pretrain: to do\n  evaluate: to do\n  report: to do\n")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_json_prints_the_result_and_nothing_else(tmp_path: Path, speedrun) -> None:
-    said = speedrun(speedrun.tiny("run", tmp_path / "out", "--json")).stdout
-    assert json.loads(said)["run_id"] == "t"

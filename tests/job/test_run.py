@@ -49,9 +49,9 @@ def wait_for(out: Path, process, kind: str, **fields: object) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, speedrun) -> Path:
-    """One undisturbed run; tests copy it or only read it."""
+    """One undisturbed run, and what it printed; tests copy it or only read it."""
     out = tmp_path_factory.mktemp("finished")
-    speedrun(speedrun.tiny("run", out))
+    (out / "printed").write_text(speedrun(speedrun.tiny("run", out, "--json")).stdout)
     return out
 
 
@@ -100,6 +100,12 @@ def test_the_same_command_again_does_nothing_twice(finished: Path, tmp_path: Pat
     assert "evaluate: done already" in said
     assert weights(out) == before
     assert len(events(out, "train.step")) == 12
+
+
+def test_json_prints_the_result_and_nothing_else(finished: Path) -> None:
+    assert json.loads((finished / "printed").read_text()) == json.loads(
+        (finished / "runs" / "t" / "report" / "result.json").read_text()
+    )
 
 
 def test_a_changed_recipe_is_refused_and_fresh_starts_anew(finished: Path, tmp_path: Path, speedrun) -> None:
