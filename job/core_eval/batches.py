@@ -75,7 +75,7 @@ def plan_batches(items: Sequence[Item], token_budget: int, forks: bool = False, 
     """Every item in exactly one batch, forks and plain rows apart, the longest first; `fine` widths or few.
 
     A batch ends where the next item would make it exceed the budget, or so unequal that more than an eighth of the budget would be
-    padding. An item larger than the budget is a batch of its own.
+    padding (with fine widths a sixty-fourth). An item larger than the budget is a batch of its own.
     """
     shapes = [shape_of(item, forks) for item in items]
     of_forks = [i for i, (_, prefix, _) in enumerate(shapes) if prefix]
@@ -86,11 +86,12 @@ def plan_batches(items: Sequence[Item], token_budget: int, forks: bool = False, 
 def _cut(order: Sequence[int], shapes: Sequence[tuple[int, int, int]], token_budget: int, fine: bool) -> list[Batch]:
     batches: list[Batch] = []
     chosen: list[int] = []
+    padding = token_budget // (64 if fine else 8)
     batch, own = Batch((), 0, 0, 0), 0
     for i in sorted(order, key=lambda i: (-shapes[i][1] - shapes[i][2], i)):
         alone = Batch((i,), shapes[i][0], *(padded_length(tokens, fine) for tokens in shapes[i][1:]))
         grown = Batch((), batch.rows + alone.rows, max(batch.prefix, alone.prefix), max(batch.tails, alone.tails))
-        if chosen and (grown.cost > token_budget or grown.cost - own - alone.cost > token_budget // 8):
+        if chosen and (grown.cost > token_budget or grown.cost - own - alone.cost > padding):
             batches.append(dataclasses.replace(batch, items=tuple(chosen)))
             chosen, own, grown = [], 0, alone
         chosen.append(i)
