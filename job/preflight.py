@@ -88,7 +88,7 @@ def choose_kernels(
         )
         attention.activate(backend)
         if prove_on is not None:
-            attention.prove(backend, prove_on)
+            attention.prove(backend, prove_on, gradients=ranks is not None)
         device = torch.device("cpu" if machine.capability is None else "cuda")
         in_fp8 = fp8.require_hardware(device, machine.capability, machine.name) if recipe.train.fp8 else "off"
     except (attention.BackendError, fp8.Fp8Error) as error:

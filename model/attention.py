@@ -186,13 +186,14 @@ def activate(backend: Backend) -> None:
         raise BackendError(f"{backend.name} cannot be used: {error}; install it again or choose fa2") from error
 
 
-def prove(backend: Backend, device: torch.device) -> None:
-    """Whether a package's kernel, compiled for `device` by this call, gives the blocks' outputs and gradients; BackendError if not."""
+def prove(backend: Backend, device: torch.device, gradients: bool) -> None:
+    """Whether a package's kernel, compiled for `device` by this call, gives the blocks' outputs, and gradients if these are wanted;
+    BackendError if not."""
     if backend.name not in ("fa3", "fa4"):
         return
     instead = "install it again or say -o train.attention=fa2"
     try:
-        worst = max(disagreement(device, window) for window in (64, PROOF_LENGTH))
+        worst = max(disagreement(device, window, gradients) for window in (64, PROOF_LENGTH))
     except Exception as error:
         sentence = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackendError(f"{backend.name} fails on this GPU: {sentence}; {instead}") from error
@@ -200,16 +201,17 @@ def prove(backend: Backend, device: torch.device) -> None:
         raise BackendError(f"{backend.name} computes something else on this GPU, wrong by {worst:.1%}; {instead}")
 
 
-def disagreement(device: torch.device, window: int) -> float:
-    """Largest difference between attention in bf16 on `device` and in fp32 on the CPU, in the output and the three gradients, each
-    relative to the largest value there."""
+def disagreement(device: torch.device, window: int, gradients: bool) -> float:
+    """Largest difference between attention in bf16 on `device` and in fp32 on the CPU, in the output and perhaps the three gradients,
+    each relative to the largest value there."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, weight = (torch.randn(2, PROOF_LENGTH, 2, 128, generator=generator).bfloat16() for _ in range(4))
 
     def computed(where: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [x.to(where, dtype).requires_grad_() for x in (q, k, v)]
+        inputs = [x.to(where, dtype).requires_grad_(gradients) for x in (q, k, v)]
         out = attention(*inputs, window)
-        return [x.float().cpu() for x in (out, *torch.autograd.grad(out, inputs, weight.to(where, dtype)))]
+        found = torch.autograd.grad(out, inputs, weight.to(where, dtype)) if gradients else ()
+        return [x.float().cpu() for x in (out, *found)]
 
     pairs = zip(computed(device, torch.bfloat16), computed(torch.device("cpu"), torch.float32), strict=True)
     return max(((mine - right).abs().max() / right.abs().max()).nan_to_num(nan=float("inf")).item() for mine, right in pairs)

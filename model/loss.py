@@ -98,7 +98,7 @@ def capped_logits(hidden: Tensor, weight: Tensor, softcap: float, vocab_size: in
     """c tanh(h W^T / c): (N, D), (V, D) -> (N, vocab_size); the product in hidden's dtype, everything after it in at least fp32."""
     z = (hidden @ weight.to(hidden.dtype).mT)[..., :vocab_size]
     half = (z.to(_wide(z)) * (2 / softcap)).sigmoid_()
-    return torch.add(half.new_tensor(-softcap), half, alpha=2 * softcap)
+    return torch.add(half.new_full((), -softcap), half, alpha=2 * softcap)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -183,7 +183,7 @@ def _loss_and_gradient(
     `into` where that is given (it may be z).
     """
     half = (z.to(_wide(z)) * (2 / softcap)).sigmoid_()  # (1 + t) / 2
-    logits = torch.add(half.new_tensor(-softcap), half, alpha=2 * softcap, out=into)
+    logits = torch.add(half.new_full((), -softcap), half, alpha=2 * softcap, out=into)
     logits[:, vocab_size:] = -torch.inf
     right = targets.unsqueeze(-1)
     right_logit, right_half = logits.gather(-1, right), half.gather(-1, right)

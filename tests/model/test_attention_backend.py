@@ -125,9 +125,10 @@ def test_the_stand_in_has_the_signature_of_the_real_one() -> None:
 # ---- whether it is right
 
 
-def test_a_kernel_that_agrees_passes_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < disagreement(CPU, 64) < 0.01
-    prove(choose_backend("fastest", HOPPER, FA4, strict=True), CPU)
+def test_a_kernel_that_agrees_passes_the_proof() -> None:
+    for gradients in (True, False):
+        assert 0 < disagreement(CPU, 64, gradients) < 0.01
+        prove(choose_backend("fastest", HOPPER, FA4, strict=True), CPU, gradients)
 
 
 @pytest.mark.parametrize(
@@ -148,5 +149,5 @@ def test_one_that_does_not_is_an_error(monkeypatch: pytest.MonkeyPatch, wrong: C
 
     monkeypatch.setattr(model.attention, "attention", mixed)
     with pytest.raises(BackendError) as raised:
-        prove(choose_backend("fastest", HOPPER, FA4, strict=True), CPU)
+        prove(choose_backend("fastest", HOPPER, FA4, strict=True), CPU, gradients=True)
     assert str(raised.value).startswith(sentence) and str(raised.value).endswith("install it again or say -o train.attention=fa2")
