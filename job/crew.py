@@ -214,6 +214,7 @@ class Crew:
                 with contextlib.suppress(TimeoutError):
                     called, address = listener.accept()
                     threading.Thread(target=self._welcome, args=(called, address[0], same), daemon=True).start()
+        self.check()  # the last to come may have been started differently
         self._look_for_shared_disk(site)
 
     @contextlib.contextmanager
