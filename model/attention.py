@@ -57,6 +57,11 @@ class Backend:
     name: str
     description: str
 
+    @property
+    def packaged(self) -> bool:
+        """Whether the kernel comes from a package beside torch."""
+        return self.name in ("fa3", "fa4")
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
     """softmax(scale q.k) v over the keys i - window ... i of each query i.
@@ -178,7 +183,7 @@ def _runs(name: str, capability: tuple[int, int]) -> bool:
 
 def activate(backend: Backend) -> None:
     """Put the chosen kernel behind `varlen_attn`, for this process. BackendError for a package that torch cannot call."""
-    if backend.name not in ("fa3", "fa4"):
+    if not backend.packaged:
         return
     try:
         activate_flash_attention_impl(backend.name.upper())
@@ -189,7 +194,7 @@ def activate(backend: Backend) -> None:
 def prove(backend: Backend, device: torch.device, gradients: bool) -> None:
     """Whether a package's kernel, compiled for `device` by this call, gives the blocks' outputs, and gradients if these are wanted;
     BackendError if not."""
-    if backend.name not in ("fa3", "fa4"):
+    if not backend.packaged:
         return
     instead = "install it again or say -o train.attention=fa2"
     try:

@@ -97,8 +97,13 @@ def token_losses(
 def capped_logits(hidden: Tensor, weight: Tensor, softcap: float, vocab_size: int) -> Tensor:
     """c tanh(h W^T / c): (N, D), (V, D) -> (N, vocab_size); the product in hidden's dtype, everything after it in at least fp32."""
     z = (hidden @ weight.to(hidden.dtype).mT)[..., :vocab_size]
+    return _capped(z, softcap)[1]
+
+
+def _capped(z: Tensor, softcap: float, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """s = sigmoid(2 z / c) and c tanh(z / c) = c (2 s - 1), in at least fp32; the latter in `into` where that is given (it may be z)."""
     half = (z.to(_wide(z)) * (2 / softcap)).sigmoid_()
-    return torch.add(half.new_full((), -softcap), half, alpha=2 * softcap)
+    return half, torch.add(half.new_full((), -softcap), half, alpha=2 * softcap, out=into)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -182,8 +187,7 @@ def _loss_and_gradient(
     The gradient comes in `dtype`; in e5m2 it is GRADIENT_SCALE times itself. Two fp32 tensors of z's size exist at a time, one of them
     `into` where that is given (it may be z).
     """
-    half = (z.to(_wide(z)) * (2 / softcap)).sigmoid_()  # (1 + t) / 2
-    logits = torch.add(half.new_full((), -softcap), half, alpha=2 * softcap, out=into)
+    half, logits = _capped(z, softcap, into)
     logits[:, vocab_size:] = -torch.inf
     right = targets.unsqueeze(-1)
     right_logit, right_half = logits.gather(-1, right), half.gather(-1, right)

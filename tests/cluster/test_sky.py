@@ -84,23 +84,17 @@ def test_the_readmes_lines_are_whole_tasks_to_skypilots_command_line(sky_env: Pa
         (tmp_path / name).write_text(STAND_IN)
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
-    subprocess.run(["bash", "-euc", block], cwd=ROOT, env=environment, check=True)
+    exported = subprocess.run(
+        ["bash", "-euc", f"{block}\nenv -0"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    environment = dict(entry.split("=", 1) for entry in exported.stdout.rstrip("\0").split("\0"))
     lines = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert [line[-1] for line in lines] == ["sky/smoke.yaml", "sky/try.yaml", "sky/speedrun.yaml"]
 
     words = [sky_env / "bin" / "python", Path(__file__).with_name("command_line.py"), json.dumps(lines)]
-    ended = subprocess.run(words, cwd=ROOT, env=environment | block_exports(block), capture_output=True, text=True, check=False)
+    ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     for task in json.loads(ended.stdout.splitlines()[-1]):
         assert task["images"] == ["ghcr.io/me/gpt2-speedrun:1"]
         assert task["envs"]["BUCKET"] == "s3://my-bucket/gpt2"
         assert task["secrets"]["AWS_ACCESS_KEY_ID"] and task["secrets"]["AWS_SECRET_ACCESS_KEY"]
-
-
-def block_exports(block: str) -> dict[str, str]:
-    """What the block exports, which SkyPilot's command line reads where it is given a bare name."""
-    return {
-        name: value
-        for line in re.findall(r"^ *export (.*)$", block, re.MULTILINE)
-        for name, value in re.findall(r"(\w+)=(\S+)", line)
-    }
