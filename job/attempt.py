@@ -157,6 +157,7 @@ class Record:
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
     steps: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     validations: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    slow_ranks: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     checkpoints: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     bpb: dict[str, Any] = dataclasses.field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -223,6 +224,8 @@ def fold_event(record: Record, event: dict[str, Any]) -> None:
             record.steps[event["step"]] = fields | {"attempt": number}
         case "train.val":
             record.validations[event["step"]] = fields
+        case "train.slow_ranks":
+            record.slow_ranks[event["step"]] = fields
         case "checkpoint.sealed":
             record.checkpoints[event["rows"]] = fields
         case "eval.bpb":

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from job.checkpoint_folder import KIND, OPTIMIZER, folder_of, identity, parts_folder
-from job.errors import DataError
+from job.errors import DataError, OutOfMemoryError
 from job.sealed import Sealed, open_sealed, storage_errors
 from model.gpt import GPT
 from model.shards import Slice, as_rows
@@ -47,10 +47,15 @@ class Writer:
         self._run = run
         self._made_from = identity(run.recipe.values(), run.prepared.id)
         self._buffers: dict[tuple[str, int], Tensor] = {}
-        self._thread: threading.Thread | None = threading.Thread(target=self._make_buffers, args=(self._slices(),), daemon=True)
-        self._thread.start()
         self._error: BaseException | None = None
         self._step = -1
+        self._thread: threading.Thread | None = threading.Thread(target=self._make_buffers, args=(self._slices(),), daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what the thread failed with, if it did; waits for nothing."""
+        if self._error:
+            raise self._error
 
     def save(self) -> None:
         """Begin the checkpoint of the run's present step; returns when the state is copied."""
@@ -73,17 +78,19 @@ class Writer:
         if self._thread:
             self._thread.join()
             self._thread = None
-        if self._error:
-            raise self._error
+        self.check()
 
     def _slices(self) -> list[Slice]:
         return [*self._run.optimizer.weight_slices(), *self._run.optimizer.state_slices()]
 
     def _make_buffers(self, slices: Sequence[Slice]) -> None:
         """While training begins: zeros, because memory that was never written costs a page fault a page when it first is."""
-        for s in slices:
-            zeros = torch.zeros(s.tensor.shape, dtype=s.tensor.dtype)
-            self._buffers[s.name, s.start] = zeros.pin_memory() if s.tensor.is_cuda else zeros.fill_(0)
+        try:
+            for s in slices:
+                zeros = torch.zeros(s.tensor.shape, dtype=s.tensor.dtype)
+                self._buffers[s.name, s.start] = zeros.pin_memory() if s.tensor.is_cuda else zeros.fill_(0)
+        except BaseException as error:
+            self._error = _without_buffers(error, sum(s.tensor.nbytes for s in slices))
 
     def _write(self, slices: Sequence[Slice], step: int, stall: float) -> None:
         started = time.perf_counter()
@@ -104,6 +111,19 @@ class Writer:
             return
         part = {"rows": rows, "step": step, "files": files, "slices": index, "made_from": self._made_from | {"rows": rows}}
         context.reporter.send({"part": part | {"seconds": time.perf_counter() - started, "stall": stall}})
+
+
+def _without_buffers(error: BaseException, size: int) -> BaseException:
+    """What training ends with when there are no buffers: `error`, or where memory is what was missing, the sentence that says so."""
+    said = str(error).lower()
+    if not isinstance(error, MemoryError) and "out of memory" not in said and "can't allocate memory" not in said:
+        return error
+    short = OutOfMemoryError(
+        f"this rank found no host memory for the copy of its {size / 1e9:.1f} GB of state that a checkpoint is written from;"
+        " give the container or the machine more memory (`speedrun plan` says how much)"
+    )
+    short.__cause__ = error
+    return short
 
 
 def _by_file(slices: Sequence[Slice]) -> list[tuple[str, list[Slice]]]:

@@ -8,6 +8,7 @@ and renames. Ranks never wait for each other's disks, and the training loop wait
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -106,14 +107,14 @@ class Keeper:
         self._run, self._attempt, self._world_size = run, attempt, world_size
         self._final_rows, self._seconds = final_rows, minutes * 60
         self._parts: dict[int, list[dict[str, Any]]] = {}
-        self._last = time.monotonic()
+        self._last = math.inf  # until the first step: compiling loses nothing that a checkpoint could keep
         sweep_parts(run)
 
     def due(self) -> bool:
         return 0 < self._seconds <= time.monotonic() - self._last
 
-    def asked(self) -> None:
-        """A checkpoint is on its way: the next one is due a whole interval later."""
+    def restart_clock(self) -> None:
+        """Training begins, or a checkpoint is on its way: the next one is due a whole interval later."""
         self._last = time.monotonic()
 
     def take(self, part: dict[str, Any]) -> None:
@@ -140,7 +141,7 @@ class Keeper:
         return {"made_from": parts[0]["made_from"], "facts": facts, "files": files}
 
     def _record(self, parts: list[dict[str, Any]]) -> None:
-        self.asked()
+        self.restart_clock()
         rows, step = parts[0]["rows"], parts[0]["step"]
         times = {key: max(part[key] for part in parts) for key in ("seconds", "stall")}
         size = sum(entry["size"] for part in parts for entry in part["files"].values())
@@ -169,14 +170,14 @@ def drop_optimizer(folder: Path) -> None:
             os.unlink(folder / name)
 
 
-def final_checkpoint(run: Path, rows: int) -> Sealed:
-    """The sealed checkpoint of the last step; DataError with the command that makes it otherwise."""
+def final_checkpoint(run: Path, rows: int, *, verify: bool = True) -> Sealed:
+    """The sealed checkpoint of the last step, its files hashed if `verify`; DataError with the command that makes it otherwise."""
     folder = folder_of(run, rows)
     if not is_sealed(folder):
         raise DataError(
             f"run {run.name} has no finished model ({folder} is not there); finish it with: speedrun run --run-id {run.name}"
         )
-    return open_sealed(folder, kind=KIND)
+    return open_sealed(folder, kind=KIND, verify=verify)
 
 
 def _by_name(parts: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

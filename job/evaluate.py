@@ -31,10 +31,13 @@ from model.gpt import GPT, GPTConfig
 
 
 def main(context: RankContext) -> None:
-    """Bits per byte, the tasks, and a few samples of the finished model; the ranks share the first two."""
+    """Bits per byte, the tasks, and a few samples of the finished model; the ranks share the first two.
+
+    The first rank hashes the checkpoint for all: nothing is sealed before it has met the others.
+    """
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe, derived, prepared = context.load()
-    final = final_checkpoint(context.run, derived.rows)
+    final = final_checkpoint(context.run, derived.rows, verify=context.rank == 0)
     device = device_of(context)
     backend = choose_backend(device, recipe)
     model = load(derived.config, final, device, recipe.train.dtype)

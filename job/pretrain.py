@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from job import checkpoint, machine, preflight
+from job import checkpoint, checkpoint_folder, machine, preflight
 from job.bpb import validate
 from job.config import Recipe
 from job.data.feed import Job, training_rows
@@ -30,7 +30,7 @@ from job.data.rows import Rows
 from job.derive import Derived
 from job.errors import DivergedError, InterruptedRun, UsageError
 from job.prepare import count_leaks
-from job.readings import Reading, Readings
+from job.readings import Reading, Readings, SlowRanks
 from job.worker import RankContext
 from model import fp8
 from model.gpt import GPT
@@ -51,7 +51,7 @@ class Run:
     step: int = 0
 
     def __post_init__(self) -> None:
-        self.writer = checkpoint.Writer(self)
+        self.writer, self.slow_ranks = checkpoint.Writer(self), SlowRanks()
         self.readings = Readings(self.batches.device, self.optimizer.flagged, functools.partial(record_step, self))
 
 
@@ -59,6 +59,7 @@ def train(run: Run) -> None:
     """Steps `run.step` ... N-1, checkpoints on the way and one at the end; InterruptedRun after a stop."""
     recipe, steps = run.recipe.train, run.derived.steps
     while run.step < steps:
+        run.writer.check()
         order = run.context.borders.reached(run.step)
         if order:
             save(run)
@@ -78,6 +79,7 @@ def take_step(run: Run) -> None:
     """One optimizer step. Nothing in it waits for a GPU."""
     run.readings.begin_step()
     loss = accumulate_gradients(run)
+    run.readings.end_backward()
     hyper = run.derived.schedule.at(run.step)
     run.optimizer.step(hyper)
     run.readings.end_step(run.step, loss, run.optimizer.nonfinite, hyper.lr_mult)
@@ -108,14 +110,26 @@ def record_step(run: Run, reading: Reading) -> None:
     if reading.diverged:
         where = f", not finite is the gradient of {reading.broken[0]}" if reading.broken else ""
         where += f" (and of {len(reading.broken) - 1} others)" if len(reading.broken) > 1 else ""
-        raise DivergedError(
-            f"training diverged at step {reading.step}: the loss is {reading.loss}{where}; lower train.lr_scale and start with --fresh"
-        )
+        raise DivergedError(f"training diverged at step {reading.step}: the loss is {reading.loss}{where}; {after_divergence(run)}")
     if run.context.rank == 0:
         done, tokens = reading.step + 1, run.batches.rows_per_step * run.recipe.model.seq_len
         numbers = {"loss": reading.loss, "lr_mult": reading.lr_mult, "ms": reading.seconds * 1000, "tokens": tokens}
         run.context.reporter.emit("train.step", step=reading.step, rows=done * run.batches.rows_per_step, **numbers)
         run.context.reporter.progress("pretrain", done * tokens, run.derived.steps * tokens, "tokens")
+        if slow := run.slow_ranks.take(reading):
+            run.context.reporter.emit("train.slow_ranks", step=reading.step, rows=done * run.batches.rows_per_step, **slow)
+
+
+def after_divergence(run: Run) -> str:
+    """What to do: a fault of the machine passes, a learning rate that is too high stays."""
+    anew = "lower train.lr_scale and start with --fresh"
+    if sealed := checkpoint_folder.folders(run.context.run):
+        kept = f"from the checkpoint before step {int(sealed[0].name) // run.batches.rows_per_step}"
+    elif run.context.local_world_size < run.context.world_size:  # several nodes seal in the bucket, which no rank asks
+        kept = "from the last sealed checkpoint, if there is one"
+    else:
+        return anew
+    return f"the same command goes on {kept}, which is enough after a fault of the machine; where it diverges again, {anew}"
 
 
 def record_validation(run: Run) -> None:
@@ -151,14 +165,18 @@ class Batches:
 
 
 def warm_up(run: Run) -> None:
-    """Two steps and a validation batch on made-up rows: compiles, and settles the order of collectives. Leaves no trace."""
+    """Two steps on made-up rows, and a validation batch where training validates: compiles, and settles the order of collectives.
+
+    Leaves no trace.
+    """
     rows = torch.zeros(run.batches.device_rows, run.recipe.model.seq_len, dtype=torch.int64, device=run.batches.device)
     with run.optimizer.rehearsal():
         for _ in range(2):
             run.optimizer.arm()
             run.model.loss(rows, rows).backward()
             run.optimizer.step(run.derived.schedule.at(run.step))
-    run.model.token_losses(rows, rows)
+    if 0 < run.recipe.train.val_every < run.derived.steps:
+        run.model.token_losses(rows, rows)
 
 
 def device_of(context: RankContext) -> torch.device:

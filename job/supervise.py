@@ -144,7 +144,7 @@ class _Borders:
         elif self.interrupts.count and not self.told_to_stop:
             self._ask()
         elif self.keeper and self.keeper.due():
-            self.keeper.asked()
+            self.keeper.restart_clock()
             self._ask()
 
     def _patience(self) -> None:
@@ -181,6 +181,8 @@ def _take(rank: Rank, message: dict[str, Any], reporter: Reporter, console: Cons
             rank.boundary = step
         case {"kind": kind, **fields}:
             reporter.emit(kind, **fields)
+            if kind == "train.start" and keeper:
+                keeper.restart_clock()
             if kind == "warning":
                 console.say(f"warning: {fields['text']}")
             console.detail(f"{kind} {json.dumps(fields)}")

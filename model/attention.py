@@ -17,7 +17,7 @@ The first block has no predecessor and is plainly causal.
 On a GPU the window is the kernel's business: torch's `varlen_attn` takes it, with the rows of a batch as sequences of one length. What
 kernel stands behind that call is chosen once per process, before the first step (`choose_backend`, `activate`):
 
-    fa2   FlashAttention 2, part of torch          Ampere and later       about 3 % of a step slower than the next (estimated)
+    fa2   FlashAttention 2, part of torch          Ampere and later       about 6 % of a step slower than the next (estimated)
     fa3   FlashAttention 3, a package of its own   Hopper
     fa4   FlashAttention 4, a package of its own   Hopper, Blackwell      pinned: later releases return more values than torch unpacks
 
@@ -42,8 +42,12 @@ from torch.nn.attention import activate_flash_attention_impl
 FA4_PACKAGE, FA4_FITS = "flash-attn-4", "4.0.0b12"
 PROOF_LENGTH, PROOF_BOUND = 256, 0.03
 """T of the proof, which is also a window that sees everything; and what its bf16 may be wrong by, of the largest value"""
-FA2_COST = 0.03
-"""estimated share of a step that FlashAttention 2 takes longer on Hopper and Blackwell"""
+FA2_TIME = 1.92
+"""FlashAttention 2's time over 3's on an H100, forward and backward (published: anemoi#959; 4 takes as long as 3)"""
+ATTENTION_SHARE = 0.065
+"""of a step of run 6 that FlashAttention 3 takes (estimated from FLOPs: 17 of 260 ms a micro-step at 500 TFLOP/s)"""
+FA2_COST = (FA2_TIME - 1) * ATTENTION_SHARE
+"""estimated share of a step that FlashAttention 2 takes longer on Hopper and Blackwell: 6 %"""
 
 
 class BackendError(ValueError):

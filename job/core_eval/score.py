@@ -18,10 +18,11 @@ many ranks share the work. `tests/job/core_eval/reference.py` is that reference.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,6 +142,22 @@ def decide_by_loss(item: Item, losses: Sequence[np.ndarray]) -> tuple[Answer, fl
 # ---- a bundle -----------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Keep torch's SDPA away from cuDNN meanwhile.
+
+    For attention with a mask on Hopper torch prefers cuDNN, which makes a plan for every new shape (0.44 s each by a public report on torch
+    2.11). Training sees a few shapes, the tasks more than a hundred on each rank, most of them a few times: most of a minute for nothing.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@without_cudnn_attention()
 def evaluate(
     forward: Forward,
     tokenizer: Encoder,

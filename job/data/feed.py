@@ -6,7 +6,8 @@
     training, every rank  ->  rows.take(): a row file that is not sealed yet is waited for
 
 The feeder says what it does through rank 0's reporter, ends with rank 0 whatever ends that, and is started again with it. Its failure is
-raised where training waits for it.
+raised where training waits for it. It and its packers and counters are `nice`: they take the cores that training leaves, so that no GPU
+waits for a rank that waits for a core.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -31,6 +33,9 @@ from job.store import store_of_environment
 
 if TYPE_CHECKING:
     from job.config import DataConfig
+
+NICENESS = 10
+"""of the feeder and of every process that it starts"""
 
 
 def _nothing(prepared: Prepared, reporter: Reporter) -> None:
@@ -142,6 +147,7 @@ class _PipeReporter(Reporter):
 
 
 def _feed(job: Job, sender: Connection) -> None:
+    os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.RESUME))
     threading.Thread(target=end_with_parent, daemon=True).start()

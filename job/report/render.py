@@ -81,6 +81,7 @@ def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str
         "derived": [(name, _plain(d["value"]), d["why"], d["source"]) for name, d in recipe["derived"].items()],
         "stages": stage_rows(result),
         "training_clock": words.training_clock(result),
+        "slow_ranks": words.slow_ranks(record),
         "machine": machine_rows(result),
         "commands": commands(run, recipe, result),
     }

@@ -83,7 +83,7 @@ def read_recipe(run: Path) -> dict[str, Any]:
 def present(record: Record) -> Record:
     """`record` without what the newest start of training took back.
 
-    Training starts again from a checkpoint; steps, validations and checkpoints that an earlier attempt reported beyond it are no
+    Training starts again from a checkpoint; steps, validations, slow ranks and checkpoints that an earlier attempt reported beyond it are no
     part of the run any more, and will be reported again.
     """
     if not record.train:
@@ -93,9 +93,8 @@ def present(record: Record) -> Record:
     def kept(events: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         return {key: e for key, e in sorted(events.items()) if e["rows"] <= start or e["t"] > since}
 
-    return dataclasses.replace(
-        record, steps=kept(record.steps), validations=kept(record.validations), checkpoints=kept(record.checkpoints)
-    )
+    names = ("steps", "validations", "slow_ranks", "checkpoints")
+    return dataclasses.replace(record, **{name: kept(getattr(record, name)) for name in names})
 
 
 def finite(value: float | None) -> float | None:

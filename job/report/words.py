@@ -9,7 +9,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from job.attempt import UNTIMED_STEPS
+from job.attempt import UNTIMED_STEPS, Record
 
 GPT2_XL_CORE = 0.256525
 """CORE of GPT-2 XL (1.6 B parameters), published with the CORE bundle (at most 1,000 items a task)"""
@@ -171,6 +171,27 @@ def training_clock(result: dict[str, Any]) -> str:
         f"The training clock (step {UNTIMED_STEPS} to the last, counted from 0 and each once, without evaluation "
         f"and checkpoints) says {duration(seconds)}, which is {count(round(speed))} tokens a second."
     )
+
+
+def slow_ranks(record: Record) -> list[str]:
+    """What the ranks that were slower than the median one cost; nothing where none was (job/readings.py compares them)."""
+    windows = list(record.slow_ranks.values())
+    if not windows:
+        return []
+    behind: dict[str, list[float]] = {}
+    for event in windows:
+        for rank, share in event["behind"].items():
+            behind.setdefault(rank, []).append(share)
+    said = []
+    for rank, shares in sorted(behind.items(), key=lambda item: int(item[0])):
+        times = f"in {len(shares)} comparison{'s' * (len(shares) > 1)} of about {windows[0]['steps']} steps"
+        said.append(f"Rank {rank} was slower than the median rank {times}, by {percent(max(shares))} at most.")
+    lost = sum(event["lost_ms"] * event["steps"] for event in windows) / 1000
+    there = sum(event["step_ms"] * event["steps"] for event in windows) / 1000
+    whole = sum(event["ms"] for event in record.steps.values()) / 1000
+    share = f"{percent(lost / there)} of these steps' time, {percent(lost / whole)} of all steps'" if whole and there else ""
+    said.append(f"The other ranks waited {duration(lost)} for the slowest: {share}.")
+    return said
 
 
 def how_it_ended(exit_code: int | None) -> str:

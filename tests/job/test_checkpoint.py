@@ -19,16 +19,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from job import checkpoint, machine, pretrain
+from job import checkpoint, machine, pretrain, supervise
 from job.attempt import Attempt
-from job.checkpoint_folder import Keeper, drop_optimizer, folders, identity, newest_usable, parts_folder
+from job.checkpoint_folder import Keeper, drop_optimizer, final_checkpoint, folders, identity, newest_usable, parts_folder
 from job.config import Recipe, resolve
 from job.console import Console
 from job.data import prepare, sources
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.derive import derive
-from job.errors import DataError, InterruptedRun
+from job.errors import DataError, DivergedError, InterruptedRun
+from job.processes import Rank
 from job.progress import Reporter
 from job.sealed import MANIFEST, open_sealed
 from job.worker import Borders, RankContext, RankReporter
@@ -200,6 +201,59 @@ def test_the_newest_two_and_the_final_one_are_kept_and_the_final_one_slims(mater
     assert sorted(p.name for p in final.iterdir()) == ["manifest.json", "weights-00000.safetensors"]
     assert all(torch.equal(weights(run)[name], before[name]) for name in before)
     drop_optimizer(final)
+
+
+def test_the_final_checkpoint_is_hashed_by_the_one_rank_that_asks_for_it(material: tuple[Recipe, Path], tmp_path: Path) -> None:
+    run = tmp_path / "t"
+    train(material, run)
+    rows = derive(material[0]).rows
+    damage(folders(run)[0], "flipped")
+    assert final_checkpoint(run, rows, verify=False).facts["step"] == STEPS
+    with pytest.raises(DataError, match="is not the file that was sealed"):
+        final_checkpoint(run, rows)
+
+
+def test_the_clock_of_checkpoints_starts_with_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes before is compilation, and may take longer than an interval."""
+    now = 1000.0
+    monkeypatch.setattr("job.checkpoint_folder.time.monotonic", lambda: now)
+    keeper = Keeper(tmp_path / "t", Attempt.claim(tmp_path / "t"), world_size=1, final_rows=1, minutes=1)
+    now += 600
+    assert not keeper.due()
+    supervise._take(Rank(), {"kind": "train.start"}, Reporter(), QUIET, keeper)
+    now += 59
+    assert not keeper.due()
+    now += 2
+    assert keeper.due()
+    supervise._take(Rank(), {"kind": "train.step"}, Reporter(), QUIET, keeper)
+    assert keeper.due()
+    keeper.restart_clock()
+    assert not keeper.due()
+
+
+def test_after_a_divergence_the_same_command_goes_on_from_the_last_checkpoint(
+    material: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault that does not come again leaves no trace; without a checkpoint there is nothing to go on from."""
+    take_step = pretrain.take_step
+
+    def faulty(run: pretrain.Run) -> None:
+        if run.step == 7:
+            with torch.no_grad():
+                next(run.model.parameters()).fill_(float("nan"))
+        take_step(run)
+
+    undisturbed = train(material, tmp_path / "undisturbed")
+    for run, every, sentence in (
+        (tmp_path / "kept", 3, "goes on from the checkpoint before step 6, which is enough after a fault .* again, lower train.lr_"),
+        (tmp_path / "bare", 0, "; lower train.lr_scale and start with --fresh$"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain, "take_step", faulty)
+            with pytest.raises(DivergedError, match=sentence):
+                train(material, run, checkpoint_every=every)
+    assert train(material, tmp_path / "kept", checkpoint_every=3) == undisturbed[6:]
+    assert torch.equal(weights(tmp_path / "kept")["weight/head.weight@0"], weights(tmp_path / "undisturbed")["weight/head.weight@0"])
 
 
 def test_parts_of_a_killed_attempt_are_swept(material: tuple[Recipe, Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from job import checkpoint, pretrain
 from job.config import resolve
 from job.derive import derive
-from job.errors import DivergedError
+from job.errors import DivergedError, OutOfMemoryError
 from job.pretrain import Batches, Run, save, take_step, train, warm_up
 from job.readings import Reading, Readings
 from model.gpt import GPT
@@ -53,7 +53,9 @@ class Recorder:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     borders = SimpleNamespace(reached=lambda step: None)
-    context = SimpleNamespace(rank=0, world_size=1, run=tmp_path, attempt=1, reporter=Recorder(), borders=borders)
+    context = SimpleNamespace(
+        rank=0, world_size=1, local_world_size=1, run=tmp_path, attempt=1, reporter=Recorder(), borders=borders
+    )
     derived = derive(RECIPE)
     model = GPT(derived.config)
     model.init_weights(0)
@@ -163,6 +165,34 @@ def test_weights_that_are_no_numbers_are_noticed_by_the_loss(run: Run) -> None:
         take_step(run)
 
 
+# ---- buffers of checkpoints that cannot be had
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "sentence"),
+    [
+        (RuntimeError("CUDA error: out of memory"), OutOfMemoryError, "this rank found no host memory for the copy of its 0.0 GB"),
+        (MemoryError(), OutOfMemoryError, "this rank found no host memory"),
+        (RuntimeError("CUDA error: unspecified launch failure"), RuntimeError, "unspecified launch failure"),
+    ],
+)
+def test_what_the_maker_of_buffers_fails_with_ends_training_before_the_next_step(
+    run: Run, error: BaseException, raised: type, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "zeros", refuse)
+        run.writer = checkpoint.Writer(run)
+        run.writer._thread.join()
+    with pytest.raises(raised, match=sentence):
+        train(run)
+    assert run.step == 0 and run.context.reporter.steps == []
+    with pytest.raises(raised, match=sentence):
+        run.writer.save()
+
+
 # ---- warm-up, and rows on their way
 
 
@@ -176,6 +206,18 @@ def test_warming_up_leaves_no_trace(run: Run) -> None:
     assert all(parameter.grad is None for parameter in run.model.parameters())
     take_step(run)
     assert [fields["step"] for fields in run.context.reporter.steps] == [0, 1]
+
+
+@pytest.mark.parametrize(("val_every", "batches"), [(0, 0), (4, 1), (6, 0)])
+def test_validation_is_warmed_up_only_where_training_validates(
+    run: Run, val_every: int, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six steps: a validation after the sixth is the evaluation's."""
+    run.recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, val_every=val_every))
+    calls, token_losses = [], run.model.token_losses
+    monkeypatch.setattr(run.model, "token_losses", lambda *rows: calls.append(rows) or token_losses(*rows))
+    warm_up(run)
+    assert len(calls) == batches
 
 
 def test_rows_go_to_a_gpu_of_any_index_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

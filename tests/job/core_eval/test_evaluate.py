@@ -120,3 +120,19 @@ def test_any_number_of_ranks_and_any_budget_give_the_same_ledger(make_bundle, tm
     assert timeless(Ledger.open(tmp_path / "many")) == timeless(alone)
     for label in ("pick", "who", "next"):
         assert (tmp_path / "many" / label / "answers.csv").read_bytes() == (tmp_path / "alone" / label / "answers.csv").read_bytes()
+
+
+def test_cudnn_plans_no_attention_while_tasks_are_scored(make_bundle, tmp_path, tiny_gpt, tokenizer):
+    """The switch is torch's own and is there on a CPU as well; a foreign model (--hf) is scored by the same function."""
+    seen = []
+
+    class Asking(score.Forward):
+        def __call__(self, *args):
+            seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+            return super().__call__(*args)
+
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    bundle = open_bundle(make_bundle())
+    score.evaluate(Asking(tiny_gpt), tokenizer, bundle, tmp_path / "eval", cap=2, reporter=Reporter(), made_from=FROM)
+    assert seen and not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from job.data import rows as reading
-from job.data.feed import Job, feeding, training_rows
+from job.data.feed import NICENESS, Job, feeding, training_rows
 from job.data.hub import DATASETS, Dataset
 from job.data.lock import alone, is_being_made
 from job.data.prepare import Prepared
@@ -129,6 +130,17 @@ def test_a_feeder_process(begun, job, hub, helpers):
     assert kinds.count("prepare.done") == 1 and kinds.count("prepare.rows") == len(whole.facts["files"]) - 1
     with feeding(whole, job, recorder) as feeder:
         assert feeder is None
+
+
+def _note_niceness(prepared, reporter):
+    (prepared.path / "niceness").write_text(str(os.nice(0)))
+
+
+def test_the_feeder_leaves_the_cores_to_training(begun, job, hub, helpers):
+    """What it starts has its niceness: packers, and the counter of leaks afterwards."""
+    with feeding(begun, dataclasses.replace(job, afterwards=_note_niceness), helpers.Recorder()):
+        pass
+    assert int((begun.path / "niceness").read_text()) == min(19, os.nice(0) + NICENESS)
 
 
 def test_a_feeders_failure_is_raised_where_training_waits(begun, job, hub, helpers):
