@@ -163,6 +163,7 @@ def resume(run: Run) -> None:
     sealed = open_sealed(folder, kind=KIND, verify=False)
     load_weights(run.model, sealed)
     run.optimizer.load_slices(Reader(sealed))
+    run.optimizer.round_foreign()
     run.step = sealed.facts["step"]
 
 

@@ -274,10 +274,12 @@ def _run(
     run_id = run_id or recipe.preset
     console = Console(_verbosity(quiet, verbose))
     nodes = nodes_here(ranks, run_id, recipe.preset)
+    idle = preflight.about_comm(recipe, nodes.world_size)
     if dry_run:
-        click.echo(launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size))
+        plan = launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size)
+        click.echo("\n".join([plan, *idle]))
         return
-    for sentence in preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2):
+    for sentence in preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2) + idle:
         console.say(sentence)
     if not nodes.is_first:
         join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)

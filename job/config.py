@@ -1,6 +1,6 @@
 """The recipe: what was asked, and where each value came from.
 
-A recipe is four small frozen dataclasses. Its values come from, each overriding the one before: the defaults below, a TOML preset
+A recipe is five small frozen dataclasses. Its values come from, each overriding the one before: the defaults below, a TOML preset
 (`job/presets/NAME.toml`, which may name another as its `base`), the command line's own flags, and `-o section.key=value`. An
 unknown key or a value of the wrong type is a UsageError that names the key and the nearest right one. What follows from a recipe
 (widths, learning rates, steps) is not configuration: `model.scaling.derive` computes it and says why.
@@ -158,6 +158,24 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CommConfig:
+    """How ranks exchange gradients and weights. A run may go on with other values: they belong to no checkpoint (`FREE`)."""
+
+    overlap: bool = True
+    """send each gradient while the backward pass goes on; false: all of them after it, the same bits later"""
+    high_priority: bool = False
+    """on GPUs: NCCL's kernels on a stream of high priority, so that they are placed before waiting ones of the backward pass"""
+    sm_carveout: int = 0
+    """on GPUs: multiprocessors that cuBLAS is asked to leave free, and the most that NCCL takes; 0 = both as they like"""
+    bf16: bool = False
+    """send fp32 gradients and weights as bf16, half the bytes; a weight's owner keeps it exact (model/optimizer.py says what follows)"""
+
+    def check(self) -> None:
+        most = 64  # of an H100's 132, and of what NCCL ever takes for one communicator
+        _check(0 <= self.sm_carveout <= most, "comm.sm_carveout", self.sm_carveout, f"give a number from 0 to {most}")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """What the finished model is asked."""
 
@@ -186,6 +204,7 @@ class Recipe:
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig
+    comm: CommConfig
     sources: Mapping[str, str] = dataclasses.field(compare=False)
 
     def values(self) -> dict[str, dict[str, Any]]:
@@ -193,7 +212,15 @@ class Recipe:
         return {name: json.loads(json.dumps(dataclasses.asdict(getattr(self, name)))) for name in SECTIONS}
 
 
-SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "comm": CommConfig,
+}
+FREE = ("comm",)
+"""sections whose values may change from one attempt of a run to the next"""
 
 
 def _multiple(value: int, of: int) -> int:
@@ -312,20 +339,30 @@ def resolve(preset: str, flags: Mapping[str, tuple[str, Any]] | None = None, ove
 
 
 def from_document(document: Mapping[str, Any]) -> Recipe:
-    """The recipe that a run's `recipe.json` holds."""
-    values = {f"{s}.{k}": v for s, entries in document["recipe"].items() for k, v in entries.items()}
+    """The recipe that a run's `recipe.json` holds. A key that is younger than the run has its default, which is how the run began."""
+    values = _completed(document["recipe"])
     sections = {
-        s: cls(**{f.name: _coerce(f"{s}.{f.name}", values[f"{s}.{f.name}"]) for f in dataclasses.fields(cls)})
+        s: cls(**{f.name: _coerce(f"{s}.{f.name}", values[s][f.name]) for f in dataclasses.fields(cls)})
         for s, cls in SECTIONS.items()
     }
-    return Recipe(preset=document["preset"], evidence=document["evidence"], sources=document["sources"], **sections)
+    sources = {key: document["sources"].get(key, "default") for key in known_keys()}
+    return Recipe(preset=document["preset"], evidence=document["evidence"], sources=sources, **sections)
 
 
-def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """`section.key: old -> new` for every value in which two `recipe` documents differ."""
+def _completed(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The sections of a `recipe` document, with defaults where it is silent."""
+    defaults = {section: json.loads(json.dumps(dataclasses.asdict(cls()))) for section, cls in SECTIONS.items()}
+    return {section: values | recipe.get(section, {}) for section, values in defaults.items()}
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], *, free: bool = False) -> list[str]:
+    """`section.key: old -> new` for every value in which two `recipe` documents differ: in the sections that a run is begun with, or
+    in those that are `free` to change."""
+    old, new = _completed(a), _completed(b)
     return [
-        f"{section}.{key}: {json.dumps(a.get(section, {}).get(key))} -> {json.dumps(value)}"
-        for section, entries in b.items()
+        f"{section}.{key}: {json.dumps(old[section].get(key))} -> {json.dumps(value)}"
+        for section, entries in new.items()
+        if (section in FREE) == free
         for key, value in entries.items()
-        if a.get(section, {}).get(key) != value
+        if old[section].get(key) != value
     ]

@@ -99,8 +99,11 @@ def open_run(out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int 
             raise UsageError(
                 f"run {run_id} was begun with another recipe ({'; '.join(changed)}); take another --run-id, or --fresh to discard the old run"
             )
-    if here is None:
-        atomic_write(run / "recipe.json", stored or json.dumps(document, indent=1).encode())
+    begun = here or stored
+    if begun is None or differing_keys(json.loads(begun)["recipe"], document["recipe"], free=True):
+        begun = json.dumps(document, indent=1).encode()
+    if begun != here:
+        atomic_write(run / "recipe.json", begun)
     return run
 
 

@@ -21,6 +21,12 @@ def usable_cores() -> int:
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
+def memory_bytes() -> int:
+    """The machine's memory, or what this control group may use of it if that is less."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(whole, cgroup.memory_limit() or whole)
+
+
 def gpus() -> int:
     """GPUs that this process sees, at least 1: a machine without one computes on its CPU."""
     import torch

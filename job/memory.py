@@ -16,6 +16,10 @@ Modelled, with three constants (bytes), calibrated on what is published:
     loss            in chunks (`model.loss`): CHUNK_LOGIT x the logits of one chunk, and the two gradients that are kept;
                     plain: PLAIN_LOGIT x all logits of the device batch
 
+**The host's** (`HostMemory`), exact too, of all ranks of a machine together: pinned buffers for each slice that a rank saves
+(`job/checkpoint.py`), each rounded up to a power of two as CUDA's host allocator does, and the copy of weights and state that the warm-up
+puts back afterwards (`Optimizer.rehearsal`), both at once. What the processes take beside these is not counted.
+
 Known to hold: a d24 with the plain loss fits at 16 rows and not at 32, a d26 not at 32, a d22 with a chunked loss fits at 32; a d12
 in bf16 at 32 rows took 34e9 bytes (36.6e9 here).
 """
@@ -92,9 +96,14 @@ def tables(config: GPTConfig) -> list[tuple[int, int]]:
     return [(1 + len(config.value_embed_layers), BF16), (1, FP32)]
 
 
+def small_tensors(config: GPTConfig) -> list[int]:
+    """Elements of each tensor below the size at which AdamW's are shared out: every rank holds all of them, in fp32."""
+    return [config.depth, config.depth, *([SMEAR_CHANNELS, 1] if config.smear else []), *([1] if config.backout else [])]
+
+
 def scalars(config: GPTConfig) -> int:
-    """Elements below the size at which AdamW's tensors are shared out: every rank holds all of them, in fp32."""
-    return 2 * config.depth + (SMEAR_CHANNELS + 1) * config.smear + config.backout
+    """Elements of all of these."""
+    return sum(small_tensors(config))
 
 
 def parameter_bytes(config: GPTConfig) -> int:
@@ -110,15 +119,51 @@ def state_bytes(config: GPTConfig, ranks: int, rank: int) -> int:
         owned = len(range((rank - turn) % ranks, stack.count, ranks))
         total += owned * FP32 * (stack.size + max(stack.rows, stack.columns))
         turn += stack.count
-    share = math.ceil(config.padded_vocab / ranks)
-    rows = max(0, min(share, config.padded_vocab - rank * share))
+    rows = table_rows(config, ranks, rank)
     return total + sum(2 * count * rows * config.width * width for count, width in tables(config))
+
+
+def table_rows(config: GPTConfig, ranks: int, rank: int) -> int:
+    """Rows of each table that `rank` owns."""
+    share = math.ceil(config.padded_vocab / ranks)
+    return max(0, min(share, config.padded_vocab - rank * share))
 
 
 def checkpoint_bytes(config: GPTConfig, ranks: int) -> int:
     """Weights and optimizer state of all ranks together, each row once."""
     replicated = (ranks - 1) * 2 * FP32 * scalars(config)
     return parameter_bytes(config) + sum(state_bytes(config, ranks, rank) for rank in range(ranks)) - replicated
+
+
+@dataclasses.dataclass(frozen=True)
+class HostMemory:
+    """Bytes of the machine's own memory that its ranks take on GPUs, all together."""
+
+    pinned: int
+    rehearsal: int
+
+    @property
+    def total(self) -> int:
+        return self.pinned + self.rehearsal
+
+
+def host_memory(config: GPTConfig, ranks: int) -> HostMemory:
+    """For checkpoints and the warm-up of `ranks` ranks on one machine."""
+    pinned = sum(1 << (size - 1).bit_length() for rank in range(ranks) for size in saved_slices(config, ranks, rank))
+    states = sum(state_bytes(config, ranks, rank) for rank in range(ranks))
+    return HostMemory(pinned, ranks * parameter_bytes(config) + states)
+
+
+def saved_slices(config: GPTConfig, ranks: int, rank: int) -> list[int]:
+    """Bytes of each slice on the GPU that `rank` of `ranks` writes into a checkpoint: weight and two moments of what it owns."""
+    sizes, turn = [], 0
+    for stack in muon_stacks(config):
+        owned = len(range((rank - turn) % ranks, stack.count, ranks))
+        sizes += owned * [FP32 * stack.size, FP32 * stack.size, FP32 * max(stack.rows, stack.columns)]
+        turn += stack.count
+    if rows := table_rows(config, ranks, rank):
+        sizes += [rows * config.width * width for count, width in tables(config) for _ in range(3 * count)]
+    return sizes + (3 * [FP32 * count for count in small_tensors(config)] if rank == 0 else [])
 
 
 def low_precision_weights(config: GPTConfig) -> int:

@@ -19,7 +19,7 @@ from job.config import DataConfig, Recipe, preset_header
 from job.derive import Derived, derive, micro_steps
 from job.errors import UsageError
 from job.gpus import GPU, PRICE_SOURCE, check_count, check_price, find_gpu
-from job.memory import RESERVE, Memory, largest_batch, step_memory
+from job.memory import RESERVE, HostMemory, Memory, host_memory, largest_batch, step_memory
 from job.steptime import BEYOND, expected_error, optimizer_seconds, published_fit, step_seconds
 
 CROP_SHARE = 0.346
@@ -69,6 +69,7 @@ class OnNode:
     memory: list[tuple[Memory, bool]]
     """by device batch; and whether it divides the batch"""
     largest: Memory | None
+    host: HostMemory
     stages: list[money.Stage]
 
     @property
@@ -193,6 +194,7 @@ def place(recipe: Recipe, derived: Derived, node: Node, published: leaderboard.R
         step_seconds=seconds,
         memory=[(step_memory(config, rows, gpus, train.fp8), per_rank % rows == 0) for rows in batches],
         largest=largest_batch(config, per_rank * gpus, gpus, train.fp8, gpu.memory),
+        host=host_memory(config, gpus),
         stages=money.stages(work, gpu, gpus, _training(derived, seconds, node, published)),
     )
 
@@ -287,6 +289,7 @@ def _node_document(on_node: OnNode) -> dict[str, Any]:
             {**dataclasses.asdict(m), "total": m.total, "fits": m.fits(node.gpu.memory), "divides": divides}
             for m, divides in on_node.memory
         ],
+        "host_memory_bytes": {**dataclasses.asdict(on_node.host), "total": on_node.host.total},
         "largest_device_batch": on_node.largest and on_node.largest.rows,
         "stages_minutes": [dataclasses.asdict(stage) for stage in on_node.stages],
         "minutes": on_node.minutes,

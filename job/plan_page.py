@@ -123,6 +123,11 @@ def _node(plan: Plan) -> Iterator[str]:
     largest = f"{on_node.largest.rows} rows" if on_node.largest else "none"
     temporaries = on_node.memory[0][0].temporaries / GIGA
     yield f"largest that fits: {largest}. The optimizer's {temporaries:.1f} come when the activations are gone."
+    host = on_node.host
+    yield from _paragraph(
+        f"Of the machine's own memory all ranks together take {host.total / GIGA:.1f} beside their processes: {host.pinned / GIGA:.1f} pinned"
+        f" for checkpoints, in blocks of powers of two, and {host.rehearsal / GIGA:.1f} for the warm-up's copy of the state."
+    )
     yield from _title("Time and money, minutes")
     published = f"; published for 8xH100: {plan.run.step_seconds * 1e3:,.0f} ms" if plan.is_published else ""
     yield from _paragraph(

@@ -8,6 +8,7 @@ it must never be taken unasked. So `--strict`, which everything sets that rents 
     fewer ranks than GPUs                              refused                     GPUs stay idle, and that is said
     the compiler is switched off in the environment    refused                     said
     attention on a slower kernel than asked for        refused but for --allow-fa2 said, with its cost
+    less memory than checkpoints and warm-up take      refused                     said
     fp8 on a GPU without it                            refused                     refused
 
 More ranks than GPUs cannot run at all. Whatever is accepted is printed before the first stage. The ranks choose by the same function
@@ -26,8 +27,12 @@ from collections.abc import Mapping
 
 import torch
 
+from job import container
 from job.config import Recipe
+from job.derive import derive
 from job.errors import PreflightError, UsageError
+from job.machine import compute_dtype, memory_bytes
+from job.memory import host_memory
 from job.plan import make_plan
 from model import attention, fp8
 
@@ -137,10 +142,31 @@ def check(
         slow.append(
             f"the compiler is switched off by {off[0]} in the environment, and steps would be several times slower: unset it"
         )
+    needed, there = host_memory(derive(recipe).config, ranks).total, memory_bytes()
+    if needed > there:
+        slow.append(
+            f"checkpoints and the warm-up take {needed / 1e9:.1f} GB of this machine's memory on {ranks} ranks, and there are"
+            f" {there / 1e9:.1f} GB: {container.memory_remedy()}"
+        )
     if slow and strict:
         raise PreflightError(slow[0])
     kernels = choose_kernels(recipe, machine, ranks, strict=strict, allow_fa2=allow_fa2)
     return said + [f"warning: {sentence}" for sentence in slow] + [kernels["attention"], f"fp8: {kernels['fp8']}"]
+
+
+def about_comm(recipe: Recipe, world_size: int, gpus: int | None = None) -> list[str]:
+    """Which changed keys of [comm] do nothing here, and why; UsageError for one that cannot be. gpus: those that torch sees."""
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    changed = [f.name for f in dataclasses.fields(recipe.comm) if getattr(recipe.comm, f.name) != f.default]
+    on_gpus_only = ("high_priority", "sm_carveout")
+    computes_in = compute_dtype(recipe.train.dtype, gpu=gpus > 0)
+    if "bf16" in changed and world_size > 1 and computes_in != torch.bfloat16:
+        raise UsageError(
+            "comm.bf16=true cannot be used where training computes in fp32: ranks would read different weights; say -o train.dtype=bf16"
+        )
+    if world_size == 1:
+        return [f"comm.{name} does nothing here: one rank sends nothing" for name in changed]
+    return [f"comm.{name} does nothing here: there is no GPU" for name in changed if name in on_gpus_only and not gpus]
 
 
 def _no_gpu() -> str:

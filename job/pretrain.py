@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from job import checkpoint, checkpoint_folder, machine, preflight
 from job.bpb import validate
-from job.config import Recipe
+from job.config import CommConfig, Recipe
 from job.data.feed import Job, training_rows
 from job.data.prepare import Prepared
 from job.data.rows import Rows
@@ -97,7 +97,7 @@ def accumulate_gradients(run: Run) -> torch.Tensor:
     total = torch.zeros((), device=run.batches.device)
     micro_steps = run.batches.micro_steps
     for micro, (inputs, targets) in enumerate(run.batches.of_step(run.step)):
-        if micro == micro_steps - 1:
+        if micro == micro_steps - 1 and run.recipe.comm.overlap:
             run.optimizer.arm()
         loss = run.model.loss(inputs, targets) / micro_steps
         loss.backward()
@@ -172,7 +172,8 @@ def warm_up(run: Run) -> None:
     rows = torch.zeros(run.batches.device_rows, run.recipe.model.seq_len, dtype=torch.int64, device=run.batches.device)
     with run.optimizer.rehearsal():
         for _ in range(2):
-            run.optimizer.arm()
+            if run.recipe.comm.overlap:
+                run.optimizer.arm()
             run.model.loss(rows, rows).backward()
             run.optimizer.step(run.derived.schedule.at(run.step))
     if 0 < run.recipe.train.val_every < run.derived.steps:
@@ -208,7 +209,8 @@ def build(context: RankContext, recipe: Recipe, derived: Derived, prepared: Prep
     if on_gpu:
         model.compile_blocks()
     group = dist.group.WORLD if context.world_size > 1 else None
-    optimizer = Optimizer(model.groups(), derived.specs, group, polar_dtype=dtype, compile=on_gpu)
+    transport = torch.bfloat16 if recipe.comm.bf16 else None
+    optimizer = Optimizer(model.groups(), derived.specs, group, polar_dtype=dtype, transport_dtype=transport, compile=on_gpu)
     run = Run(context, recipe, derived, prepared, model, optimizer, batches)
     checkpoint.resume(run)
     return run
@@ -222,13 +224,31 @@ def use_fp8(model: GPT, recipe: Recipe) -> None:
         raise UsageError(str(error)) from None
 
 
+def join_ranks(context: RankContext, comm: CommConfig, device: torch.device) -> None:
+    """Form the group of ranks: over gloo on CPUs, over NCCL on GPUs, there as `comm` says.
+
+    While a reduce-scatter runs beside the backward pass, each of NCCL's blocks holds a multiprocessor, and a matrix product of one block
+    a multiprocessor (persistent, as cuBLAS's for Hopper are) needs a second wave for those that found none. The carve-out asks cuBLAS to
+    plan its products, fp8 and bf16, for so many fewer: a hint to its heuristics and no partition, experimental in torch. The same number
+    bounds NCCL's blocks. Neither reaches attention or the compiled kernels, which are short.
+    """
+    options = None
+    if device.type == "cuda" and (comm.high_priority or comm.sm_carveout):
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=comm.high_priority)
+        if comm.sm_carveout:
+            options.config.max_ctas = comm.sm_carveout
+            torch._C._set_sm_carveout_experimental(comm.sm_carveout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=context.rank, world_size=context.world_size, pg_options=options)
+
+
 def main(context: RankContext) -> None:
     """The pretrain stage of one rank."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe, derived, prepared = context.load()
     device = device_of(context)
     if context.world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=context.rank, world_size=context.world_size)
+        join_ranks(context, recipe.comm, device)
     workers = max(1, machine.usable_cores() - context.local_world_size)
     job = Job(
         context.out, recipe.data, recipe.model.seq_len, workers, derived.rows, functools.partial(count_leaks, context.out, recipe)
@@ -262,5 +282,6 @@ def announce(run: Run, kernels: dict[str, str]) -> None:
         device=str(run.batches.device),
         dtype=str(run.model.wte.weight.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        comm=dataclasses.asdict(run.recipe.comm),
         **kernels,
     )

@@ -30,8 +30,12 @@ the same collectives run after the backward, with the same operands in the same 
 
 **What is sent** is the parameter's own dtype, or `transport_dtype` where that is narrower. With bfloat16 transport the owner keeps
 the exact fp32 weight, everybody else its rounding. A forward pass that casts weights to bfloat16 first reads the same numbers on
-every rank, and rounding never accumulates: the owner adds the next update to the exact value. A forward pass that reads fp32
-weights would differ between ranks: it should not ask for bfloat16 transport.
+every rank, and rounding never accumulates: the owner adds the next update to the exact value. A forward pass in fp32 would read
+different weights on each rank: it must not ask for bfloat16 transport. fp8 quantises the fp32 weight, so that the owner's operand and
+the others' differ where the rounding to bfloat16 (2^-9) crosses a border of fp8's much coarser grid (2^-4): a rank's gradient is then one
+at slightly other weights, and the ranks still apply one and the same mean. Gradients are rounded to bfloat16 before the mean, and the
+partial sums of a ring once more at every rank. A checkpoint holds the owners' exact weights; a rank that loads it has all of them exact,
+and `round_foreign` makes of the others' what a gather would have left, so that a resumed run goes on as if it had not stopped.
 
 **State** is named slices: "muon_momentum/<parameter>" (rows 0 .. all: whole matrices), "adamw_first/<parameter>" (this rank's
 rows), and so on, wherever they are. `state_slices` and `weight_slices` of all ranks together hold every row of every name exactly
@@ -243,6 +247,12 @@ class Optimizer:
         for shard in self._shards:
             _fill(shard.state(), reader)
         _fill(self._counter(), reader)
+
+    @torch.no_grad()
+    def round_foreign(self) -> None:
+        """After loading exact weights: what other ranks own as they would have sent it, in the transport dtype."""
+        for shard in self._shards:
+            shard.round_foreign()
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ Each kind offers the same verbs, so that the optimizer is a loop over them:
     update(...)       this rank's arithmetic on what it owns; the gather of the new weights is begun. Returns a flag for each
                       name in `flagged`: was its reduced gradient (this rank's part of it) finite
     finish()          the gathered weights stand in the parameters; temporaries are gone
+    round_foreign()   weights that others own are what a gather would have left of them
     state()           the slices of optimizer state that this rank holds
     weights()         the slices of the weights that this rank owns
     replicated        whether every rank holds the same state, so that one of them is enough to save it
@@ -164,6 +165,11 @@ class MuonStack:
         self.gathered = self.gathering = None
         self.reduced = [None] * len(self.own)
 
+    def round_foreign(self) -> None:
+        for (_, p), at in zip(self.named, self.place, strict=True):
+            if at[0] != self.comm.rank and p.dtype != self.wire:
+                p.detach().copy_(p.detach().to(self.wire))
+
     def state(self) -> Iterator[Slice]:
         for (name, _), momentum, second in zip(self.own, self.momentum, self.second, strict=True):
             yield Slice(f"muon_momentum/{name}", 0, momentum, momentum.size(0))
@@ -233,6 +239,12 @@ class RowShard:
                 weight[self.stop :].copy_(self.gathered[self.stop : self.total])
         self.reduced = self.gathered = self.gathering = None
 
+    def round_foreign(self) -> None:
+        weight = self.parameter.detach()
+        if weight.dtype != self.wire:
+            for rows in (weight[: self.start], weight[self.stop :]):
+                rows.copy_(rows.to(self.wire))
+
     def state(self) -> Iterator[Slice]:
         if self.start < self.stop:
             yield Slice(f"adamw_first/{self.name}", self.start, self.first, self.total)
@@ -268,6 +280,9 @@ class SmallTensors:
 
     def finish(self) -> None:
         self.reduced = None
+
+    def round_foreign(self) -> None:
+        """Nothing: every rank makes these itself."""
 
     def state(self) -> Iterator[Slice]:
         for (name, _, _), first, second in zip(self.entries, self.first, self.second, strict=True):

@@ -245,7 +245,11 @@ def test_after_a_divergence_the_same_command_goes_on_from_the_last_checkpoint(
 
     undisturbed = train(material, tmp_path / "undisturbed")
     for run, every, sentence in (
-        (tmp_path / "kept", 3, "goes on from the checkpoint before step 6, which is enough after a fault .* again, lower train.lr_"),
+        (
+            tmp_path / "kept",
+            3,
+            "goes on from the checkpoint before step 6, which is enough after a fault .* again, lower train.lr_",
+        ),
         (tmp_path / "bare", 0, "; lower train.lr_scale and start with --fresh$"),
     ):
         with monkeypatch.context() as patch:
@@ -253,7 +257,9 @@ def test_after_a_divergence_the_same_command_goes_on_from_the_last_checkpoint(
             with pytest.raises(DivergedError, match=sentence):
                 train(material, run, checkpoint_every=every)
     assert train(material, tmp_path / "kept", checkpoint_every=3) == undisturbed[6:]
-    assert torch.equal(weights(tmp_path / "kept")["weight/head.weight@0"], weights(tmp_path / "undisturbed")["weight/head.weight@0"])
+    assert torch.equal(
+        weights(tmp_path / "kept")["weight/head.weight@0"], weights(tmp_path / "undisturbed")["weight/head.weight@0"]
+    )
 
 
 def test_parts_of_a_killed_attempt_are_swept(material: tuple[Recipe, Path], tmp_path: Path) -> None:
