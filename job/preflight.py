@@ -121,9 +121,13 @@ def check(
     strict: bool,
     allow_fa2: bool,
     machine: Machine | None = None,
+    memory: float | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> list[str]:
-    """What is worth knowing of this machine before it trains, one sentence each; PreflightError when it should not."""
+    """What is worth knowing of this machine before it trains, one sentence each; PreflightError when it should not.
+
+    machine, memory (bytes): this one's unless given.
+    """
     machine = machine or this_machine()
     if not machine.gpus:
         if strict:
@@ -142,7 +146,7 @@ def check(
         slow.append(
             f"the compiler is switched off by {off[0]} in the environment, and steps would be several times slower: unset it"
         )
-    needed, there = host_memory(derive(recipe).config, ranks).total, memory_bytes()
+    needed, there = host_memory(derive(recipe).config, ranks).total, memory or memory_bytes()
     if needed > there:
         slow.append(
             f"checkpoints and the warm-up take {needed / 1e9:.1f} GB of this machine's memory on {ranks} ranks, and there are"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from job.checkpoint_folder import identity
 from job.config import EvalConfig, differing_keys, from_document, known_keys, preset_names, resolve
 from job.errors import UsageError
+from job.launch import open_run
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -60,6 +63,7 @@ def test_later_sources_win_and_are_named() -> None:
             "data.vocab_size=65537 cannot be used: give a size from 266 (bytes, specials and a merge) to 65536 (uint16)",
         ),
         ("data.val_fraction=1", "data.val_fraction=1.0 cannot be used: give a share between 0 and 1, e.g. 0.01"),
+        ("comm.sm_carveout=132", "comm.sm_carveout=132 cannot be used: give a number from 0 to 64"),
         ("train.dtype=fp16", 'train.dtype=fp16 cannot be used: give "auto", "bf16" or "fp32"'),
     ],
 )
@@ -83,6 +87,29 @@ def test_differing_keys_are_named_with_both_values() -> None:
     old, new = resolve("smoke").values(), resolve("smoke", overrides=["train.steps=7", "data.paths=a,b"]).values()
     assert differing_keys(old, new) == ['data.paths: [] -> ["a", "b"]', f"train.steps: {old['train']['steps']} -> 7"]
     assert differing_keys(old, old) == []
+
+
+def test_a_run_goes_on_with_another_way_to_communicate_and_with_keys_that_are_younger_than_it(tmp_path: Path) -> None:
+    """An older recipe.json has no [comm] and not every key; absent is the default, which is what it ran with."""
+    begun, now = resolve("smoke"), resolve("smoke", overrides=["comm.overlap=false", "comm.sm_carveout=16"])
+    assert differing_keys(begun.values(), now.values()) == []
+    assert differing_keys(begun.values(), now.values(), free=True) == ["comm.overlap: true -> false", "comm.sm_carveout: 0 -> 16"]
+    assert identity(begun.values(), "p") == identity(now.values(), "p")
+
+    run = open_run(tmp_path, "t", begun, fresh=False)
+    document = json.loads((run / "recipe.json").read_text())
+    del document["recipe"]["comm"], document["recipe"]["train"]["attention"]
+    document["sources"] = {key: source for key, source in document["sources"].items() if not key.startswith("comm.")}
+    old = json.dumps(document)
+    (run / "recipe.json").write_text(old)
+    read = from_document(document)
+    assert read == begun and read.sources["comm.overlap"] == "default"
+    open_run(tmp_path, "t", begun, fresh=False)
+    assert (run / "recipe.json").read_text() == old
+    open_run(tmp_path, "t", now, fresh=False)
+    assert from_document(json.loads((run / "recipe.json").read_text())) == now
+    with pytest.raises(UsageError, match=r"was begun with another recipe \(train.attention: \"fastest\" -> \"fa2\"\)"):
+        open_run(tmp_path, "t", resolve("smoke", overrides=["train.attention=fa2"]), fresh=False)
 
 
 def test_every_key_is_documented() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.memory import ACTIVATION, checkpoint_bytes, largest_batch, parameter_bytes, state_bytes, step_memory
+from job.memory import (
+    ACTIVATION,
+    checkpoint_bytes,
+    host_memory,
+    largest_batch,
+    parameter_bytes,
+    saved_slices,
+    state_bytes,
+    step_memory,
+)
 from model import fp8
 from model.attention import attention
 from model.gpt import GPT, GPTConfig
@@ -46,8 +56,20 @@ def test_static_parts_are_those_of_the_optimizer(depth: int, generation: str, vo
         shards = _share_out(model.groups(), specs, alone, Options(torch.bfloat16, None, 1 << 20))
         held = size([s.tensor for shard in shards for s in shard.state()])
         assert state_bytes(c, ranks, rank) == held
-        everything += size([s.tensor for shard in shards if rank == 0 or not shard.replicated for s in shard.state()])
+        saved = [s.tensor for shard in shards if rank == 0 or not shard.replicated for s in shard.state()]
+        everything += size(saved)
+        slices = [*saved, *(s.tensor for shard in shards for s in shard.weights())]
+        assert sorted(saved_slices(c, ranks, rank)) == sorted(t.numel() * t.element_size() for t in slices)
     assert checkpoint_bytes(c, ranks) == everything
+
+
+def test_pinned_blocks_are_powers_of_two_and_the_warm_up_copies_what_each_rank_holds() -> None:
+    c = config(24)
+    one, eight = host_memory(c, 1), host_memory(c, 8)
+    assert one.rehearsal == checkpoint_bytes(c, 1) and eight.rehearsal > 8 * parameter_bytes(c)
+    for memory, ranks in ((one, 1), (eight, 8)):
+        blocks = [1 << math.ceil(math.log2(n)) for rank in range(ranks) for n in saved_slices(c, ranks, rank)]
+        assert memory.pinned == sum(blocks) and memory.pinned > 1.3 * checkpoint_bytes(c, ranks)
 
 
 def test_alone_a_rank_holds_all_state() -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import job.preflight
+from job.cli import main
 from job.config import resolve
-from job.errors import PreflightError
-from job.preflight import Machine, check, choose_kernels, machine_of, price_of, this_machine
+from job.errors import PreflightError, UsageError
+from job.machine import memory_bytes
+from job.preflight import Machine, about_comm, check, choose_kernels, machine_of, price_of, this_machine
 from model.attention import FA4_FITS
 
 H100 = Machine(8, "NVIDIA H100 80GB HBM3", (9, 0))
@@ -22,7 +25,7 @@ FP8_ON_H100 = "fp8: NVIDIA H100 80GB HBM3 (Hopper) multiplies fp8 at twice its b
 
 
 def said(preset: str = "run6", ranks: int = 8, *overrides: str, machine: Machine = H100, **rules) -> list[str]:
-    rules = {"strict": True, "allow_fa2": False, "environment": {}} | rules
+    rules = {"strict": True, "allow_fa2": False, "memory": 1e12, "environment": {}} | rules
     return check(resolve(preset, {}, overrides), ranks, machine=machine, **rules)
 
 
@@ -86,6 +89,50 @@ def test_other_slow_ways_are_refused_or_said(ranks: int, environment: dict[str, 
 def test_more_ranks_than_gpus(strict: bool) -> None:
     with pytest.raises(PreflightError, match="--ranks 8 needs as many GPUs and torch sees 1 GPU: give --ranks 1"):
         said(machine=RTX, strict=strict)
+
+
+@pytest.mark.usefixtures("only_fa2")
+def test_a_machine_without_the_memory_for_checkpoints_is_refused_or_said() -> None:
+    """A d24's 10 GB of state are 56 on eight GPUs: in blocks of powers of two, and eight times all weights for the warm-up."""
+    sentence = "checkpoints and the warm-up take 55.3 GB of this machine's memory on 8 ranks, and there are 48.0 GB: "
+    with pytest.raises(PreflightError, match=sentence):
+        said(allow_fa2=True, memory=48e9)
+    assert said(strict=False, memory=48e9)[1].startswith(f"warning: {sentence}")
+    assert not any("memory" in line for line in said(allow_fa2=True, memory=64e9))
+
+
+def test_what_a_group_may_use_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.cgroup.memory_limit", lambda: None)
+    whole = memory_bytes()
+    monkeypatch.setattr("job.cgroup.memory_limit", lambda: 5)
+    assert whole > 1 << 28 and memory_bytes() == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "gpus", "sentences"),
+    [
+        ((), 8, 8, []),
+        (("comm.high_priority=true", "comm.sm_carveout=16", "comm.bf16=true", "comm.overlap=false"), 8, 8, []),
+        (("comm.overlap=false", "train.dtype=fp32"), 2, 0, []),
+        (("comm.high_priority=true",), 2, 0, ["comm.high_priority does nothing here: there is no GPU"]),
+        (("comm.bf16=true", "train.dtype=fp32"), 1, 0, ["comm.bf16 does nothing here: one rank sends nothing"]),
+    ],
+)
+def test_keys_that_do_nothing_here_are_said(overrides: tuple, world_size: int, gpus: int, sentences: list[str]) -> None:
+    assert about_comm(resolve("run6", {}, overrides), world_size, gpus) == sentences
+
+
+def test_weights_are_not_sent_as_bf16_where_fp32_is_computed() -> None:
+    with pytest.raises(
+        UsageError, match=r"comm.bf16=true cannot be used where training computes in fp32: .* say -o train.dtype=bf16"
+    ):
+        about_comm(resolve("smoke", {}, ["comm.bf16=true", "train.dtype=fp32"]), 2, 0)
+
+
+def test_a_dry_run_says_which_keys_do_nothing(tmp_path: Path) -> None:
+    words = ["run", "--preset", "smoke", "-o", "comm.sm_carveout=8", "--ranks", "1", "--dry-run", "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(main, words)
+    assert said.exit_code == 0 and said.stdout.endswith("comm.sm_carveout does nothing here: one rank sends nothing\n")
 
 
 def test_a_price_only_where_one_is_known() -> None:
