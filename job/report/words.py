@@ -186,12 +186,9 @@ def slow_ranks(record: Record) -> list[str]:
     for rank, shares in sorted(behind.items(), key=lambda item: int(item[0])):
         times = f"in {len(shares)} comparison{'s' * (len(shares) > 1)} of about {windows[0]['steps']} steps"
         said.append(f"Rank {rank} was slower than the median rank {times}, by {percent(max(shares))} at most.")
-    lost = sum(event["lost_ms"] * event["steps"] for event in windows) / 1000
-    there = sum(event["step_ms"] * event["steps"] for event in windows) / 1000
-    whole = sum(event["ms"] for event in record.steps.values()) / 1000
-    share = f"{percent(lost / there)} of these steps' time, {percent(lost / whole)} of all steps'" if whole and there else ""
-    said.append(f"The other ranks waited {duration(lost)} for the slowest: {share}.")
-    return said
+    lost = sum(event["lost_ms"] * event["steps"] for event in windows)
+    share = lost / sum(event["ms"] for event in record.steps.values())
+    return [*said, f"The other ranks waited {duration(lost / 1000)} for the slowest: {percent(share)} of all steps' time."]
 
 
 def how_it_ended(exit_code: int | None) -> str:

@@ -124,6 +124,31 @@ def scenario_resume(rank: int, world: int, slices: list, steps: range):
     return {"weights": weights_of(model), "loaded": loaded, "steps": optimizer.steps}
 
 
+def scenario_bf16(rank: int, world: int):
+    """One step's reduced gradients by transport; then four steps with bf16, at once and resumed after two from exact weights.
+
+    The forward pass is in fp32 here, and so sees whether the weights of other owners are those that a gather leaves.
+    """
+    moments = {}
+    for transport in (None, torch.bfloat16):
+        model, optimizer = build(TINY, torch.float32, dist.group.WORLD, transport_dtype=transport)
+        train(model, optimizer, range(1), rank, world, overlap=True)
+        moments[transport] = slices_of(optimizer)
+    train(model, optimizer, range(1, 2), rank, world, overlap=True)
+    saved: list[list] = [[] for _ in range(world)]
+    dist.all_gather_object(saved, slices_of(optimizer))
+    resumed, again = build(TINY, torch.float32, dist.group.WORLD, transport_dtype=torch.bfloat16)
+    reader = reader_of([s for slices in saved for s in slices])
+    resumed.load_state_dict(
+        {name: reader(f"weight/{name}", 0, len(p) if p.dim() else 1).view_as(p) for name, p in resumed.named_parameters()}
+    )
+    again.load_slices(reader)
+    again.round_foreign()
+    for one, its in ((model, optimizer), (resumed, again)):
+        train(one, its, range(2, 4), rank, world, overlap=True)
+    return {"exact": moments[None], "bf16": moments[torch.bfloat16], "whole": weights_of(model), "resumed": weights_of(resumed)}
+
+
 def scenario_odd(rank: int, world: int):
     """Rows, matrices and tensors that no number of ranks divides; a second armed backward; an unreached parameter."""
     torch.manual_seed(0)
@@ -323,6 +348,21 @@ def test_bf16_transport(tmp_path: Path) -> None:
     sent, full = results[0]["traffic"], plain[0]["traffic"]
     assert sent.calls["all_gather"] == full.calls["all_gather"]
     assert 0.5 * full.bytes["all_gather"] <= sent.bytes["all_gather"] < full.bytes["all_gather"]
+
+
+def test_bf16_transport_rounds_gradients_once_and_resumes_exactly(tmp_path: Path) -> None:
+    """A mean of two rounded gradients, and its own rounding: 2^-8 of the norm at most, and not nothing."""
+    results = on_ranks(2, tmp_path / "ranks", "scenario_bf16")
+    exact, rounded = (
+        {name: t for name, t in gathered(results, key).items() if name.startswith(("muon_momentum/", "adamw_first/"))}
+        for key in ("exact", "bf16")
+    )
+    far = distances(rounded, exact)
+    assert 0 < max(far.values()) < 2**-8
+    assert all(far[name] > 0 for name in far if "mlp" in name)
+    for result in results:
+        assert all(torch.equal(result["whole"][name], result["resumed"][name]) for name in result["whole"])
+    assert worst(results[0]["whole"], results[1]["whole"]) > 0
 
 
 def test_every_rank_hears_of_a_bad_gradient_that_it_owns(tmp_path: Path) -> None:

@@ -265,3 +265,25 @@ def test_neither_torch_nor_plots_are_needed_to_read_a_result():
     code = "import sys, job.report.render, job.report.result, job.report.words; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "matplotlib", "jinja2", "boto3"} & set(modules)
+
+
+@pytest.mark.parametrize("file", ["report.html", "report.md"])
+def test_slow_ranks_are_named_with_what_they_cost(run, file):
+    """200 steps of 500 ms; in two windows of 50 the others wait 40 ms a step: 4 of 100 s. What a new start took back is left out."""
+    attempt = run.start()
+    run.pretrain(attempt, 0, 160)
+    for step, rank in ((49, "3"), (99, "3"), (149, "5")):
+        slow = {"steps": 50, "behind": {rank: 0.085}, "lost_ms": 40.0, "step_ms": 500.0}
+        attempt.emit("train.slow_ranks", step=step, rows=(step + 1) * 32, **slow)
+    attempt.close()
+    again = run.start()
+    run.pretrain(again, 120)
+    write_report(run.path)
+    text = Page(run.path / "report" / file).text if file.endswith("html") else (run.path / "report" / file).read_text()
+    assert "Rank 3 was slower than the median rank in 2 comparisons of about 50 steps, by 8.5 % at most." in text
+    assert "The other ranks waited 4 s for the slowest: 4.0 % of all steps' time." in text
+    assert "Rank 5" not in text
+
+
+def test_no_rank_is_named_where_none_was_slow(run):
+    assert "slower than the median" not in page_of(run.whole()).text
