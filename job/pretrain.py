@@ -228,9 +228,10 @@ def join_ranks(context: RankContext, comm: CommConfig, device: torch.device) -> 
     """Form the group of ranks: over gloo on CPUs, over NCCL on GPUs, there as `comm` says.
 
     While a reduce-scatter runs beside the backward pass, each of NCCL's blocks holds a multiprocessor, and a matrix product of one block
-    a multiprocessor (persistent, as cuBLAS's for Hopper are) needs a second wave for those that found none. The carve-out asks cuBLAS to
-    plan its products, fp8 and bf16, for so many fewer: a hint to its heuristics and no partition, experimental in torch. The same number
-    bounds NCCL's blocks. Neither reaches attention or the compiled kernels, which are short.
+    a multiprocessor (persistent, as cuBLAS's for Hopper are) needs a second wave for those that found none. The carve-out has cuBLASLt,
+    which computes every fp8 product, plan for so many fewer: a hint to its heuristics and no partition, experimental in torch. (Products
+    in bf16 follow it only where torch gives them to cuBLASLt as well; attention and compiled kernels do not.) The same number is the most
+    blocks that NCCL may use. What either is worth has not been measured.
     """
     options = None
     if device.type == "cuda" and (comm.high_priority or comm.sm_carveout):
