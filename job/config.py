@@ -171,7 +171,7 @@ class CommConfig:
     """send fp32 gradients and weights as bf16, half the bytes; a weight's owner keeps it exact (model/optimizer.py says what follows)"""
 
     def check(self) -> None:
-        most = 64  # of an H100's 132, and of what NCCL ever takes for one communicator
+        most = 64  # about half of an H100's 132
         _check(0 <= self.sm_carveout <= most, "comm.sm_carveout", self.sm_carveout, f"give a number from 0 to {most}")
 
 

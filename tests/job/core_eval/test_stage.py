@@ -109,6 +109,17 @@ def test_a_killed_rank_ends_all_of_them(copied, speedrun):
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+def test_a_damaged_model_is_not_scored(copied, speedrun):
+    """One rank hashes for both; no other has sealed anything by then."""
+    out = copied("damaged")
+    weights = max(out.glob("runs/t/checkpoints/*/weights-00000.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    said = speedrun(evaluate(speedrun, out, "--ranks", "2"), code=11).stderr
+    assert f"{weights} is not the file that was sealed" in said and not (out / "runs" / "t" / "eval").exists()
+
+
 def test_prepare_makes_the_items_and_evaluation_finds_them(trained, alone):
     (made,) = (trained / "prepared").glob("*/items/*-12")
     ledger = Ledger.open(alone / "runs" / "t" / "eval")
