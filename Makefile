@@ -1,5 +1,5 @@
-# `make smoke` and `make test` are complete first commands on a machine with Python 3.11: each makes .venv when it is missing,
-# unfinished, of another place, or of another lock.
+# `make smoke` and `make test` are complete first commands on a machine with Python 3.11, 3.12 or 3.13: each makes .venv when it is
+# missing, unfinished, of another place, of another lock, or of another Python than PYTHON=... names.
 
 # cpu or cuda: which build of torch .venv gets. `make smoke TORCH=cuda` overrules what is found here.
 TORCH := $(if $(wildcard /proc/driver/nvidia/version /usr/lib/wsl/lib/libcuda.so*),cuda,cpu)
@@ -11,9 +11,13 @@ endif
 TORCH_INDEX := https://download.pytorch.org/whl
 TORCH_CPU_INDEX = $(TORCH_INDEX)/cpu
 
-# The first Python 3.11 on the path; `make smoke PYTHON=/usr/local/bin/python3.11` names one.
-PYTHON = $(shell for p in python3.11 python3 python; do \
-    $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+# The newest Python on the path that the lock has hashes for ("# Python: ..." in it) and that can make environments (Debian's needs
+# python3-venv); `make smoke PYTHON=/usr/local/bin/python3.12` names one.
+LOCK := requirements$(if $(filter cuda,$(TORCH)),-cuda).lock
+LOCKED_PYTHONS := $(shell sed -n 's/^# Python: //p' $(LOCK))
+VERSION = import ensurepip, sys; print("%d.%d" % sys.version_info[:2])
+PYTHON = $(shell for p in $$(printf 'python%s\n' $(LOCKED_PYTHONS) | sort -rn -t. -k2) python3 python; do \
+    case " $(LOCKED_PYTHONS) " in (*" $$($$p -c '$(VERSION)' 2>/dev/null) "*) echo $$p; break;; esac; done)
 
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 LOCKED := --require-hashes --only-binary :all:
@@ -29,6 +33,11 @@ BUILD = docker build --build-arg TORCH=$(IMAGE_TORCH) --build-arg REVISION=$(she
 MADE_FROM := $(shell { cat requirements.lock requirements-cuda.lock; echo $(TORCH) "$(CURDIR)"; } | cksum | cut -d ' ' -f 1)
 ENVIRONMENT := .venv/made-from-$(MADE_FROM)
 PROJECT := .venv/project-installed
+ifeq ($(origin PYTHON),command line)
+ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(shell .venv/bin/python -c '$(VERSION)' 2>/dev/null))
+.PHONY: $(ENVIRONMENT)
+endif
+endif
 SKY := .sky-env/made-from-$(shell { cat tests/cluster/requirements.txt; echo "$(CURDIR)"; } 2>/dev/null | cksum | cut -d ' ' -f 1)
 
 .PHONY: help smoke test slow chaos container cluster lint bench image push compose lock sizes clean
@@ -86,11 +95,13 @@ $(PROJECT): $(ENVIRONMENT) pyproject.toml
 
 # Torch comes first and alone, so that its CPU build is asked for in one place at a time; what is installed is not fetched again.
 $(ENVIRONMENT):
-	@test -n "$(PYTHON)" || { echo "make: Python 3.11 is needed and not on the path: install it, or say make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@case " $(LOCKED_PYTHONS) " in *" $$($(or $(PYTHON),false) -c '$(VERSION)' 2>/dev/null) "*) ;; *) \
+	    echo "make: one of Python $(LOCKED_PYTHONS) is needed, with venv (those are what $(LOCK) has hashes for), and" \
+	        "$(if $(PYTHON),$(PYTHON) is none,none is on the path): install one, or say make PYTHON=/path/to/it" >&2; exit 2;; esac
 	@rm -f .venv/made-from-* # first of all: a half-removed environment must not be taken for a whole one
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	@lock=requirements$(if $(filter cuda,$(TORCH)),-cuda).lock; \
+	@lock=$(LOCK); \
 	if [ $(TORCH) = cpu ] && [ "$$(uname)" != Darwin ]; then \
 	    sed -n '/^torch==/,/[^\\]$$/p' $$lock >.venv/torch.txt; \
 	    echo "Installing torch's CPU build (about 200 MB)"; \
@@ -117,30 +128,51 @@ $(SKY):
 # The CUDA lock is what PyPI's torch needs on Linux. The CPU lock is what the same versions need where torch has no CUDA (macOS);
 # its torch is the CPU builds, whose hashes are listed here because the package index knows only one of them.
 UV_VERSION := 0.13.9
-COMPILE := .lock-env/bin/uv --no-config pip compile --quiet --python-version 3.11 --only-binary :all: --generate-hashes \
-    --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(UPGRADE)
-UV := $(COMPILE) pyproject.toml --extra dev
+PYTHONS := 3.11 3.12 3.13
+COMPILE := MACOSX_DEPLOYMENT_TARGET=14.0 .lock-env/bin/uv --no-config pip compile --quiet --generate-hashes --no-emit-index-url \
+    --no-emit-find-links --custom-compile-command "make lock"
+WHEELS := $(COMPILE) --only-binary :all:
 TORCH_VERSION := 2.13.0
 TORCH_CPU_HASHES := \
     6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b \
     84453b69508ec79902f899c5ed9495acb9e2bbe9fda5f1d5d6f19e3c3842e1a7 \
-    e76f9bcecc52b8ff711239a2f7547d5353df95878ab232f0773c1d95928b92f8
-# in this order: Linux x86_64 and Linux aarch64 (2.13.0+cpu), macOS arm64; Python 3.11
+    e76f9bcecc52b8ff711239a2f7547d5353df95878ab232f0773c1d95928b92f8 \
+    4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2 \
+    6f307c2c32d764ffc6ff6893b801fad6d4752f3e67966cb8abf1843427c02604 \
+    2fe228aba290d14b9f31b049be550dbd469c3fd3013d7a19705b30454da97027 \
+    3fbf9c9d1f3c10c2d59d04aca426dee9ccc6ceb32d255c61e93acc3b4f75fae6 \
+    0b8f7d0423027ae8b90c7977c627f3379f325363a08224dffad9b4b2d684a83d \
+    33449899ce5496c1b84b4853179d94fd102028ae1407314d9fb956bb79e70d09
+# in this order, for Python 3.11, then 3.12, then 3.13: Linux x86_64 and Linux aarch64 (2.13.0+cpu), macOS arm64
+
+# $(call lock,FILE,COMMAND): FILE as COMMAND makes it for the oldest Python, once the others get the same pins and hashes
+define lock
+	$(2) --python-version $(firstword $(PYTHONS)) $(UPGRADE) --output-file $(1)
+	grep -v '^ *#' $(1) >.lock-env/pins
+	for version in $(wordlist 2,9,$(PYTHONS)); do \
+	    cp $(1) .lock-env/other.lock; \
+	    $(2) --python-version $$version --output-file .lock-env/other.lock || exit 1; \
+	    grep -v '^ *#' .lock-env/other.lock | diff .lock-env/pins - \
+	        || { echo "make: $(1) does not serve Python $$version, which needs what differs above" >&2; exit 1; }; \
+	done
+endef
 
 lock: ## make the locks from pyproject.toml and SkyPilot's; CUDA=cu126 makes the one for torch's builds of that generation
-	$(PYTHON) -m venv --clear .lock-env
+	$(or $(PYTHON),python3) -m venv --clear .lock-env
 	.lock-env/bin/python -m pip install --quiet uv==$(UV_VERSION) packaging
-	.lock-env/bin/uv --no-config pip compile --quiet tests/cluster/requirements.in --python-version 3.11 --generate-hashes --no-emit-index-url \
-	    --no-emit-find-links --custom-compile-command "make lock" $(UPGRADE) --output-file tests/cluster/requirements.txt
-	$(UV) --extra attention --python-platform x86_64-manylinux_2_28 --output-file requirements-cuda.lock
-	MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) --python-platform aarch64-apple-darwin --constraints requirements-cuda.lock --no-emit-package torch --output-file requirements.lock
+	$(call lock,tests/cluster/requirements.txt,$(COMPILE) tests/cluster/requirements.in)
+	$(call lock,requirements-cuda.lock,$(WHEELS) pyproject.toml --extra dev --extra attention --python-platform x86_64-manylinux_2_28)
+	$(call lock,requirements.lock,$(WHEELS) pyproject.toml --extra dev --python-platform aarch64-apple-darwin \
+	    --constraints requirements-cuda.lock --no-emit-package torch)
 	printf '%s\n' '# but stands here, with the hashes of its CPU builds:' 'torch==$(TORCH_VERSION) \' >>requirements.lock
 	printf '    --hash=sha256:%s \\\n' $(TORCH_CPU_HASHES) | sed '$$s/ .$$//' >>requirements.lock
-	$(COMPILE) tests/container/requirements.in --python-platform x86_64-manylinux_2_28 --output-file tests/container/requirements.txt
+	$(call lock,tests/container/requirements.txt,$(WHEELS) tests/container/requirements.in --python-platform x86_64-manylinux_2_28)
+	for lock in requirements.lock requirements-cuda.lock; do echo '# Python: $(PYTHONS)' >>$$lock; done
 ifdef CUDA
 	echo 'torch==$(TORCH_VERSION)+$(CUDA)' >.lock-env/torch.in
-	$(UV) --extra attention --python-platform x86_64-manylinux_2_28 --index $(TORCH_INDEX)/$(CUDA) --index-strategy unsafe-best-match \
-	    --constraints .lock-env/torch.in --constraints requirements.lock --output-file requirements-$(CUDA).lock
+	$(WHEELS) pyproject.toml --extra dev --extra attention --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	    --index $(TORCH_INDEX)/$(CUDA) --index-strategy unsafe-best-match --constraints .lock-env/torch.in \
+	    --constraints requirements.lock $(UPGRADE) --output-file requirements-$(CUDA).lock
 endif
 
 sizes: ## what the wheels of the CUDA image weigh, packed

@@ -61,8 +61,9 @@ class Tree:
         cpu, cuda = write_wheel(self.wheels, "torch", "2.13.0+cpu"), write_wheel(root, "torch", "2.13.0")
         small = write_wheel(self.wheels, "small", "1")
         self.lock = root / "requirements.lock"
-        self.lock.write_text(f"small==1 \\\n    --hash=sha256:{small}\ntorch==2.13.0 \\\n    --hash=sha256:{cpu}\n")
-        (root / "requirements-cuda.lock").write_text(f"torch==2.13.0 \\\n    --hash=sha256:{cuda}\n")
+        pythons = "# Python: 3.11 3.12 3.13\n"
+        self.lock.write_text(f"small==1 \\\n    --hash=sha256:{small}\ntorch==2.13.0 \\\n    --hash=sha256:{cpu}\n{pythons}")
+        (root / "requirements-cuda.lock").write_text(f"torch==2.13.0 \\\n    --hash=sha256:{cuda}\n{pythons}")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "MAKE", "MFLAGS"))}

@@ -70,7 +70,9 @@ def test_torch_in_the_cpu_lock_is_the_cpu_builds_of_the_makefile() -> None:
     block = re.search(r"TORCH_CPU_HASHES := \\\n((?: +[0-9a-f]{64}(?: \\)?\n)+)", MAKEFILE)
     assert block and hashes == set(block[1].replace("\\", "").split())
     assert re.search(r"^TORCH_VERSION := (\S+)$", MAKEFILE, re.MULTILINE)[1] == version
-    assert len(hashes & pins("requirements-cuda.lock")["torch"][1]) == 1, "only the macOS build is in both"
+    pythons = re.search(r"^PYTHONS := (.+)$", MAKEFILE, re.MULTILINE)[1].split()
+    assert len(hashes) == 3 * len(pythons), "two builds for Linux and one for macOS, for each Python"
+    assert len(hashes & pins("requirements-cuda.lock")["torch"][1]) == len(pythons), "only the macOS builds are in both"
 
 
 @pytest.mark.parametrize("lock", LOCKS)
