@@ -60,6 +60,7 @@ def main(image: str, container: str, port: str, key: str, *run_options: str) -> 
     if code:
         sys.exit(f"the login ended with {code}: {said}{errors}")
     print(json.dumps(dict(line.split("=", 1) for line in said.splitlines() if "=" in line)), flush=True)
+    instance_setup._MAX_RETRY = 1  # 6, with pauses, are for machines that still boot
     sent = Path.home() / "sent"
     sent.write_text("a file of SkyPilot's own\n")
     instance_setup._internal_file_mounts({"~/.sky/sent": str(sent)}, ssh, log)
