@@ -132,7 +132,13 @@ RUN apt-get update \
     && echo 'ssh-keygen -A >/dev/null # keys of a machine, not of an image' >>/etc/default/ssh \
     && echo 'speedrun ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/speedrun \
     && chmod 440 /etc/sudoers.d/speedrun
+# SkyPilot copies root's environment in the container into /etc/profile.d: without this, every login would get root's home
+ENV HOME=/home/speedrun
+WORKDIR /home/speedrun
 USER 10001:10001
+# RunPod puts its own `bash -c ...` behind the entrypoint that an image has
+ENTRYPOINT []
+CMD ["bash"]
 
 
 FROM program AS runtime

@@ -57,7 +57,7 @@ slow: chaos container cluster ## all slow tests: the next three
 chaos: $(PROJECT) ## kill -9 everywhere, many processes and nodes, a faulty S3 server, real CORE items, compiled steps
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow --ignore tests/container --ignore tests/cluster --numprocesses 2 --dist loadfile
 
-container: $(PROJECT) ## the image in a real engine (root, Debian; minutes)
+container: $(PROJECT) $(SKY) ## the image in a real engine, also in SkyPilot's hands (root, Debian; minutes)
 	.venv/bin/python -m pytest -m slow tests/container
 
 cluster: $(PROJECT) $(SKY) ## SkyPilot on a local Slurm, with a real S3 server (root, Debian; minutes)

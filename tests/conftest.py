@@ -71,6 +71,15 @@ class Speedrun:
 
 
 @pytest.fixture(scope="session")
+def sky_env() -> Path:
+    """The environment of SkyPilot; `make container` and `make cluster` make it."""
+    folder = ROOT / ".sky-env"
+    if not list(folder.glob("made-from-*")):
+        pytest.fail("SkyPilot's environment is not there: `make container` or `make cluster` makes it")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python's own language reference as text files: about 120 documents of real prose."""
     from pydoc_data.topics import topics

@@ -47,14 +47,6 @@ def free_ports(number: int) -> list[int]:
             each.close()
 
 
-@pytest.fixture(scope="session")
-def sky_env() -> Path:
-    """The environment of SkyPilot; `make cluster` makes it."""
-    if not list(SKY.glob("made-from-*")):
-        pytest.fail("SkyPilot's environment is not there: `make cluster` makes it, or `make .sky-env/...` as the Makefile says")
-    return SKY
-
-
 @dataclasses.dataclass
 class Cluster:
     """A Slurm of two nodes and the SkyPilot that rents them; `state` holds everything that it writes."""

@@ -2,7 +2,8 @@
 """SkyPilot's own opinion of a YAML: parsed by its schema, validated, and given to its optimizer with these clouds enabled.
 
 No network, no server, no account: the catalog is a small one with rows of 1 and 8 H100s and of CPUs, and the questions that would be
-put to a cloud are answered here. Prices are placeholders but for Nebius. Prints a JSON list: what would be rented, or the error.
+put to a cloud are answered here. On-demand prices of GPUs, and those of eight as spot, are SkyPilot's catalog's of November 2026;
+regions and the rest are placeholders. Prints a JSON list: what would be rented, or the error.
 """
 
 import json
@@ -45,16 +46,16 @@ CATALOG = {
         PLAIN,
         "cpu_4x_general,,,4,16,0.2,us-east-1,,",
         "cpu_16x_general,,,16,64,0.8,us-east-1,,",
-        f"gpu_8x_h100_sxm5,H100,8,208,1800,23.92,us-west-3,{gpus(8)},",
-        f"gpu_1x_h100_sxm5,H100,1,26,225,3.29,us-west-3,{gpus(1)},",
-        f"gpu_1x_h100_pcie,H100,1,26,225,2.49,us-west-3,{gpus(1)},",
+        f"gpu_8x_h100_sxm5,H100,8,208,1800,31.92,us-west-3,{gpus(8)},",
+        f"gpu_1x_h100_sxm5,H100,1,26,225,4.29,us-west-3,{gpus(1)},",
+        f"gpu_1x_h100_pcie,H100,1,26,200,3.29,us-west-3,{gpus(1)},",
     ],
     "aws/vms.csv": [
         AWS,
         "m6i.xlarge,,,4,16,,0.192,0.08,us-east-2,us-east-2a,x86_64,,,,,",
         "m6i.4xlarge,,,16,64,,0.768,0.3,us-east-2,us-east-2a,x86_64,,,,,",
-        f"p5.48xlarge,H100,8,192,2048,{gpus(8)},55.04,20.0,us-east-2,us-east-2a,x86_64,ssd,required,3800,8,32",
-        f"p5.4xlarge,H100,1,16,256,{gpus(1)},4.33,2.5,us-east-2,us-east-2a,x86_64,ssd,required,3800,1,1",
+        f"p5.48xlarge,H100,8,192,2048,{gpus(8)},55.04,10.2,us-east-2,us-east-2a,x86_64,ssd,required,3800,8,32",
+        f"p5.4xlarge,H100,1,16,256,{gpus(1)},6.88,2.5,us-east-2,us-east-2a,x86_64,ssd,required,3800,1,1",
     ],
     "aws/images.csv": [
         "Tag,Region,OS,OSVersion,ImageId,CreationDate,BaseImageId",

@@ -125,10 +125,16 @@ def image(engine: Any, speedrun: Any) -> Image:
 
 
 @pytest.fixture(scope="session")
-def sky_image(image: Image) -> Image:
+def sky_build() -> tuple[str, ...]:
+    """What the CPU image of the `sky` target is built with."""
+    return ("--target=sky", "--build-arg=TORCH=cpu", f"--build-arg=SOURCE_DATE_EPOCH={EPOCH}")
+
+
+@pytest.fixture(scope="session")
+def sky_image(image: Image, sky_build: tuple[str, ...]) -> Image:
     """The same program as SkyPilot wants it."""
     name = "speedrun:test-sky"
-    image.engine.build(ROOT, name, "--target=sky", "--build-arg=TORCH=cpu", f"--build-arg=SOURCE_DATE_EPOCH={EPOCH}")
+    image.engine.build(ROOT, name, *sky_build)
     return dataclasses.replace(image, name=name)
 
 

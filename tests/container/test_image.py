@@ -88,3 +88,5 @@ def test_the_sky_target_is_what_skypilot_works_with(sky_image: Any) -> None:
     assert "ssh_host_ed25519_key" in engine.docker("exec", container, "ls", "/etc/ssh")
     assert engine.docker("exec", container, "bash", "-lc", "speedrun --version").startswith("speedrun, version")
     engine.docker("rm", "--force", container)
+    # as RunPod starts it: its command behind the image's entrypoint, which must be none
+    assert sky_image.run("bash", "-c", "pwd; speedrun --version").stdout.startswith("/home/speedrun\nspeedrun, version")
