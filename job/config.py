@@ -119,6 +119,8 @@ class TrainConfig:
     """steps between validations; 0 = at the end only"""
     val_tokens: int = 41_943_040
     """validation tokens; fewer when the held-out text has fewer"""
+    compile_cache: bool = True
+    """on a GPU: keep what was compiled, also in the bucket, and load it when the run goes on (it is code that will be executed)"""
 
     def check(self) -> None:
         finite = math.isfinite(self.param_data_ratio)
@@ -194,6 +196,10 @@ class Recipe:
 
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
+
+
+INDIFFERENT = frozenset({"train.compile_cache"})
+"""keys that change nothing about the weights: a run that goes on may change them, and a checkpoint's identity leaves them out"""
 
 
 def _multiple(value: int, of: int) -> int:
@@ -312,20 +318,23 @@ def resolve(preset: str, flags: Mapping[str, tuple[str, Any]] | None = None, ove
 
 
 def from_document(document: Mapping[str, Any]) -> Recipe:
-    """The recipe that a run's `recipe.json` holds."""
-    values = {f"{s}.{k}": v for s, entries in document["recipe"].items() for k, v in entries.items()}
-    sections = {
-        s: cls(**{f.name: _coerce(f"{s}.{f.name}", values[f"{s}.{f.name}"]) for f in dataclasses.fields(cls)})
-        for s, cls in SECTIONS.items()
-    }
-    return Recipe(preset=document["preset"], evidence=document["evidence"], sources=document["sources"], **sections)
+    """The recipe that a run's `recipe.json` holds; a key that is younger than the document has its default."""
+    values = _with_defaults(document["recipe"])
+    sections = {s: cls(**{k: _coerce(f"{s}.{k}", v) for k, v in values[s].items()}) for s, cls in SECTIONS.items()}
+    sources = dict.fromkeys(known_keys(), "default") | document["sources"]
+    return Recipe(preset=document["preset"], evidence=document["evidence"], sources=sources, **sections)
+
+
+def _with_defaults(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {section: dataclasses.asdict(cls()) | recipe.get(section, {}) for section, cls in SECTIONS.items()}
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """`section.key: old -> new` for every value in which two `recipe` documents differ."""
+    """`section.key: old -> new` for every value that decides something and in which two `recipe` documents differ."""
+    old = json.loads(json.dumps(_with_defaults(a)))
     return [
-        f"{section}.{key}: {json.dumps(a.get(section, {}).get(key))} -> {json.dumps(value)}"
+        f"{section}.{key}: {json.dumps(old[section].get(key))} -> {json.dumps(value)}"
         for section, entries in b.items()
         for key, value in entries.items()
-        if a.get(section, {}).get(key) != value
+        if old[section].get(key) != value and f"{section}.{key}" not in INDIFFERENT
     ]
