@@ -154,7 +154,7 @@ class Caches(Reporter):
         try:
             if not (found := sealed()):
                 return False
-            if found.made_from != self._made_from:
+            if found.made_from != self._made_from or found.files.keys() != {ARCHIVE}:
                 raise DataError("it was made by or for something else")
             _unpack(found, self.work)
         except (OSError, StorageError) as error:

@@ -224,10 +224,11 @@ def _run_ranks(stage: str, start: _Start) -> None:
     order = crew.order(stage, attempt=attempt.number, prepared=prepared, resume=int(resume.name) if resume else None)
     reporter = Told(attempt, start.uploads)
     caches = Caches(stage, site, start.recipe, crew.nodes, start.console, reporter, attempt.number)
+    ranks = crew.start(order, caches.site)
     try:
         supervise(
             stage,
-            crew.start(order, caches.site),
+            ranks,
             reporter=caches,
             console=start.console,
             interrupts=start.interrupts,
