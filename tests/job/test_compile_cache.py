@@ -18,7 +18,7 @@ from job.checkpoint_folder import identity
 from job.compile_cache import ARCHIVE, Caches
 from job.config import INDIFFERENT, Recipe, differing_keys, from_document, resolve
 from job.console import Console
-from job.nodes import Nodes
+from job.nodes import Nodes, Order
 from job.progress import Reporter
 from job.sealed import MANIFEST
 from job.site import Site
@@ -129,6 +129,28 @@ def test_it_is_sealed_when_all_ranks_are_warm_and_they_are_given_the_folder(tmp_
     names = ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]
     assert len({start.environment[name] for name in names}) == 3
     assert start.environment["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+
+
+def test_ranks_are_given_the_folder_whatever_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")
+    start = Start(tmp_path, "out", ranks=1)
+    (rank,) = start.caches.site.start(Order("pretrain"), Nodes(1))
+    given = Path(f"/proc/{rank.process.pid}/environ").read_text().split("\0")
+    rank.kill()
+    os.close(rank.pipe)
+    assert start.environment.items() <= dict(entry.partition("=")[::2] for entry in given).items()
+
+
+def test_gpus_are_described_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.gpu_names() == ""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\necho "{GPU}"\necho "{GPU}"\n')
+    program.chmod(0o755)
+    assert machine.gpu_names() == GPU
+    program.write_text("#!/bin/sh\necho no driver\nexit 9\n")
+    assert machine.gpu_names() == ""
 
 
 def test_what_a_later_start_adds_is_sealed_with_the_rest(tmp_path: Path, kept: Path) -> None:
