@@ -29,7 +29,7 @@ PULLS = 8
 LINK_SECONDS = 7 * 24 * 3600
 """as long as S3 lets an address of the live page be valid"""
 SHARED_FOR = 24 * 3600.0
-"""seconds after which an unfinished upload of a prepared set, which other runs may be making too, is nobody's any more"""
+"""seconds after which an unfinished upload of what other runs may be uploading too is nobody's any more"""
 BPB = "bpb"
 
 
@@ -81,7 +81,8 @@ class Bucket:
     def begin(self, run: Path, attempt: Attempt, final_rows: int, console: Console, *, fresh: bool) -> None:
         """After the claim: sweep, discard or restore the run, and say where it can be watched."""
         self.store.sweep(run_key(run.name))
-        self.store.sweep("prepared", older_than=SHARED_FOR)
+        for shared in ("prepared", "compiled"):
+            self.store.sweep(shared, older_than=SHARED_FOR)
         if fresh:
             self.discard(run.name, console)
         self.restore(run, attempt, final_rows, console)

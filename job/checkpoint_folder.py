@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from job.attempt import Attempt
+from job.config import FREE
 from job.console import Console
 from job.errors import DataError
 from job.sealed import Sealed, content_id, is_sealed, open_sealed, seal_written, storage_errors, write_manifest
@@ -47,7 +48,10 @@ def folders(run: Path) -> list[Path]:
 
 def identity(recipe: Mapping[str, Mapping[str, Any]], prepared: str) -> dict[str, str]:
     """What a checkpoint belongs to: the sections that decide the weights, and the rows."""
-    trained = {section: recipe[section] for section in ("model", "data", "train")}
+    trained = {
+        section: {key: value for key, value in recipe[section].items() if f"{section}.{key}" not in FREE}
+        for section in ("model", "data", "train")
+    }
     return {"recipe": content_id("recipe", trained), "prepared": prepared}
 
 

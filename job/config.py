@@ -119,6 +119,8 @@ class TrainConfig:
     """steps between validations; 0 = at the end only"""
     val_tokens: int = 41_943_040
     """validation tokens; fewer when the held-out text has fewer"""
+    compile_cache: bool = True
+    """on a GPU: keep what was compiled, also in the bucket, and load it when the run goes on (it is code that will be executed)"""
 
     def check(self) -> None:
         finite = math.isfinite(self.param_data_ratio)
@@ -219,8 +221,8 @@ SECTIONS: dict[str, type] = {
     "eval": EvalConfig,
     "comm": CommConfig,
 }
-FREE = ("comm",)
-"""sections whose values may change from one attempt of a run to the next"""
+FREE = frozenset({f"comm.{field.name}" for field in dataclasses.fields(CommConfig)} | {"train.compile_cache"})
+"""keys that belong to no checkpoint: a run may go on with other values"""
 
 
 def _multiple(value: int, of: int) -> int:
@@ -356,13 +358,12 @@ def _completed(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], *, free: bool = False) -> list[str]:
-    """`section.key: old -> new` for every value in which two `recipe` documents differ: in the sections that a run is begun with, or
-    in those that are `free` to change."""
+    """`section.key: old -> new` for every value in which two `recipe` documents differ, among the keys that a run is begun with, or
+    those that are `free` to change."""
     old, new = _completed(a), _completed(b)
     return [
         f"{section}.{key}: {json.dumps(old[section].get(key))} -> {json.dumps(value)}"
         for section, entries in new.items()
-        if (section in FREE) == free
         for key, value in entries.items()
-        if old[section].get(key) != value
+        if (f"{section}.{key}" in FREE) == free and old[section].get(key) != value
     ]

@@ -19,11 +19,13 @@ from typing import Any
 
 from job.bucket import Bucket
 from job.checkpoint_folder import sweep_parts
+from job.compile_cache import Caches
 from job.config import Recipe
 from job.console import Console
 from job.errors import DataError, InterruptedRun, SpeedrunError, UsageError, error_for
 from job.nodes import Nodes, Order, same_command
 from job.processes import GRACE, LocalRank
+from job.progress import Reporter
 from job.site import Site
 from job.split_checkpoint import fetch
 from job.supervise import GOES_ON, Interrupts
@@ -45,7 +47,11 @@ def join(
 
     site = Site(out, run_folder(out, run_id), recipe.train.threads, bucket and bucket.store)
     with Interrupts() as interrupts:
-        follow(nodes, site, same_command(recipe, nodes), begin=begin, interrupts=interrupts, console=console)
+        caches = Caches("pretrain", site, recipe, nodes, console, Reporter())
+        try:
+            follow(nodes, caches.site, same_command(recipe, nodes), begin=begin, interrupts=interrupts, console=console)
+        finally:
+            caches.end(interrupted=interrupts.count > 0)
 
 
 def follow(nodes: Nodes, site: Site, same: str, *, begin: Callable[[bool], None], interrupts: Interrupts, console: Console) -> None:

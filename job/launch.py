@@ -25,6 +25,7 @@ from job import container, machine
 from job.attempt import Attempt, fold
 from job.bucket import Bucket
 from job.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
+from job.compile_cache import Caches
 from job.config import SCHEMA, Recipe, differing_keys, from_document, resolve
 from job.console import Console
 from job.crew import Crew, crew_of
@@ -224,18 +225,21 @@ def _run_ranks(stage: str, start: _Start) -> None:
             share(site.fenced(attempt.number), run, int(resume.name))
             crew.fetch(int(resume.name))
     order = crew.order(stage, attempt=attempt.number, prepared=prepared, resume=int(resume.name) if resume else None)
-    ranks = crew.start(order, site)
+    reporter = Told(attempt, start.uploads)
+    caches = Caches(stage, site, start.recipe, crew.nodes, start.console, reporter, attempt.number)
+    ranks = crew.start(order, caches.site)
     try:
         supervise(
             stage,
             ranks,
-            reporter=Told(attempt, start.uploads),
+            reporter=caches,
             console=start.console,
             interrupts=start.interrupts,
             keeper=keeper,
             meanwhile=start.uploads.check,
         )
     finally:
+        caches.end(interrupted=start.interrupts.count > 0)
         if keeper:
             keeper.end()
     if stage == "pretrain" and crew.split:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,14 +66,28 @@ def compute_dtype(wanted: str, gpu: bool = False) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def describe() -> dict[str, Any]:
-    """Fields of the event attempt.started: host, versions and CPU."""
+def gpu_names() -> str:
+    """Names, compute capabilities and driver of the GPUs as nvidia-smi lists them, each kind once; empty without a GPU, or without it."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return "; ".join(sorted(set(listed.splitlines())))
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of those `packages` that are installed."""
     from importlib.metadata import version
 
-    packages = ("torch", "torchao", "numpy", "rustbpe", "tiktoken", "gpt2-speedrun")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages if _installed(name)}
+    return {"python": platform.python_version()} | {name: version(name) for name in packages if _installed(name)}
+
+
+def describe() -> dict[str, Any]:
+    """Fields of the event attempt.started: host, versions and CPU."""
     cpu = {"model": cpu_name(), "cores": usable_cores(), "bf16": has_fast_bf16()}
-    return {"host": platform.node(), "versions": versions, "cpu": cpu}
+    known = versions("torch", "torchao", "numpy", "rustbpe", "tiktoken", "gpt2-speedrun")
+    return {"host": platform.node(), "versions": known, "cpu": cpu}
 
 
 def _installed(name: str) -> bool:

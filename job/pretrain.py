@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from job import checkpoint, checkpoint_folder, machine, preflight
+from job import checkpoint, checkpoint_folder, compile_cache, machine, preflight
 from job.bpb import validate
 from job.config import CommConfig, Recipe
 from job.data.feed import Job, training_rows
@@ -258,7 +258,8 @@ def main(context: RankContext) -> None:
     with training_rows(prepared, job, context.reporter, feeds=context.local_rank == 0) as rows:
         run = build(context, recipe, derived, prepared, rows, device)
         if device.type == "cuda":
-            warm_up(run)
+            with compile_cache.warming(context):
+                warm_up(run)
         gc.collect()
         gc.freeze()  # what is alive now stays: no later collection looks at it
         context.borders.start_from(run.step)

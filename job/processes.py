@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from job.machine import usable_cores
@@ -149,16 +150,19 @@ def start_ranks(
     here: range | None = None,
     node: int | None = None,
     master: tuple[str, int] | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[LocalRank]:
     """Start those of `world_size` ranks that are `here`: all, unless several nodes share them and this is number `node` of them.
 
-    They meet at `master`, an address and a port of the first node. `threads` CPU threads each (0: the cores, divided).
+    They meet at `master`, an address and a port of the first node. `threads` CPU threads each (0: the cores, divided). `environment` is
+    given to them whatever this process's own says.
     """
     here = range(world_size) if here is None else here
     address, port = master or ("127.0.0.1", free_port())
     shared = (
         RANK_ENVIRONMENT
         | os.environ
+        | environment
         | {
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": address,

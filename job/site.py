@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 from job.checkpoint_folder import folder_of
@@ -23,6 +24,8 @@ class Site:
     run: Path
     threads: int = 0
     store: Store | None = None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """variables that its ranks are given beside those that all processes have"""
 
     def fenced(self, attempt: int) -> Store:
         """The store for the writes of `attempt`."""
@@ -44,6 +47,7 @@ class Site:
             [order.stage, str(self.out), str(self.run / "recipe.json"), str(self.run), str(order.attempt), resume, order.prepared],
             world_size=world_size,
             threads=self.threads,
+            environment=self.environment,
             logs=self.run / "logs",
             label=f"{order.attempt}.{order.stage}",
             here=here,

@@ -3,6 +3,7 @@
     local disk                                 bucket, the same keys
     recipe.json                      ------>   first of all
     checkpoints/<rows>/              ------>   newest first; those beyond the newest KEEP are removed there too
+    compiled/<id>/                   ------>
     eval/<task>/ ...                 ------>
     prepared/<id>/**                 ------>   whatever is sealed, what makes the set whole last
     events/N.jsonl, report/          ------>   every minute, and last of all, with the ends of logs/
@@ -116,6 +117,7 @@ class Mirror:
         if self.run:
             yield self.run / "recipe.json"
             yield from folders(self.run)
+            yield from sorted(sealed_below(self.out / "compiled"))
             yield from sorted(sealed_below(self.run / "eval"))
         for set_id in sorted(self.prepared):
             yield from sorted(sealed_below(self.out / "prepared" / set_id), key=lambda p: (p.name in LAST_OF_A_SET, p))
