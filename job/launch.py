@@ -29,6 +29,7 @@ from job.config import SCHEMA, Recipe, differing_keys, from_document, resolve
 from job.console import Console
 from job.crew import Crew, crew_of
 from job.errors import ExitCode, SpeedrunError, UsageError
+from job.fruitless import RankDied, judged
 from job.mirror import mirrored
 from job.nodes import Nodes, same_command
 from job.processes import start_ranks
@@ -232,6 +233,8 @@ def _run_ranks(stage: str, start: _Start) -> None:
             keeper=keeper,
             meanwhile=start.uploads.check,
         )
+    except RankDied as died:
+        raise judged(run, attempt.number, died) from None
     finally:
         if keeper:
             keeper.end()
@@ -259,7 +262,8 @@ def _last_word(attempt: Attempt, uploads: Uploads) -> Iterator[None]:
         expected = isinstance(error, SpeedrunError)
         uploads.flush(after=error)
         code = error.exit_code if expected else ExitCode.BUG
-        attempt.emit("attempt.ended", exit_code=int(code), reason=str(error) if expected else repr(error))
+        noted = error.noted if expected else {}
+        attempt.emit("attempt.ended", exit_code=int(code), reason=str(error) if expected else repr(error), **noted)
         uploads.last(after=error)
         raise
     finally:
