@@ -279,6 +279,10 @@ def _run(
         return
     for sentence in preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2):
         console.say(sentence)
+    if strict and bucket is None:
+        raise UsageError(
+            "--strict is for machines that go away, and what is on this one would go with it: give --bucket s3://bucket/prefix"
+        )
     if not nodes.is_first:
         join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)
         return

@@ -279,6 +279,8 @@ def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket
         uploading(bucket, out, None, None, 0, console, interrupts, logs=Path(scratch)) as uploads,
     ):
         uploads.start()
+        if bucket:
+            console.say(f"mirroring what is prepared to {bucket.place}")
         recipe_file = Path(scratch) / "recipe.json"
         atomic_write(recipe_file, json.dumps(recipe_document(recipe, "prepare")).encode())
         ranks = start_ranks(
