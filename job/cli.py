@@ -23,7 +23,7 @@ from job.options import (
     run_options,
     talk_options,
 )
-from job.published_line import check_core_every
+from job.published_line import scored_at_the_end
 
 STAGES = ("prepare", "pretrain", "evaluate", "report")
 
@@ -110,15 +110,17 @@ def prepare(recipe: Any, out: Path, bucket: Any, quiet: bool, verbose: bool, dry
 @run_options
 @machine_options
 def pretrain(core_every: int | None, run_id: str | None, run_name: str | None, model_tag: str | None, **options: Any) -> None:
-    """Train the model (preparing its data first where that is not done). Takes the leaderboard's own flags.
+    """Train the model (preparing its data first where that is not done). Takes the leaderboard's own flags; with
+    --core-metric-every the model is scored when it is trained.
 
     \b
     Example:
       speedrun pretrain --preset smoke -o train.steps=100
       speedrun pretrain --generation run2 --depth=26 --target-param-data-ratio=8.5 --device-batch-size=16 --fp8 --dry-run
     """
-    check_core_every(core_every, options["recipe"])
-    _run(("prepare", "pretrain"), run_id=run_id or model_tag or run_name, **options)
+    scoring = scored_at_the_end(core_every, options["recipe"])
+    stages = STAGES if scoring else STAGES[:2]
+    _run(stages, run_id=run_id or model_tag or run_name, note=scoring, **options)
 
 
 @main.command()
@@ -263,7 +265,9 @@ def _run(
     verbose: bool,
     strict: bool = False,
     allow_fa2: bool = False,
+    note: str | None = None,
 ) -> None:
+    """`note`: a sentence to say first of all."""
     from job import container
 
     container.check_temporary_folder()  # torch wants one as it is imported
@@ -276,7 +280,11 @@ def _run(
     nodes = nodes_here(ranks, run_id, recipe.preset)
     if dry_run:
         click.echo(launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size))
+        if note:
+            click.echo(note)
         return
+    if note:
+        console.say(note)
     for sentence in preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2):
         console.say(sentence)
     if strict and bucket is None:
