@@ -180,14 +180,15 @@ def evaluate(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Score a finished model: bits per byte, tasks, samples; then its report.
+    """Score a finished model: bits per byte, tasks, samples; then its report. Where the run has a score that says more (CORE before a
+    smoke score, more items before fewer), that one and the report stay, and this one goes beside it.
 
     \b
     Example:
       speedrun evaluate --run-id smoke --core-bundle core_bundle.zip -o eval.cap=20
       speedrun evaluate --hf models/gpt2 -o eval.cap=1000
     """
-    from job import launch
+    from job import launch, rescore
     from job.nodes import nodes_here
 
     if (run_id is None) == (hf is None):
@@ -203,14 +204,21 @@ def evaluate(
         return
 
     run_path = launch.existing_run(out, run_id, bucket)
-    recipe = launch.recipe_for_evaluation(run_path, core_bundle, overrides)
-    if dry_run:
-        click.echo(launch.describe_plan(out, run_path, recipe, ("evaluate", "report"), ranks=nodes.ranks))
-        return
+    if bucket:
+        bucket.pull_results(run_path)
+    recipe = rescore.recipe_for_evaluation(run_path, core_bundle, overrides)
     stages = STAGES[2:] if bucket is None else ("prepare", *STAGES[2:])  # what this machine may not have, the bucket has
-    with launch.changed_evaluation(run_path, recipe):
-        launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, again=True, bucket=bucket)
-    _show_result(run_path, as_json, quiet)
+    with rescore.asking(run_path, recipe, launch.recipe_document(recipe, run_id)) as asked:
+        kept = f"the run has a fuller score, which stays as it is; this one is in {asked.folder}" if asked.is_lesser else ""
+        if dry_run:
+            plan = launch.describe_plan(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks)
+            click.echo(f"{plan}\n{kept}".rstrip())
+            return
+        launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, asked=asked, bucket=bucket)
+    if asked.is_lesser:
+        _show_lesser(run_path, asked.folder, kept, as_json, quiet)
+    else:
+        _show_result(run_path, as_json, quiet)
 
 
 @main.command()
@@ -334,6 +342,16 @@ def _show_result(run_path: Path, as_json: bool, quiet: bool) -> None:
         click.echo(text, nl=False)
     elif not quiet:
         click.echo("\n".join(summary_lines(json.loads(text), run_path / "report" / "report.html")))
+
+
+def _show_lesser(run_path: Path, answers: Path, kept: str, as_json: bool, quiet: bool) -> None:
+    from job.core_eval.ledger import Ledger, table_lines
+    from job.report.result import build_result
+
+    if as_json:
+        click.echo(json.dumps(build_result(run_path, answers), indent=1))
+    elif not quiet:
+        click.echo("\n".join([*table_lines(Ledger.open(answers)), kept]))
 
 
 def _verbosity(quiet: bool, verbose: bool) -> int:
