@@ -51,12 +51,12 @@ def check_place(url: str, out: Path, *, strict: bool = False) -> None:
             raise UsageError(
                 f"--strict is for machines that go away, and the folder {url} would go with it: give --bucket s3://bucket/prefix"
             )
+        _check_apart(Path(url), out)
         if not (url.startswith(("/", "./", "../")) or os.path.isdir(url)):
             name = url.strip("/ ")
             raise UsageError(
                 f"--bucket {url} may mean a bucket or a folder, and no such folder is there: write s3://{name}, or ./{name} for a new folder"
             )
-        _check_apart(Path(url), out)
     elif url.strip("/") == "s3:":
         raise UsageError(f"--bucket {url} names no bucket: write s3://bucket/prefix")
 
@@ -65,7 +65,7 @@ def _check_apart(folder: Path, out: Path) -> None:
     """UsageError when one of a mirror and what it mirrors is in the other, so that copies would be copied."""
     if _is_inside(folder, out):
         raise UsageError(
-            f"--bucket {folder} is --out {out} or inside it, and would be mirrored into itself: choose a folder elsewhere"
+            f"--bucket {folder} is --out {out} or inside it, and would be mirrored into itself: choose a folder elsewhere, or s3://bucket/prefix"
         )
     if any(_is_inside(out, folder / name) for name in ("prepared", "runs")):
         raise UsageError(f"--out {out} is among the copies that --bucket {folder} holds: choose an --out elsewhere")
