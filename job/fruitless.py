@@ -61,7 +61,7 @@ def deaths_in_a_row(events: Iterable[dict[str, Any]]) -> list[Death]:
             match event:
                 case {"kind": "checkpoint.sealed", "rows": rows} if rows > furthest:
                     stage, furthest = "pretrain", rows
-                case {"kind": "eval.task"} if event.get("scored", True):
+                case {"kind": "eval.task"} if not event.get("found"):
                     stage = "evaluate"
                 case {"kind": "prepare.tokenizer" | "prepare.rows" as kind} if not event.get("pulled"):
                     part = kind, event.get("shard")

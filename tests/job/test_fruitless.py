@@ -24,9 +24,9 @@ from job.supervise import Interrupts, supervise
 SEALED: dict[str, dict[str, Any]] = {
     "step 8": {"kind": "checkpoint.sealed", "rows": 64},
     "step 16": {"kind": "checkpoint.sealed", "rows": 128},
-    "task": {"kind": "eval.task", "task": "copa", "scored": True},
-    "known task": {"kind": "eval.task", "task": "copa", "scored": False},
-    "lesser task": {"kind": "eval.task", "task": "copa", "scored": True, "lesser": "core-20"},
+    "task": {"kind": "eval.task", "task": "copa"},
+    "known task": {"kind": "eval.task", "task": "copa", "found": True},
+    "lesser task": {"kind": "eval.task", "task": "copa", "lesser": "core-20"},
     "rows": {"kind": "prepare.rows", "shard": "a"},
     "more rows": {"kind": "prepare.rows", "shard": "b"},
     "pulled rows": {"kind": "prepare.rows", "shard": "c", "pulled": True},
@@ -199,7 +199,7 @@ def test_in_evaluation_a_scored_task_begins_a_new_row(dying, speedrun, tmp_path:
     for code in (75, 75):
         broken(command, code=code)
     file = run / "events" / "3.jsonl"
-    file.write_text(json.dumps({"t": 0.0, "attempt": 3, "seq": 0, "kind": "eval.task", "task": "x", "scored": True}) + "\n")
+    file.write_text(json.dumps({"t": 0.0, "attempt": 3, "seq": 0, "kind": "eval.task", "task": "x"}) + "\n")
     for code in (75, 75, 15):
         said = broken(command, code=code).stderr
     assert "speedrun: rank 1 of evaluate died of SIGSEGV, in the third attempt in a row" in said
