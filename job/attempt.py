@@ -193,13 +193,15 @@ def fold(run: Path) -> Record:
 
 
 def fold_event(record: Record, event: dict[str, Any]) -> None:
-    """Fold one more event into `record`; events come in the order of `read_events`."""
+    """Fold one more event into `record`; events come in the order of `read_events`. Those of lesser evaluations only take time."""
     fields = {k: v for k, v in event.items() if k not in ("attempt", "seq", "kind")}
     number, t = event["attempt"], event["t"]
     if not record.attempts or record.attempts[-1].number != number:
         record.attempts.append(Life(number, t, t))
     life = record.attempts[-1]
     life.end = t
+    if "lesser" in event:
+        return
     match event["kind"]:
         case "attempt.started":
             record.machine = fields

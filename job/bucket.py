@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -33,11 +34,63 @@ SHARED_FOR = 24 * 3600.0
 BPB = "bpb"
 
 
+def check_place(url: str, out: Path, *, strict: bool = False) -> None:
+    """UsageError unless `url` is s3://..., or plainly a folder (absolute, ./x, ../x, or there already) apart from `out`.
+
+    A misspelled bucket must not become a folder on a machine that goes away: with `strict` no folder will do.
+    """
+    if not url.strip():
+        raise UsageError("--bucket is empty: write s3://bucket/prefix (is the variable that you gave set?), or leave --bucket out")
+    if not url.startswith("s3://"):
+        if mistyped := re.fullmatch(r"s3[an]?(?::/*|/+)([^/].*)?", url.strip(), re.IGNORECASE):
+            if ":" in url or not os.path.isdir(url):
+                raise UsageError(f"--bucket {url} cannot be used: write s3://{mistyped[1] or 'bucket/prefix'}")
+        elif "://" in url:
+            raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix, or a folder")
+        if strict:
+            raise UsageError(
+                f"--strict is for machines that go away, and the folder {url} would go with it: give --bucket s3://bucket/prefix"
+            )
+        _check_apart(Path(url), out)
+        if not (url.startswith(("/", "./", "../")) or os.path.isdir(url)):
+            name = url.strip("/ ")
+            raise UsageError(
+                f"--bucket {url} may mean a bucket or a folder, and no such folder is there: write s3://{name}, or ./{name} for a new folder"
+            )
+    elif url.strip("/") == "s3:":
+        raise UsageError(f"--bucket {url} names no bucket: write s3://bucket/prefix")
+
+
+def _check_apart(folder: Path, out: Path) -> None:
+    """UsageError when one of a mirror and what it mirrors is in the other, so that copies would be copied."""
+    if _is_inside(folder, out):
+        raise UsageError(
+            f"--bucket {folder} is --out {out} or inside it, and would be mirrored into itself: choose a folder elsewhere, or s3://bucket/prefix"
+        )
+    if any(_is_inside(out, folder / name) for name in ("prepared", "runs")):
+        raise UsageError(f"--out {out} is among the copies that --bucket {folder} holds: choose an --out elsewhere")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or below it, whatever links or mounts lead there; neither need exist."""
+    real, target = Path(os.path.realpath(path)), os.path.realpath(folder)
+
+    def is_target(each: str) -> bool:
+        return each == target or (os.path.isdir(each) and os.path.isdir(target) and os.path.samefile(each, target))
+
+    return any(is_target(str(each)) for each in (real, *real.parents))
+
+
 class Bucket:
     """The store of one command, ready to be written. `wait`: seconds that the end of a run waits for its uploads."""
 
     def __init__(self, store: Store, wait: float) -> None:
         self.store, self.wait = store, wait
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words that leave no doubt whether it is a folder."""
+        return self.store.url if "://" in self.store.url else f"the folder {Path(self.store.url).resolve()}"
 
     @classmethod
     def at(cls, url: str, wait: float = 600.0) -> Bucket:
@@ -79,7 +132,8 @@ class Bucket:
             console.say(f"--fresh: discarded what {self.store.url}/{run_key(run_id)} had")
 
     def begin(self, run: Path, attempt: Attempt, final_rows: int, console: Console, *, fresh: bool) -> None:
-        """After the claim: sweep, discard or restore the run, and say where it can be watched."""
+        """After the claim: say where the run is mirrored to, sweep, discard or restore it, and say where it can be watched."""
+        console.say(f"mirroring run {run.name} to {self.place}")
         self.store.sweep(run_key(run.name))
         for shared in ("prepared", "compiled"):
             self.store.sweep(shared, older_than=SHARED_FOR)
@@ -137,8 +191,9 @@ class Bucket:
 
     def _answers(self, run: Path) -> list[tuple[Path, str]]:
         kinds = {"ledger": LEDGER, BPB: BPB}
-        names = sealed_names(self.store, f"{run_key(run.name)}/eval")
-        return [(run / "eval" / name, kinds.get(name, ANSWERS)) for name in names]
+        keys = map(PurePosixPath, self.store.list(f"{run_key(run.name)}/eval"))
+        folders = sorted(key.parent.relative_to(run_key(run.name)) for key in keys if key.name == MANIFEST)
+        return [(run / folder, kinds.get(folder.name, ANSWERS)) for folder in folders]
 
     def _pull(self, key: str, folder: Path, kind: str) -> bool | DataError:
         """Whether there was something to pull; DataError, not raised, where it is damaged."""

@@ -23,7 +23,7 @@ from job.options import (
     run_options,
     talk_options,
 )
-from job.published_line import check_core_every
+from job.published_line import scored_at_the_end
 
 STAGES = ("prepare", "pretrain", "evaluate", "report")
 
@@ -110,15 +110,17 @@ def prepare(recipe: Any, out: Path, bucket: Any, quiet: bool, verbose: bool, dry
 @run_options
 @machine_options
 def pretrain(core_every: int | None, run_id: str | None, run_name: str | None, model_tag: str | None, **options: Any) -> None:
-    """Train the model (preparing its data first where that is not done). Takes the leaderboard's own flags.
+    """Train the model (preparing its data first where that is not done). Takes the leaderboard's own flags; with
+    --core-metric-every the model is scored when it is trained.
 
     \b
     Example:
       speedrun pretrain --preset smoke -o train.steps=100
       speedrun pretrain --generation run2 --depth=26 --target-param-data-ratio=8.5 --device-batch-size=16 --fp8 --dry-run
     """
-    check_core_every(core_every, options["recipe"])
-    _run(("prepare", "pretrain"), run_id=run_id or model_tag or run_name, **options)
+    scoring = scored_at_the_end(core_every, options["recipe"])
+    stages = STAGES if scoring else STAGES[:2]
+    _run(stages, run_id=run_id or model_tag or run_name, note=scoring, **options)
 
 
 @main.command()
@@ -178,14 +180,15 @@ def evaluate(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Score a finished model: bits per byte, tasks, samples; then its report.
+    """Score a finished model: bits per byte, tasks, samples; then its report. Where the run has a score that says more (CORE before a
+    smoke score, more items before fewer), that one and the report stay, and this one goes beside it.
 
     \b
     Example:
       speedrun evaluate --run-id smoke --core-bundle core_bundle.zip -o eval.cap=20
       speedrun evaluate --hf models/gpt2 -o eval.cap=1000
     """
-    from job import launch
+    from job import launch, rescore
     from job.nodes import nodes_here
 
     if (run_id is None) == (hf is None):
@@ -201,14 +204,21 @@ def evaluate(
         return
 
     run_path = launch.existing_run(out, run_id, bucket)
-    recipe = launch.recipe_for_evaluation(run_path, core_bundle, overrides)
-    if dry_run:
-        click.echo(launch.describe_plan(out, run_path, recipe, ("evaluate", "report"), ranks=nodes.ranks))
-        return
+    if bucket:
+        bucket.pull_results(run_path)
+    recipe = rescore.recipe_for_evaluation(run_path, core_bundle, overrides)
     stages = STAGES[2:] if bucket is None else ("prepare", *STAGES[2:])  # what this machine may not have, the bucket has
-    with launch.changed_evaluation(run_path, recipe):
-        launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, again=True, bucket=bucket)
-    _show_result(run_path, as_json, quiet)
+    with rescore.asking(run_path, recipe, launch.recipe_document(recipe, run_id)) as asked:
+        kept = f"the run has a fuller score, which stays as it is; this one is in {asked.folder}" if asked.is_lesser else ""
+        if dry_run:
+            plan = launch.describe_plan(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks)
+            click.echo(f"{plan}\n{kept}".rstrip())
+            return
+        launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, asked=asked, bucket=bucket)
+    if asked.is_lesser:
+        _show_lesser(run_path, asked.folder, kept, as_json, quiet)
+    else:
+        _show_result(run_path, as_json, quiet)
 
 
 @main.command()
@@ -263,7 +273,9 @@ def _run(
     verbose: bool,
     strict: bool = False,
     allow_fa2: bool = False,
+    note: str | None = None,
 ) -> None:
+    """`note`: a sentence to say first of all."""
     from job import container
 
     container.check_temporary_folder()  # torch wants one as it is imported
@@ -274,13 +286,17 @@ def _run(
     run_id = run_id or recipe.preset
     console = Console(_verbosity(quiet, verbose))
     nodes = nodes_here(ranks, run_id, recipe.preset)
-    idle = preflight.about_comm(recipe, nodes.world_size)
+    notes = [*([note] if note else []), *preflight.about_comm(recipe, nodes.world_size)]
     if dry_run:
         plan = launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size)
-        click.echo("\n".join([plan, *idle]))
+        click.echo("\n".join([plan, *notes]))
         return
-    for sentence in preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2) + idle:
+    for sentence in [*notes, *preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2)]:
         console.say(sentence)
+    if strict and bucket is None:
+        raise UsageError(
+            "--strict is for machines that go away, and what is on this one would go with it: give --bucket s3://bucket/prefix"
+        )
     if not nodes.is_first:
         join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)
         return
@@ -324,6 +340,16 @@ def _show_result(run_path: Path, as_json: bool, quiet: bool) -> None:
         click.echo(text, nl=False)
     elif not quiet:
         click.echo("\n".join(summary_lines(json.loads(text), run_path / "report" / "report.html")))
+
+
+def _show_lesser(run_path: Path, answers: Path, kept: str, as_json: bool, quiet: bool) -> None:
+    from job.core_eval.ledger import Ledger, table_lines
+    from job.report.result import build_result
+
+    if as_json:
+        click.echo(json.dumps(build_result(run_path, answers), indent=1))
+    elif not quiet:
+        click.echo("\n".join([*table_lines(Ledger.open(answers)), kept]))
 
 
 def _verbosity(quiet: bool, verbose: bool) -> int:

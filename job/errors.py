@@ -7,6 +7,9 @@ and exits with the code of its class. Anything else that escapes is a bug of our
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 
 class ExitCode(enum.IntEnum):
@@ -44,6 +47,8 @@ class SpeedrunError(Exception):
     """An expected failure: `str(error)` is one sentence with the remedy, `exit_code` its row of the table."""
 
     exit_code = ExitCode.BUG
+    noted: Mapping[str, Any] = MappingProxyType({})
+    """what the last event of the attempt that this error ends says beside code and reason"""
 
 
 class UsageError(SpeedrunError):
@@ -68,6 +73,10 @@ class DivergedError(SpeedrunError):
 
 class OutOfMemoryError(SpeedrunError):
     exit_code = ExitCode.OUT_OF_MEMORY
+
+
+class SilentRankError(SpeedrunError):
+    exit_code = ExitCode.SILENT_RANK
 
 
 class InterruptedRun(SpeedrunError):

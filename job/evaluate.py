@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import torch
 
@@ -42,10 +43,26 @@ def main(context: RankContext) -> None:
     backend = choose_backend(device, recipe)
     model = load(derived.config, final, device, recipe.train.dtype)
     with joined(context.rank, context.world_size) as ranks:
+        if context.answers() != context.run / "eval":  # beside the run's own score, which has the rest
+            score(context, model, prepared, final, ranks, backend, LesserReporter(context.reporter, context.answers().name))
+            return
         seal_bits_per_byte(context, model, prepared, final, ranks)
-        score(context, model, prepared, final, ranks, backend)
+        score(context, model, prepared, final, ranks, backend, context.reporter)
         if ranks.rank == 0:
             write_samples(context, model, prepared)
+
+
+class LesserReporter(Reporter):
+    """Marks every event as one of a lesser evaluation, which the run's record leaves out (job/rescore.py)."""
+
+    def __init__(self, reporter: Reporter, name: str) -> None:
+        self._reporter, self._name = reporter, name
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        self._reporter.emit(kind, lesser=self._name, **fields)
+
+    def progress(self, stage: str, done: float, total: float, unit: str) -> None:
+        self._reporter.progress(stage, done, total, unit)
 
 
 def choose_backend(device: torch.device, recipe: Recipe) -> str:
@@ -87,12 +104,14 @@ def fit_bigram(prepared: Prepared, recipe: Recipe, final: Sealed) -> float | Non
     return bigram_bpb(trained, bpb.validation_rows(prepared, recipe), tokenizer.token_bytes, tokenizer.vocab_size)
 
 
-def score(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks, backend: str) -> None:
+def score(
+    context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks, backend: str, reporter: Reporter
+) -> None:
     """CORE from the recipe's bundle, or the smoke score from the bundle made of held-out text."""
     recipe = context.recipe()
     cap = recipe.eval.cap or None
     if ranks.rank == 0:
-        eval_bundle(context.out, recipe, prepared, context.reporter)  # fetched by one rank, found by the others
+        eval_bundle(context.out, recipe, prepared, reporter)  # fetched by one rank, found by the others
     ranks.all_gather(None)
     bundle = eval_bundle(context.out, recipe, prepared, Reporter())
     answered_by = {
@@ -105,9 +124,9 @@ def score(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, r
         Forward(model),
         prepared.tokenizer,
         bundle,
-        context.run / "eval",
+        context.answers(),
         cap=cap,
-        reporter=context.reporter,
+        reporter=reporter,
         made_from=answered_by,
         items=items_folder(prepared, bundle, cap),
         device=model.wte.weight.device,

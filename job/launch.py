@@ -26,16 +26,18 @@ from job.attempt import Attempt, fold
 from job.bucket import Bucket
 from job.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
 from job.compile_cache import Caches
-from job.config import SCHEMA, Recipe, differing_keys, from_document, resolve
+from job.config import SCHEMA, Recipe, differing_keys
 from job.console import Console
 from job.crew import Crew, crew_of
 from job.errors import ExitCode, SpeedrunError, UsageError
+from job.fruitless import RankDied, judged
 from job.mirror import mirrored
 from job.nodes import Nodes, same_command
 from job.processes import start_ranks
 from job.progress import Reporter
 from job.report.render import write_report
-from job.sealed import atomic_write, is_sealed, open_sealed
+from job.rescore import Asked, fullness, fullness_of_score
+from job.sealed import MANIFEST, atomic_write, is_sealed
 from job.site import Site
 from job.split_checkpoint import SplitKeeper, fetch, share
 from job.supervise import Interrupts, supervise
@@ -125,10 +127,6 @@ def existing_run(out: Path, run_id: str, bucket: Bucket | None = None) -> Path:
     return run
 
 
-def read_recipe(run: Path) -> dict:
-    return json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-
-
 def is_done(stage: str, run: Path, recipe: Recipe) -> bool:
     """Whether sealed folders say that `stage` has nothing left to do."""
     from job.derive import derive
@@ -136,9 +134,8 @@ def is_done(stage: str, run: Path, recipe: Recipe) -> bool:
     final = folder_of(run, derive(recipe).rows)
     if stage == "pretrain":
         return is_sealed(final)
-    if stage == "evaluate" and is_sealed(final) and is_sealed(run / "eval" / "ledger"):
-        scored = open_sealed(run / "eval" / "ledger", kind="eval_ledger").made_from["weights"]
-        return scored == open_sealed(final, kind="checkpoint", verify=False).id
+    if stage == "evaluate":
+        return is_sealed(final) and fullness_of_score(run, derive(recipe).rows) >= fullness(recipe.eval)
     return False
 
 
@@ -150,11 +147,11 @@ def execute(
     *,
     console: Console,
     nodes: Nodes,
-    again: bool = False,
+    asked: Asked | None = None,
     bucket: Bucket | None = None,
     fresh: bool = False,
 ) -> None:
-    """On the first node: claim an attempt and bring every stage of `stages` to its end; `again` repeats stages that are done.
+    """On the first node: claim an attempt and bring every stage of `stages` to its end; with `asked`, that evaluation too if one is done.
 
     With a `bucket` the run goes on from what is there, unless `fresh` discards that, and is mirrored there.
     Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
@@ -164,7 +161,7 @@ def execute(
     attempt = Attempt.claim(run, bucket and bucket.store, **({"fresh": True} if fresh else {}))
     attempt.emit("attempt.started", argv=sys.argv[1:], nodes=nodes.count, **machine.describe())
     final = folder_of(run, derive(recipe).rows)
-    site = Site(out, run, recipe.train.threads, bucket and bucket.store)
+    site = Site(out, run, recipe.train.threads, bucket and bucket.store, asked and asked.document)
     with (
         Interrupts() as interrupts,
         crew_of(nodes, interrupts, console) as crew,
@@ -179,14 +176,16 @@ def execute(
         with mirrored(run, attempt, console):  # from here on: the mirror's names follow from the run's first event
             for stage in stages:
                 interrupts.check(stage)
-                if not again and is_done(stage, run, recipe):
+                if not asked and is_done(stage, run, recipe):
                     attempt.emit("stage.skipped", stage=stage, why="sealed")
                     console.say(f"{stage}: done already")
                     continue
                 attempt.check_newest()
                 started = time.monotonic()
                 attempt.emit("stage.started", stage=stage)
-                if stage == "report":
+                if stage == "report" and asked and asked.is_lesser and is_sealed(run / "report"):
+                    (run / "report" / MANIFEST).touch()  # it says all that it said: the uploader takes it for this attempt's
+                elif stage == "report":
                     write_report(run)
                 else:
                     _run_ranks(stage, start)
@@ -238,6 +237,8 @@ def _run_ranks(stage: str, start: _Start) -> None:
             keeper=keeper,
             meanwhile=start.uploads.check,
         )
+    except RankDied as died:
+        raise judged(run, attempt.number, died) from None
     finally:
         caches.end(interrupted=start.interrupts.count > 0)
         if keeper:
@@ -266,7 +267,8 @@ def _last_word(attempt: Attempt, uploads: Uploads) -> Iterator[None]:
         expected = isinstance(error, SpeedrunError)
         uploads.flush(after=error)
         code = error.exit_code if expected else ExitCode.BUG
-        attempt.emit("attempt.ended", exit_code=int(code), reason=str(error) if expected else repr(error))
+        noted = error.noted if expected else {}
+        attempt.emit("attempt.ended", exit_code=int(code), reason=str(error) if expected else repr(error), **noted)
         uploads.last(after=error)
         raise
     finally:
@@ -282,6 +284,8 @@ def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket
         uploading(bucket, out, None, None, 0, console, interrupts, logs=Path(scratch)) as uploads,
     ):
         uploads.start()
+        if bucket:
+            console.say(f"mirroring what is prepared to {bucket.place}")
         recipe_file = Path(scratch) / "recipe.json"
         atomic_write(recipe_file, json.dumps(recipe_document(recipe, "prepare")).encode())
         ranks = start_ranks(
@@ -303,33 +307,6 @@ class Said(Reporter):
             self._console.say(
                 f"prepared {fields['id']}: {fields['train_rows']:,} rows to train on, {fields['val_rows']:,} held out"
             )
-
-
-def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequence[str]) -> Recipe:
-    """The run's recipe with another `eval` section; UsageError for a key of any other section."""
-    recipe = from_document(read_recipe(run))
-    foreign = [o for o in overrides if not o.startswith("eval.")]
-    if foreign:
-        raise UsageError(
-            f"-o {foreign[0]} cannot be used: the run is trained, only keys of the eval section can change, e.g. -o eval.cap=20"
-        )
-    values = {f"{section}.{key}": value for section, entries in recipe.values().items() for key, value in entries.items()}
-    flags = {key: (recipe.sources[key], value) for key, value in values.items()}
-    if core_bundle is not None:
-        flags["eval.core_bundle"] = ("--core-bundle", core_bundle)
-    return resolve(recipe.preset, flags, overrides)
-
-
-@contextlib.contextmanager
-def changed_evaluation(run: Path, recipe: Recipe) -> Iterator[None]:
-    """The run's recipe with its changed `eval` section; put back when the evaluation refuses it."""
-    before = (run / "recipe.json").read_bytes()
-    atomic_write(run / "recipe.json", json.dumps(recipe_document(recipe, run.name), indent=1).encode())
-    try:
-        yield
-    except UsageError:
-        atomic_write(run / "recipe.json", before)
-        raise
 
 
 def describe_plan(out: Path, run: Path | None, recipe: Recipe, stages: Sequence[str], *, ranks: int) -> str:

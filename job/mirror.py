@@ -23,6 +23,7 @@ from pathlib import Path
 from job.attempt import Attempt, fold
 from job.console import Console
 from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
+from job.processes import python_environment
 
 COMMAND = [sys.executable, "-m", "job.mirror_wandb"]
 FINISH = 20.0
@@ -80,7 +81,6 @@ class Mirror:
     def __init__(self, run: Path, attempt: int, console: Console) -> None:
         log = run / "logs" / (f"{attempt}.wandb.log" if attempt else "wandb-sync.log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        root = str(Path(__file__).parent.parent)
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
                 [*COMMAND, str(run.resolve()), str(attempt)],
@@ -88,7 +88,7 @@ class Mirror:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
+                env=python_environment(os.environ),
                 start_new_session=True,
             )
         self._log, self._console = log, console

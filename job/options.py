@@ -31,7 +31,7 @@ def bucket_options(command: Callable) -> Callable:
         "url",
         envvar="SPEEDRUN_BUCKET",
         metavar="URL",
-        help="Mirror everything to s3://bucket/prefix (or a folder), and go on from what is there.  [env: SPEEDRUN_BUCKET]",
+        help="Mirror everything to s3://bucket/prefix (or a folder: /x, ./x), and go on from what is there.  [env: SPEEDRUN_BUCKET]",
     )
     @click.option(
         "--bucket-wait",
@@ -43,9 +43,12 @@ def bucket_options(command: Callable) -> Callable:
     )
     @functools.wraps(command)
     def wrapped(url: str | None, bucket_wait: float, **others: Any) -> Any:
-        from job.bucket import Bucket
+        from job.bucket import Bucket, check_place
 
-        bucket = Bucket.at(url, 60 * bucket_wait) if url and not others.get("dry_run") and not others.get("hf") else None
+        wanted = url is not None and not others.get("hf")
+        if wanted:
+            check_place(url, others["out"], strict=others.get("strict", False))
+        bucket = Bucket.at(url, 60 * bucket_wait) if wanted and not others.get("dry_run") else None
         return command(bucket=bucket, **others)
 
     return wrapped
@@ -117,6 +120,10 @@ def run_options(command: Callable) -> Callable:
 
 def machine_options(command: Callable) -> Callable:
     """Options of the commands that train on rented machines (job/preflight.py)."""
-    strict = click.option("--strict", is_flag=True, help="Refuse a machine that would train slowly; for machines that cost money.")
+    strict = click.option(
+        "--strict",
+        is_flag=True,
+        help="Refuse a machine that would train slowly, and a run without s3://; for machines that cost money.",
+    )
     fa2 = click.option("--allow-fa2", is_flag=True, help="With --strict, accept FlashAttention 2 where a faster kernel is missing.")
     return strict(fa2(command))

@@ -34,6 +34,7 @@ from job.errors import PreflightError, UsageError
 from job.machine import compute_dtype, memory_bytes
 from job.memory import host_memory
 from job.plan import make_plan
+from job.processes import python_environment
 from model import attention, fp8
 
 CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
@@ -54,7 +55,8 @@ def this_machine() -> Machine:
     """Asked in a process of its own: a process that has touched a GPU keeps some of its memory until it ends."""
     if not torch.cuda.device_count():  # asks the driver's library, and touches nothing
         return Machine()
-    asked = subprocess.run([sys.executable, "-m", "job.preflight"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "job.preflight"]
+    asked = subprocess.run(command, env=python_environment(os.environ), capture_output=True, text=True, check=False)
     if asked.returncode:
         raise PreflightError(f"the GPUs cannot be used: {asked.stderr.strip().splitlines()[-1]}; check the driver with nvidia-smi")
     found = json.loads(asked.stdout)

@@ -31,11 +31,21 @@ cores that others use too, spinning is 4 to 8 times slower. glibc keeps freed ac
 page: a step's page faults cost 15 to 30 % of it. Both measured in LOG.md. On a GPU, segments that grow leave no holes between
 activations of changing sizes: what the plan says fits must not fail by fragmentation."""
 
-PYTHONPATH = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-"""with which children find this package wherever they are started"""
+PACKAGES = str(Path(__file__).parent.parent)
+"""the folder of this package and of `model`"""
 
 LOG_TAIL = 30
 """lines of a rank's log that a failure shows"""
+
+
+def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` for a child that is Python: it finds this package wherever it is started, and nothing in the folder where it is.
+
+    `python -m` puts the working folder before everything else, and so does an empty entry of PYTHONPATH: a user's secrets.py or
+    model.py there would run inside the ranks, in the place of Python's or ours.
+    """
+    entries = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    return {**environment, "PYTHONPATH": os.pathsep.join([PACKAGES, *entries]), "PYTHONSAFEPATH": "1"}
 
 
 class Rank:
@@ -94,7 +104,7 @@ class LocalRank(Rank):
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**environment, "PYTHONPATH": PYTHONPATH, "SPEEDRUN_EVENTS_FD": str(write_end)},
+                env={**python_environment(environment), "SPEEDRUN_EVENTS_FD": str(write_end)},
                 pass_fds=[write_end],
                 start_new_session=True,
             )

@@ -61,7 +61,10 @@ def line_options(command: Callable) -> Callable:
         click.option("--save-every", type=int, help="Steps between checkpoints (train.checkpoint_every); -1 = at the end only."),
         click.option("--sample-every", type=int, help="Only -1: samples are drawn after training."),
         click.option(
-            "--core-metric-every", "core_every", type=int, help="Only -1 or a step past the end: CORE is scored afterwards."
+            "--core-metric-every",
+            "core_every",
+            type=int,
+            help="Any number: CORE is scored once, after the last step; -1: not at all.",
         ),
         click.option("--core-metric-max-per-task", "core_cap", type=int, help="Items per task (eval.cap); -1 = all."),
     )
@@ -73,7 +76,7 @@ def line_options(command: Callable) -> Callable:
 def recipe_flags(preset: str | None, options: dict[str, Any]) -> tuple[str | None, dict[str, tuple[str, Any]]]:
     """The preset to start from and what the line says, {key: (flag, value)}; UsageError where it leaves something open.
 
-    Takes its own out of a command's `options`, but for core_every, which `check_core_every` needs. Nothing given: (preset, {}).
+    Takes its own out of a command's `options`, but for core_every, which `scored_at_the_end` needs. Nothing given: (preset, {}).
     """
     generation = options.pop("generation")
     line = {name: options.get(name) if name == "core_every" else options.pop(name) for name in OPTIONS}
@@ -96,17 +99,22 @@ def recipe_flags(preset: str | None, options: dict[str, Any]) -> tuple[str | Non
     return generation or preset, flags
 
 
-def check_core_every(every: int | None, recipe: Recipe) -> None:
-    """UsageError when CORE is wanted within the steps of `recipe`."""
+def scored_at_the_end(every: int | None, recipe: Recipe) -> str | None:
+    """What --core-metric-every asks for, in a sentence: None where it asks for no score, UsageError where it means nothing.
+
+    The leaderboard's program scores every so many steps and after the last one. Here it is after the last one alone, which
+    changes neither the weights nor the timed seconds.
+    """
     if every is None or every == -1:
-        return
+        return None
+    if every < 1:
+        raise UsageError(f"--core-metric-every={every} cannot be used: give a number of steps, or -1 for no score")
     from job.derive import derive
 
-    if every < derive(recipe).steps:
-        raise UsageError(
-            f"--core-metric-every={every} cannot be used: CORE is scored once, when training is done (speedrun evaluate), which changes"
-            " neither the weights nor the timed seconds; give 999999"
-        )
+    steps = derive(recipe).steps
+    score = "CORE" if recipe.eval.core_bundle else "the smoke score (no --core-bundle)"
+    within = f", not every {every:,} steps: neither the weights nor the timed seconds change by that" if every < steps else ""
+    return f"--core-metric-every={every}: {score} is scored once, after the last of {steps:,} steps{within}"
 
 
 def _defaults(generation: str) -> dict[str, tuple[str, Any]]:

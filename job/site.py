@@ -26,6 +26,8 @@ class Site:
     store: Store | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """variables that its ranks are given beside those that all processes have"""
+    asked: Path | None = None
+    """the document of an evaluation that is asked for, where it is not the run's recipe.json"""
 
     def fenced(self, attempt: int) -> Store:
         """The store for the writes of `attempt`."""
@@ -42,9 +44,10 @@ class Site:
     def _start(self, order: Order, nodes: Nodes) -> list[LocalRank]:
         here, world_size = order.share(nodes)
         resume = "" if order.resume is None else str(folder_of(self.run, order.resume))
+        document = self.asked or self.run / "recipe.json"
         alone = nodes.count == 1 or order.stage == "prepare"
         return start_ranks(
-            [order.stage, str(self.out), str(self.run / "recipe.json"), str(self.run), str(order.attempt), resume, order.prepared],
+            [order.stage, str(self.out), str(document), str(self.run), str(order.attempt), resume, order.prepared],
             world_size=world_size,
             threads=self.threads,
             environment=self.environment,

@@ -23,6 +23,7 @@ from job import cgroup, container
 from job.checkpoint_folder import Keeper
 from job.console import Console
 from job.errors import InterruptedRun, OutOfMemoryError, error_for
+from job.fruitless import Death, RankDied, explained
 from job.processes import GRACE, Rank
 from job.progress import Reporter
 
@@ -91,7 +92,8 @@ def supervise(
     """Write down what the ranks of `stage` report until all have ended; `keeper` seals their checkpoints and says when one is due.
 
     `meanwhile` is called several times a second: what else the supervisor minds; it must not block, and what it raises ends the stage.
-    Raises InterruptedRun after a signal, the error a rank named, or RuntimeError (a bug of ours, exit 1) with the tail of its log.
+    Raises InterruptedRun after a signal, RankDied when one ended a rank, the error that a rank named,
+    or RuntimeError (a bug of ours, exit 1) with the tail of its log.
     """
     selector = selectors.DefaultSelector()
     for rank in ranks:
@@ -122,7 +124,7 @@ def supervise(
         selector.close()
     if cgroup.oom_kills() != kills and any(codes) and not any(rank.error for rank in ranks):
         raise OutOfMemoryError(_memory_sentence(stage))
-    _raise_failure(stage, ranks, codes)
+    _raise_failure(stage, ranks, codes, signalled=interrupts.count > 0)
 
 
 class _Borders:
@@ -223,16 +225,19 @@ def _memory_sentence(stage: str) -> str:
     )
 
 
-def _raise_failure(stage: str, ranks: Sequence[Rank], codes: list[int | None]) -> None:
-    """Raise what the first failed rank said, or what its exit code says; `codes` are from before the others were killed."""
+def _raise_failure(stage: str, ranks: Sequence[Rank], codes: list[int | None], *, signalled: bool) -> None:
+    """Raise what the first failed rank said, or what its exit code says; `codes` are from before the others were killed.
+
+    `signalled`: the supervisor was, so that a rank's death by a signal says nothing about the machine.
+    """
     for rank in ranks:
         if rank.error:
             raise error_for(*rank.error)
     for rank, code in zip(ranks, codes, strict=True):
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            hint = " (the system may be short of memory)" if name == "SIGKILL" else ""
-            raise InterruptedRun(f"{rank.name} of {stage} was killed by {name}{hint}; {GOES_ON}")
+            sentence = f"{rank.name} of {stage} was killed by {explained(name)}; {GOES_ON}"
+            raise InterruptedRun(sentence) if signalled else RankDied(sentence, Death(stage, rank.name, name), rank.log)
     for rank, code in zip(ranks, codes, strict=True):
         if code:
             raise RuntimeError(f"{rank.name} of {stage} failed; the end of {rank.log}:\n{rank.tail()}")

@@ -126,6 +126,10 @@ class RankContext:
         steps, tokens = (document["derived"][name]["value"] for name in ("steps", "batch_tokens"))
         return steps * tokens // document["recipe"]["model"]["seq_len"]
 
+    def answers(self) -> Path:
+        """Where the evaluation's answers go; below the run's folder."""
+        return self.run / json.loads(self.recipe_file.read_text(encoding="utf-8")).get("answers", "eval")
+
     def load(self) -> tuple[Recipe, Derived, Prepared]:
         """What the training and evaluation stages start from."""
         from job.data.prepare import Prepared

@@ -200,14 +200,15 @@ def evaluate(
     for task in bundle.tasks:
         task_from = {**made_from, "task": task.label}
         known = ranks.all_gather(sealed_answers(out, task.label, task_from) if ranks.rank == 0 else None)[0]
-        if known is None:
+        found = known is not None
+        if not found:
             known = _score_task(forward, task, tokens[task.label], token_budget, device, ranks)
             if ranks.rank == 0:
                 seal_answers(out, task.label, task_from, *known)
         results.append((task, *known))
         done += len(tokens[task.label])
         if ranks.rank == 0:
-            _report_task(reporter, results[-1])
+            _report_task(reporter, results[-1], found)
             reporter.progress("evaluate", done, total, "items")
     ledger = make_ledger(bundle.metric_name, results, made_from)
     if ranks.rank == 0:
@@ -236,7 +237,8 @@ def _score_task(
     return [answers[i] for i in range(len(items))], max(seconds for _, seconds in parts)
 
 
-def _report_task(reporter: Reporter, result: tuple[Task, Sequence[Answer], float]) -> None:
+def _report_task(reporter: Reporter, result: tuple[Task, Sequence[Answer], float], found: bool) -> None:
+    """Say how a task went; `found`: its answers were sealed already."""
     row = make_ledger("", [result], {}).tasks[0]
     reporter.emit(
         "eval.task",
@@ -248,4 +250,5 @@ def _report_task(reporter: Reporter, result: tuple[Task, Sequence[Answer], float
         baseline=row.baseline,
         centered=row.centered,
         seconds=row.seconds,
+        **({"found": True} if found else {}),
     )

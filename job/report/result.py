@@ -24,15 +24,15 @@ SCHEMA = 1
 TASK_KEYS = ("kind", "n", "shots", "accuracy", "centered", "se", "seconds")
 
 
-def build_result(run: Path) -> dict[str, Any]:
-    """The result of the run in folder `run`, valid against `result.schema.json`.
+def build_result(run: Path, answers: Path | None = None) -> dict[str, Any]:
+    """The result of the run in folder `run`, valid against `result.schema.json`; its score that of `answers`, by default the run's.
 
     Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged.
     """
-    return result_of(run, read_recipe(run), present(fold(run)))
+    return result_of(run, read_recipe(run), present(fold(run)), answers)
 
 
-def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, Any]:
+def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path | None = None) -> dict[str, Any]:
     """`build_result` from parts that are already read: `recipe.json`'s document and the present record."""
     derived = recipe["derived"]
     rows = max((step["rows"] for step in record.steps.values()), default=0)
@@ -40,7 +40,8 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
     final = final_bpb(run)
     measured = final["bpb"] if final else last_bpb(record)
     val_bpb, bigram_bpb = finite(measured), finite(final["bigram_bpb"]) if final else None
-    ledger = Ledger.open(run / "eval") if is_sealed(run / "eval" / "ledger") else None
+    answers = answers or run / "eval"
+    ledger = Ledger.open(answers) if is_sealed(answers / "ledger") else None
     score = _score(ledger)
     return {
         "schema": SCHEMA,

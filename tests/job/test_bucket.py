@@ -228,7 +228,7 @@ def test_fresh_discards_the_stored_run_and_the_older_folder_is_refused(
 
 @pytest.mark.slow
 def test_evaluate_on_a_machine_without_the_run(finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any) -> None:
-    command = ["evaluate", "--run-id", "t", "--out", str(tmp_path / "b"), "--bucket", shared.url, "-o", "eval.cap=11"]
+    command = ["evaluate", "--run-id", "t", "--out", str(tmp_path / "b"), "--bucket", shared.url, "-o", "eval.cap=13"]
     with_s3(with_s3.command(*command))
     result = json.loads((tmp_path / "b" / "runs/t/report/result.json").read_text())
-    assert result["smoke_score"]["cap"] == 11
+    assert result["smoke_score"]["cap"] == 13

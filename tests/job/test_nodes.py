@@ -150,10 +150,9 @@ def said_until(rank: PublishingRank, over: Callable[[list], bool]) -> list[dict]
 
 
 @pytest.fixture
-def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalRank:
+def child(tmp_path: Path) -> LocalRank:
     (tmp_path / "a_rank.py").write_text(CHILD)
-    monkeypatch.chdir(tmp_path)
-    return LocalRank("rank 0", [], os.environ, tmp_path / "log", module="a_rank")
+    return LocalRank("rank 0", [], os.environ | {"PYTHONPATH": str(tmp_path)}, tmp_path / "log", module="a_rank")
 
 
 def test_a_part_is_heard_of_when_it_is_published_and_nothing_waits_for_it(child: LocalRank) -> None:

@@ -207,6 +207,21 @@ def test_a_signal_to_one_node_or_to_all_stops_both_at_a_border(cluster, undistur
 
 
 @pytest.mark.slow
+def test_a_rank_of_another_node_that_dies_at_every_start_ends_all_with_15(cluster, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'pretrain' in open('/proc/self/cmdline').read() and os.environ.get('RANK') == '1':\n"
+        "    os.kill(os.getpid(), 11)\n"
+    )
+    nodes = cluster(variables={"PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path / 'site'}"})
+    for code in (75, 75, 15):
+        said = nodes.wait(nodes.start_all("pretrain", *SHORT), [code, code])
+    for words in said:
+        assert "rank 1 on node 1 of pretrain died of SIGSEGV, in the third attempt in a row" in words.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_other_numbers_of_nodes_go_on(cluster, undisturbed: Path, speedrun, tmp_path: Path) -> None:
     """Four steps on two nodes, four on one, the rest on two: the same rows, and the first losses of each part agree."""
     nodes = cluster(ranks=2)

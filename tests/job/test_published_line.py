@@ -15,7 +15,7 @@ from model.scaling import RULES
 
 REST = "--sample-every=-1 --save-every=-1 --core-metric-max-per-task=-1"
 LINES = {
-    "run1": f"--depth=24 --run=d24-jan29 --model-tag=d24_jan29 --device-batch-size=16 {REST} --core-metric-every=999999"
+    "run1": f"--depth=24 --run=d24-jan29 --model-tag=d24_jan29 --device-batch-size=16 {REST} --core-metric-every=3000"
     " --target-param-data-ratio=12",
     "run2": f"--depth=26 --run=d26-feb2-fp8-ratio8.5 --model-tag=d26_feb2_fp8_ratio8.5 --device-batch-size=16 {REST}"
     " --core-metric-every=999999 --target-param-data-ratio=8.5 --fp8",
@@ -54,6 +54,28 @@ def test_a_published_line_gives_the_published_run(tmp_path: Path, run: str) -> N
         ["524,288", "--generation", run], ["0", "--generation", run], [said(result, "batch_tokens")[1], "--total-batch-size"]
     )  # fmt: skip
     assert said(result, "train.checkpoint_every")[1] == "0"
+    scored = run != "run6"  # the only line that says nothing of CORE
+    assert ("  evaluate: to do\n" in result.stdout) == ("CORE is scored once" in result.stdout) == scored
+
+
+def test_a_score_within_the_steps_is_made_after_the_last_one_and_that_is_said(tmp_path: Path) -> None:
+    last = pretrain(tmp_path, "--generation", "run1", *LINES["run1"].split()).stdout.splitlines()[-1]
+    assert last == (
+        "--core-metric-every=3000: CORE is scored once, after the last of 16,704 steps, not every 3,000 steps: neither the weights nor the"
+        " timed seconds change by that"
+    )
+    last = pretrain(tmp_path, "--preset", "smoke", "--core-metric-every=999999", "-o", "train.steps=12").stdout.splitlines()[-1]
+    assert last == "--core-metric-every=999999: the smoke score (no --core-bundle) is scored once, after the last of 12 steps"
+    assert "evaluate" not in pretrain(tmp_path, "--preset", "smoke", "--core-metric-every=-1").stdout
+
+
+@pytest.mark.slow
+def test_the_model_is_scored(tmp_path: Path, speedrun) -> None:
+    ended = speedrun(speedrun.tiny("pretrain", tmp_path, "--core-metric-every=5", "--json"))
+    assert ended.stderr.startswith(
+        "--core-metric-every=5: the smoke score (no --core-bundle) is scored once, after the last of 12 steps, not"
+    )
+    assert len(json.loads(ended.stdout)["smoke_score"]["tasks"]) == 22
 
 
 @pytest.mark.parametrize("run", LINES)
@@ -107,7 +129,7 @@ def test_the_run_has_the_name_that_the_line_gives(tmp_path: Path, words: list[st
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--core-metric-every=3000"], "--core-metric-every=3000 cannot be used: CORE is scored once, when training is done"),
+        (["--core-metric-every=0"], "--core-metric-every=0 cannot be used: give a number of steps, or -1 for no score"),
         (["--sample-every=100"], "--sample-every=100 cannot be used: samples are drawn when training is done"),
         (["--preset", "run1"], "--preset run1 and --generation run1 both say what the rest is; give one of them"),
         (["--device-batch-size=0"], "train.device_batch_size=0 cannot be used: give a positive number of rows"),
