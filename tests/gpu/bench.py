@@ -142,18 +142,26 @@ class Bench:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def ms(self, function: Callable[[], Any]) -> float:
-        """Milliseconds of one call, by events on a GPU."""
+    def moment(self) -> torch.cuda.Event | float:
+        """Now, in the device's queue or on the clock."""
         if not self.on_gpu:
-            began = time.perf_counter()
-            function()
-            return 1000 * (time.perf_counter() - began)
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        function()
-        ended.record()
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, began: torch.cuda.Event | float, ended: torch.cuda.Event | float) -> float:
+        """Milliseconds; waits for `ended`."""
+        if isinstance(ended, float):
+            return 1000 * (ended - began)
         ended.synchronize()
         return began.elapsed_time(ended)
+
+    def ms(self, function: Callable[[], Any]) -> float:
+        """Milliseconds of one call."""
+        began = self.moment()
+        function()
+        return self.between(began, self.moment())
 
     def medians(self, functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
         """The median of each one's milliseconds; they take turns, after two calls that do not count."""

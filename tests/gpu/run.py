@@ -8,7 +8,7 @@ killed, the step says so, and a new child goes on behind it. A step that raises 
 in an unknown state. `--budget` bounds the whole; a step for which no time is left says that.
 
 `--dry` takes tiny sizes, the CPU, and a compiler that generates no code: every step is executed, and no figure means anything.
-Exit code: 0 if every step ran and all that it checks holds, 1 if not, 10 without a GPU.
+Exit code: 0 if every step ran and all that it checks holds, 1 if not; without a GPU it is skipped, and says so.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def main(words: list[str] | None = None) -> int:
     if options.child is not None:
         return child(options)
     if not options.dry and not torch.cuda.is_available():
-        print("no GPU that torch can use: nothing was measured; --dry executes the steps on the CPU", file=sys.stderr)
-        return 10
+        print("skipped: torch sees no GPU here, and nothing was measured; --dry executes the steps on the CPU")
+        return 0
     from job.stack import describe_stack
 
     (options.out / "progress.jsonl").write_text("")
@@ -101,7 +102,8 @@ def prepare_stack(options: argparse.Namespace) -> None:
 
     options.adapted = []
     if options.wheels:
-        into = Path(tempfile.gettempdir()) / f"speedrun-gpu-wheels-{sys.version_info[1]}"
+        of = zlib.crc32(str(options.wheels.resolve()).encode())
+        into = Path(tempfile.gettempdir()) / f"speedrun-gpu-wheels-{sys.version_info[1]}-{of:x}"
         into.mkdir(exist_ok=True)
         options.adapted = [f"from wheels: {', '.join(unpack(options.wheels, into))}"]
     options.adapted += adapt()

@@ -127,14 +127,17 @@ def steps(bench: Bench) -> Result:
         bench.wait()
         for batch in rows:
             trainee.step(batch, 1)
-    host, device, losses = [], [], []
+    batches = [bench.batch(number) for number in range(bench.sizes.steps)]
     bench.wait()
-    began = time.perf_counter()
-    for number in range(bench.sizes.steps):
-        batch = bench.batch(number)
-        device.append(bench.ms(lambda batch=batch, number=number: _timed(trainee, batch, number, host, losses)))
+    host, losses, marks, began = [], [], [bench.moment()], time.perf_counter()
+    for number, batch in enumerate(batches):
+        queued = time.perf_counter()
+        losses.append(trainee.step(batch, number))
+        host.append(1000 * (time.perf_counter() - queued))
+        marks.append(bench.moment())
+    bench.wait()
     wall = time.perf_counter() - began
-    median = statistics.median(device)
+    median = statistics.median(bench.between(*pair) for pair in itertools.pairwise(marks))
     result.facts |= {
         "tokens a second": f"{bench.sizes.tokens / median * 1000:,.0f}",
         "ms a step (one micro-step and the update), median": f"{median:.1f}",
@@ -147,12 +150,6 @@ def steps(bench: Bench) -> Result:
     result.check(result.facts["graphs compiled meanwhile"] == 0, "something was compiled again")
     result.check(bool(torch.isfinite(torch.stack(losses)).all()), "a loss is no number")
     return result
-
-
-def _timed(trainee: Trainee, batch: Tensor, number: int, host: list[float], losses: list[Tensor]) -> None:
-    began = time.perf_counter()
-    losses.append(trainee.step(batch, number))
-    host.append(1000 * (time.perf_counter() - began))
 
 
 @contextmanager
