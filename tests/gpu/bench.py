@@ -23,6 +23,9 @@ from model.optimizer import Optimizer
 from model.scaling import RULES, derive
 from model.schedule import Schedule
 
+USED = "kernel used from here on"
+"""the fact by which later processes know what to put behind the model"""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -101,10 +104,8 @@ class Trainee:
 class Bench:
     """A device, the sizes, and the model that several steps train (made when it is first asked for, kept until `free`)."""
 
-    def __init__(self, device: torch.device, sizes: Sizes, kernel: str) -> None:
+    def __init__(self, device: torch.device, sizes: Sizes) -> None:
         self.device, self.sizes = device, sizes
-        self.kernel = kernel
-        """the attention kernel that is behind `model.attention.attention`"""
         self._trainee: Trainee | None = None
         self._corpus: Tensor | None = None
 
@@ -194,12 +195,5 @@ def relative(got: Tensor, right: Tensor) -> float:
 
 
 def use_kernel(name: str) -> None:
-    """Put an attention kernel behind the model, as `job/preflight.py` does or, where torch's wrapper is too old, directly."""
-    from conftest import flash_attention_4, torch_calls_windows
-
-    if name != "fa4":
-        return
-    if torch_calls_windows():
-        model.attention.activate(model.attention.Backend("fa4", "FlashAttention 4"))
-    else:
-        model.attention._kernel = flash_attention_4
+    """Put an attention kernel behind the model, as `job/preflight.py` does."""
+    model.attention.activate(model.attention.Backend(name, name))

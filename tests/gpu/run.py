@@ -111,11 +111,11 @@ def prepare_stack(options: argparse.Namespace) -> None:
 
 def run_child(wanted: list[Step], options: argparse.Namespace, document: dict[str, Any], deadline: float) -> list[Step]:
     """Steps in one child until it ends or is ended; the steps that are left."""
+    from bench import USED
+
     progress = options.out / "progress.jsonl"
     seen = progress.stat().st_size
-    fa4 = any(
-        step["name"] == "attention" and step.get("facts", {}).get("kernel used from here on") == "fa4" for step in document["steps"]
-    )
+    fa4 = any(step["name"] == "attention" and step.get("facts", {}).get(USED) == "fa4" for step in document["steps"])
     words = [sys.executable, __file__, "--out", str(options.out), "--kernel", "fa4" if fa4 else "fa2", *["--dry"] * options.dry]
     words += ["--wheels", str(options.wheels)] if options.wheels else []
     with open(options.out / "log.txt", "a") as log:
@@ -187,7 +187,7 @@ def child(options: argparse.Namespace) -> int:
         quick_compiler()
     device = torch.device("cpu" if options.dry else "cuda")
     use_kernel(options.kernel)
-    bench = Bench(device, DRY if options.dry else Sizes(), options.kernel)
+    bench = Bench(device, DRY if options.dry else Sizes())
     for step in (step for name in options.child for step in STEPS if step.name == name):
         say(options.out, {"begins": step.name})
         began = time.monotonic()
