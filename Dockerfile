@@ -105,6 +105,7 @@ WORKDIR /
 ENTRYPOINT ["speedrun"]
 CMD ["--help"]
 ARG REVISION=unknown
+ENV SPEEDRUN_REVISION=${REVISION}
 ARG SOURCE=https://github.com/YOUR-NAME/gpt2-speedrun
 LABEL org.opencontainers.image.title="gpt2-speedrun" \
     org.opencontainers.image.description="Train a GPT to GPT-2 XL's CORE score: one command, an honest verdict in your bucket" \

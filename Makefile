@@ -40,7 +40,7 @@ endif
 endif
 SKY := .sky-env/made-from-$(shell { cat tests/cluster/requirements.txt; echo "$(CURDIR)"; } 2>/dev/null | cksum | cut -d ' ' -f 1)
 
-.PHONY: help smoke test slow chaos container cluster lint bench image push compose lock sizes clean
+.PHONY: help smoke test slow chaos container cluster lint bench gpu image push compose lock sizes clean
 .DELETE_ON_ERROR:
 
 help: ## list these commands
@@ -69,6 +69,9 @@ lint: $(PROJECT) ## style and formatting
 
 bench: $(PROJECT) ## tables of timings (tests/bench/bench_*.py)
 	.venv/bin/python -m pytest tests/bench --override-ini "python_files=bench_*.py" --capture=no
+
+gpu: $(PROJECT) ## what ten minutes of one GPU can say, into out/gpu (tests/gpu/run.py); skipped without one
+	.venv/bin/python tests/gpu/run.py --out $(or $(OUT),out/gpu)
 
 image: ## the container image; TORCH=cpu for one without CUDA
 	$(BUILD) --target $(TARGET) --tag $(IMAGE) .

@@ -148,6 +148,43 @@ def plan(recipe: Any, gpu: str | None, gpus: int | None, price: float | None, as
 
 
 @main.command()
+@recipe_options("run6")
+@out_option
+@bucket_options
+@machine_options
+@click.option("--deep", is_flag=True, help="Compute and compare on the GPU as well: attention, fp8's products and loss (a minute).")
+@click.option(
+    "--run-id", metavar="ID", help="With --bucket: the run beside whose record doctor.json is put.  [default: the preset's name]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, and nothing else, on stdout.")
+def doctor(
+    recipe: Any, out: Path, bucket: Any, strict: bool, allow_fa2: bool, deep: bool, run_id: str | None, as_json: bool
+) -> None:
+    """What this machine is and whether a run could be trusted to it; ends with 10 where it could not.
+
+    \b
+    Example:
+      speedrun doctor --preset run6 --deep
+    """
+    from job import container
+
+    container.check_temporary_folder()  # torch wants one as it is imported
+    from job import doctor as examination
+    from job.errors import PreflightError
+    from job.fence import run_key
+    from job.launch import run_folder
+
+    run_id = run_folder(out, run_id or recipe.preset).name
+    document = examination.examine(recipe, out, strict=strict, allow_fa2=allow_fa2, deep=deep)
+    text = json.dumps(document, indent=1)
+    click.echo(text if as_json else examination.page(document))
+    if bucket is not None:
+        bucket.store.put(f"{run_key(run_id)}/doctor.json", text.encode() + b"\n", "application/json")
+    if document["refused"]:
+        raise PreflightError(document["refused"])
+
+
+@main.command()
 @out_option
 @bucket_options
 @click.option("--run-id", metavar="ID", help="The run whose finished model is scored.")

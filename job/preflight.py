@@ -10,6 +10,7 @@ it must never be taken unasked. So `--strict`, which everything sets that rents 
     attention on a slower kernel than asked for        refused but for --allow-fa2 said, with its cost
     less memory than checkpoints and warm-up take      refused                     said
     fp8 on a GPU without it                            refused                     refused
+    fp8 that computes something else than fp32         refused                     refused    (by the ranks, before they train)
 
 More ranks than GPUs cannot run at all. Whatever is accepted is printed before the first stage. The ranks choose by the same function
 from the same facts, so what was printed is what they run on, and a kernel that there cannot be loaded, fails or is wrong is an error,
@@ -36,6 +37,7 @@ from job.memory import host_memory
 from job.plan import make_plan
 from job.processes import python_environment
 from model import attention, fp8
+from model.gpt import GPT, GPTConfig
 
 CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
 """what CUDA calls the GPUs that `job.plan` knows"""
@@ -82,8 +84,9 @@ def choose_kernels(
     """The attention kernel, put in place for this process, and fp8: what was chosen and why, in words. PreflightError as at the top.
 
     ranks: that train, for the price of a slower kernel; None where nothing is trained. prove_on: a rank's device, on which the kernel
-    is compiled and compared first.
+    and, for training, the products in fp8 are compiled and compared first ("proof" says how well they agree).
     """
+    proof = {}
     try:
         backend = attention.choose_backend(
             recipe.train.attention,
@@ -98,9 +101,31 @@ def choose_kernels(
             attention.prove(backend, prove_on, gradients=ranks is not None)
         device = torch.device("cpu" if machine.capability is None else "cuda")
         in_fp8 = fp8.require_hardware(device, machine.capability, machine.name) if recipe.train.fp8 else "off"
+        if recipe.train.fp8 and ranks is not None and prove_on is not None:
+            proof = {"proof": prove_fp8(recipe, prove_on)}
     except (attention.BackendError, fp8.Fp8Error) as error:
         raise PreflightError(str(error)) from None
-    return {"attention": backend.description, "fp8": in_fp8}
+    return {"attention": backend.description, "fp8": in_fp8} | proof
+
+
+def prove_fp8(recipe: Recipe, device: torch.device) -> str:
+    """How well the products of the recipe's model agree with fp32 on `device`; Fp8Error where they do not."""
+    tokens = recipe.train.device_batch_size * recipe.model.seq_len
+    model = layers_in_fp8(derive(recipe).config, tokens, recipe.model.generation)
+    from model import fp8_proof  # torchao takes seconds to import: only where there is fp8
+
+    proof = fp8_proof.prove(model, tokens, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the comparison took is of other sizes than training's
+    return proof
+
+
+def layers_in_fp8(config: GPTConfig, tokens: int, generation: str) -> GPT:
+    """A model without its numbers, its large layers in fp8."""
+    with torch.device("meta"):
+        model = GPT(config)
+    fp8.apply(model, tokens, generation)
+    return model
 
 
 def price_of(share: float, recipe: Recipe, machine: Machine, ranks: int) -> str:

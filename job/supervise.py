@@ -187,6 +187,8 @@ def _take(rank: Rank, message: dict[str, Any], reporter: Reporter, console: Cons
                 keeper.restart_clock()
             if kind == "warning":
                 console.say(f"warning: {fields['text']}")
+            if "proof" in fields:
+                console.say(f"{fields['device']}: {fields['proof']}")
             console.detail(f"{kind} {json.dumps(fields)}")
 
 

@@ -47,6 +47,8 @@ STAND_IN = """#!{python}
 import json, os, signal, sys, time
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[1] == "doctor":
+    sys.exit(int(os.environ["DOCTOR"]))
 first, *rest = json.loads(os.environ["CODES"])
 if os.path.exists(os.environ["CALLS"] + ".first"):
     sys.exit(rest[0])
@@ -63,14 +65,19 @@ sys.exit(first)
 """
 
 
-def run_script(task: dict[str, Any], folder: Path, *codes: int) -> tuple[int, list[list[str]]]:
+def run_script(task: dict[str, Any], folder: Path, *codes: int, doctor: int = 0) -> tuple[int, list[list[str]]]:
     """The exit code of `run:` and the arguments of each `speedrun` in it, which end with `codes`; with two, the first waits for a signal."""
     (folder / "bin").mkdir(parents=True)
     stand_in = folder / "bin" / "speedrun"
     stand_in.write_text(STAND_IN.format(python=sys.executable))
     stand_in.chmod(0o755)
     variables = {name: value or "" for name, value in {**task["envs"], **task["secrets"]}.items()}
-    environment = variables | GIVEN | {"HOME": str(folder), "CALLS": str(folder / "calls"), "CODES": json.dumps(codes)}
+    environment = (
+        variables
+        | GIVEN
+        | {"HOME": str(folder), "CALLS": str(folder / "calls"), "CODES": json.dumps(codes)}
+        | {"DOCTOR": str(doctor)}
+    )
     environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
     ended = subprocess.run(["bash", "-c", task["run"]], env=environment, timeout=60, check=False)
     return ended.returncode, [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
@@ -176,7 +183,7 @@ def commands(name: str, folder: Path) -> list[list[str]]:
 @pytest.mark.parametrize("name", TASKS)
 def test_every_line_is_a_command_of_ours(name: str, tmp_path: Path) -> None:
     lines = commands(name, tmp_path)
-    assert len(lines) == 1 + interrupted(name)
+    assert len(lines) == (3 if interrupted(name) else 1)
     for words in lines:
         context = main.make_context("speedrun", list(words))
         word, command, rest = main.resolve_command(context, words)
@@ -205,7 +212,12 @@ def test_a_script_ends_with_our_exit_code(name: str, tmp_path: Path) -> None:
 
 def test_a_try_that_fails_is_not_begun_again(tmp_path: Path) -> None:
     assert [run_script(TASKS["try"], tmp_path / str(code), code)[0] for code in (0, 10, 14)] == [0, 10, 14]
-    assert len((tmp_path / "10" / "calls").read_text().splitlines()) == 1
+    assert len((tmp_path / "10" / "calls").read_text().splitlines()) == 2
+
+
+def test_on_a_gpu_that_computes_wrongly_nothing_is_tried(tmp_path: Path) -> None:
+    code, calls = run_script(TASKS["try"], tmp_path, 75, 0, doctor=10)
+    assert code == 10 and [words[0] for words in calls] == ["doctor"]
 
 
 def test_options_reach_the_command_line(tmp_path: Path) -> None:

@@ -23,7 +23,17 @@ def walk() -> list[tuple[str, click.Command]]:
 
 
 def test_the_commands_are_these() -> None:
-    assert [name for name, _ in walk()] == ["evaluate", "plan", "prepare", "pretrain", "report", "run", "smoke", "wandb-sync"]
+    assert [name for name, _ in walk()] == [
+        "doctor",
+        "evaluate",
+        "plan",
+        "prepare",
+        "pretrain",
+        "report",
+        "run",
+        "smoke",
+        "wandb-sync",
+    ]
 
 
 @pytest.mark.parametrize(("name", "command"), walk())

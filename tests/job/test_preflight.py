@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,36 @@ def test_fp8_is_refused_where_there_is_none(strict: bool) -> None:
     with pytest.raises(PreflightError, match=r"\(Ampere\) has no fp8 matrix units .*: set train.fp8=false, which takes 17% longer"):
         said(machine=A100, strict=strict)
     assert said("run1", machine=A100)[-1] == "fp8: off"
+
+
+SMALL = ("model.depth=2", "model.seq_len=64", "train.device_batch_size=4", "train.fp8=true")
+CPU = torch.device("cpu")
+
+
+def test_a_rank_that_trains_proves_fp8_first() -> None:
+    found = choose_kernels(resolve("smoke", overrides=SMALL), Machine(), 1, prove_on=CPU)
+    assert found["proof"].startswith("fp8 agrees with fp32 (at most ")
+    for recipe, ranks, device in (
+        (resolve("smoke", overrides=SMALL), None, CPU),  # evaluates
+        (resolve("smoke", overrides=SMALL), 1, None),  # the supervisor, which touches no GPU
+        (resolve("smoke"), 1, CPU),
+    ):
+        assert "proof" not in choose_kernels(recipe, Machine(), ranks, prove_on=device)
+
+
+def test_wrong_fp8_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *operands, **options: right(*operands, **options) * 2)
+    with pytest.raises(
+        PreflightError, match=r"fp8 computes something else on this device: blocks\.0\.attn\.q \(128 to 128 channels\)"
+    ):
+        choose_kernels(resolve("smoke", overrides=SMALL), Machine(), 1, prove_on=CPU)
+
+
+@pytest.mark.slow
+def test_a_run_in_fp8_says_how_well_it_agrees(tmp_path: Path, speedrun) -> None:
+    ended = speedrun(speedrun.tiny("pretrain", tmp_path / "out", "-o", "train.fp8=true"))
+    assert re.search(r"^cpu: fp8 agrees with fp32 \(at most \d", ended.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""One profiled micro-step and update, by component, beside what a roofline of run 6 expects of each."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import torch
+from bench import Bench, Result
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import model.gpt
+from model.optimizer import StepHyper
+
+MARK = "speedrun: "
+"""of our own marks, which also appear on the device's time line, over the kernels that they hold"""
+ESTIMATED: dict[str, float | None] = {
+    "fp8 products": 125,
+    "attention": 17,
+    "forward: norms, rotary, quantising and the rest": 28 + 2.3,
+    "backward: quantising (maxima, casts, transposed copies)": 34,
+    "backward: the rest": 25,
+    "loss between its products": 6,
+    "tables: look-up and gradient": 6,
+    "adding to the weights' gradients": 4.6,
+    "update (all of it, on one rank)": None,
+    "not attributed": None,
+}
+"""ms of a micro-step of d24, 16 x 2048 tokens, on one H100: estimated by counted traffic and assumed rates (not measured by anybody)"""
+
+
+def profiled(bench: Bench) -> Result:
+    trainee, result, rows = bench.trainee(), Result(), bench.batch(0)
+    real = model.gpt.cross_entropy
+
+    def marked(*arguments, **options):
+        with record_function("speedrun: loss"):
+            return real(*arguments, **options)
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.on_gpu
+    with patch.object(model.gpt, "cross_entropy", marked):
+        trainee.step(rows, 0)
+        bench.wait()
+        with profile(activities=activities) as seen:
+            with record_function("speedrun: forward"):
+                loss = trainee.model.loss(rows[:, :-1], rows[:, 1:])
+            loss.backward()
+            with record_function("speedrun: update"):
+                trainee.optimizer.step(StepHyper(lr_mult=0.0))
+            bench.wait()
+    spent = _by_component(seen.events(), bench.on_gpu)
+    if bench.on_gpu:
+        spent["not attributed"] = sum(_kernels(seen.events(), True).values()) - sum(spent.values())
+    total = sum(spent.values())
+    run6 = bench.sizes.depth == 24 and bench.on_gpu
+    table = [
+        [name, f"{spent.get(name, 0):.2f}", f"{spent.get(name, 0) / total:.1%}", estimate if run6 and estimate else "-"]
+        for name, estimate in ESTIMATED.items()
+    ]
+    result.tables.append((["component", "ms", "share", "ms estimated"], [*table, ["sum", f"{total:.2f}", "", ""]]))
+    kernels = sorted(_kernels(seen.events(), bench.on_gpu).items(), key=lambda item: -item[1])[:25]
+    result.tables.append((["kernel", "ms"], [[name[:110], f"{ms:.2f}"] for name, ms in kernels]))
+    result.check(total > 0 and spent.get("fp8 products", 0) > 0, "the profile has no product in fp8")
+    return result
+
+
+def _by_component(events, on_gpu: bool) -> dict[str, float]:
+    """Milliseconds of each component: of the kernels that an operation launched, on a CPU of the operation itself."""
+    spent: dict[str, float] = {}
+    for event in events:
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue
+        launched = (kernel for kernel in event.kernels if not kernel.name.startswith(MARK))
+        took = sum(kernel.duration for kernel in launched) if on_gpu else event.self_cpu_time_total
+        if took:
+            name = component(_lineage(event))
+            spent[name] = spent.get(name, 0.0) + took / 1000
+    return spent
+
+
+def _lineage(event) -> list[str]:
+    """The names of an operation and of what it was called from, innermost first."""
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    return names
+
+
+def component(names: list[str]) -> str:
+    """What an operation with these callers (innermost first) is counted as."""
+    own, all_names = names[0], " | ".join(names)
+    if "speedrun: update" in names:
+        return "update (all of it, on one rank)"
+    if "_scaled_mm" in all_names:
+        return "fp8 products"
+    if "attn" in all_names or "attention" in all_names:
+        return "attention"
+    if "speedrun: loss" in names:
+        return "loss between its products"
+    if "embedding" in all_names.lower():
+        return "tables: look-up and gradient"
+    if "AccumulateGrad" in all_names:
+        return "adding to the weights' gradients"
+    if "speedrun: forward" in names:
+        return "forward: norms, rotary, quantising and the rest"
+    if any(word in own for word in ("amax", "abs", "clamp", "transpose", "float8", "fp8")):
+        return "backward: quantising (maxima, casts, transposed copies)"
+    return "backward: the rest"
+
+
+def _kernels(events, on_gpu: bool) -> dict[str, float]:
+    spent: dict[str, float] = {}
+    for event in events:
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == on_gpu and not (on_gpu and event.name.startswith(MARK)):
+            took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            spent[event.name] = spent.get(event.name, 0.0) + took / 1000
+    return spent

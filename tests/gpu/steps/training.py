@@ -1,0 +1,242 @@
+"""The step that is rented: compiled, timed, profiled; in fp8 beside bf16; beside the same step of plain torch modules."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from bench import Bench, Result, Trainee, relative
+from torch import Tensor
+from torch._dynamo.utils import compilation_time_metrics, counters
+
+import model.attention
+import model.gpt
+from model.optimizer import StepHyper
+
+PHASES = 14
+"""of the compiler's own clock, the largest"""
+CURVE_SECONDS = 80
+"""after which a curve ends where it is, compiling included"""
+
+
+def compiled(bench: Bench) -> Result:
+    """Build the model and warm up as a run does: seconds by phase, graphs, peak memory; then one compiled block against fp32."""
+    bench.free()
+    torch._dynamo.reset()
+    counters.clear()
+    compilation_time_metrics.clear()
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    result, clock = Result(), time.perf_counter
+    marks = [("build and fill the model", clock())]
+    trainee = Trainee(bench.sizes, bench.device, in_fp8=True)
+    rows = bench.batch(0)
+    for number in range(2):
+        bench.wait()
+        marks.append((f"step {number}: forward", clock()))
+        loss = trainee.model.loss(rows[:, :-1], rows[:, 1:])
+        bench.wait()
+        marks.append((f"step {number}: backward", clock()))
+        loss.backward()
+        bench.wait()
+        marks.append((f"step {number}: update", clock()))
+        trainee.optimizer.step(StepHyper())
+    bench.wait()
+    marks.append(("", clock()))
+    phases = [[name, f"{end - began:.2f}"] for (name, began), (_, end) in itertools.pairwise(marks)]
+    result.tables.append((["phase", "seconds"], phases))
+    spent = sorted(((sum(times), name) for name, times in compilation_time_metrics.items()), reverse=True)[:PHASES]
+    result.tables.append((["the compiler's own clock (phases contain each other)", "seconds"], [[n, f"{s:.2f}"] for s, n in spent]))
+    stats = dict(counters["stats"])
+    result.facts |= {"graphs": stats.get("unique_graphs"), "graph breaks": sum(counters["graph_break"].values())}
+    result.check(not counters["graph_break"], f"graph breaks: {dict(counters['graph_break'])}")
+    result.check(bool(torch.isfinite(loss).all()), f"the loss is {loss.item()}")
+    result.facts |= _memory(bench)
+    bench.keep(trainee)
+    _block_against_fp32(bench, trainee, result)
+    return result
+
+
+def _memory(bench: Bench) -> dict[str, str]:
+    try:
+        from job.memory import step_memory
+    except ImportError as error:
+        return {"the plan's peak": f"job.memory cannot be imported here: {error}"}
+    planned = step_memory(bench.sizes.config, bench.sizes.rows, 1, True).total
+    facts = {"the plan's peak, 10^9 bytes": f"{planned / 1e9:.3g}"}
+    if bench.on_gpu:
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        facts |= {"peak allocated": f"{peak / 1e9:.2f} ({peak / planned - 1:+.1%})", "peak reserved": f"{reserved / 1e9:.2f}"}
+    return facts
+
+
+def _block_against_fp32(bench: Bench, trainee: Trainee, result: Result) -> None:
+    """Output and gradients of the compiled fp8 block 0 against the same block in fp32, not compiled: faults of joined kernels show."""
+    block, config = trainee.model.blocks[0], bench.sizes.config
+    plain = _without_fp8(copy.deepcopy(block))
+    generator = torch.Generator(bench.device).manual_seed(0)
+    shape = (bench.sizes.rows, config.seq_len, config.width)
+    x, x0, dy = (torch.randn(shape, generator=generator, device=bench.device).bfloat16() for _ in range(3))
+    mix = [torch.tensor(value, device=bench.device) for value in (1.1, 0.2)]
+
+    def computed(which: torch.nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        inputs = x.to(dtype).requires_grad_()
+        out = which(
+            inputs, x0.to(dtype), mix, None, trainee.model._rotary.tables(config.seq_len, inputs), model.attention.attention
+        )
+        return [out.detach(), *torch.autograd.grad(out, [inputs, *which.parameters()], dy.to(dtype))]
+
+    with torch.no_grad():
+        for weight in (*block.parameters(), *plain.parameters()):
+            if not weight.any():
+                weight.copy_(
+                    torch.randn(weight.shape, generator=torch.Generator(bench.device).manual_seed(2), device=bench.device) * 0.02
+                )
+    names = ["output", "gradient by the input", *(name for name, _ in block.named_parameters())]
+    pairs = zip(names, computed(block, torch.bfloat16), computed(plain, torch.float32), strict=True)
+    rows = [[name, f"{relative(got, right):.4f}"] for name, got, right in pairs]
+    result.tables.append((["block 0 in fp8, compiled, against fp32", "relative error"], rows))
+    worst = max(float(error) for _, error in rows)
+    result.check(worst < 0.3, f"a compiled block is wrong by {worst:.1%}")
+
+
+def _without_fp8(block: torch.nn.Module) -> torch.nn.Module:
+    block._compiled_call_impl = None
+    for parent in list(block.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, torch.nn.Linear) and type(layer) is not model.gpt.Linear:
+                plain = model.gpt.Linear(layer.in_features, layer.out_features)
+                plain.weight = layer.weight
+                setattr(parent, name, plain)
+    return block
+
+
+def steps(bench: Bench) -> Result:
+    """Tokens per second, the host's time against the GPU's, and that nothing inside a step waits."""
+    trainee, result = bench.trainee(), Result()
+    before = dict(counters["stats"])
+    with _nothing_waits(bench, result):
+        rows = [bench.batch(number) for number in range(3)]
+        bench.wait()
+        for batch in rows:
+            trainee.step(batch, 1)
+    batches = [bench.batch(number) for number in range(bench.sizes.steps)]
+    bench.wait()
+    host, losses, marks, began = [], [], [bench.moment()], time.perf_counter()
+    for number, batch in enumerate(batches):
+        queued = time.perf_counter()
+        losses.append(trainee.step(batch, number))
+        host.append(1000 * (time.perf_counter() - queued))
+        marks.append(bench.moment())
+    bench.wait()
+    wall = time.perf_counter() - began
+    median = statistics.median(bench.between(*pair) for pair in itertools.pairwise(marks))
+    result.facts |= {
+        "tokens a second": f"{bench.sizes.tokens / median * 1000:,.0f}",
+        "ms a step (one micro-step and the update), median": f"{median:.1f}",
+        "ms on the host to queue it, median": f"{statistics.median(host):.1f}",
+        "host over device": f"{statistics.median(host) / median:.2f}",
+        "seconds of all steps": f"{wall:.2f}",
+        "graphs compiled meanwhile": counters["stats"]["unique_graphs"] - before.get("unique_graphs", 0),
+        "loss of the last step": f"{losses[-1].item():.4f}",
+    }
+    result.check(result.facts["graphs compiled meanwhile"] == 0, "something was compiled again")
+    result.check(bool(torch.isfinite(torch.stack(losses)).all()), "a loss is no number")
+    return result
+
+
+@contextmanager
+def _nothing_waits(bench: Bench, result: Result):
+    """CUDA raises where the host waits for it; on a CPU there is nothing to wait for."""
+    if not bench.on_gpu:
+        result.facts["no waiting inside a step"] = "can be seen on a GPU only"
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+        result.facts["no waiting inside a step"] = "3 steps with set_sync_debug_mode('error')"
+    except RuntimeError as error:
+        result.wrong.append(f"a step waits for the GPU: {error}".splitlines()[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def curves(bench: Bench) -> Result:
+    """The same rows through fp8 and through bf16, from the same weights, as many steps as time allows."""
+    result = Result()
+    losses = {name: _curve(bench, name == "fp8") for name in ("fp8", "bf16")}
+    count = min(map(len, losses.values()))
+    every = max(1, count // 10)
+    rows = [
+        [i, losses["fp8"][i], losses["bf16"][i], losses["fp8"][i] - losses["bf16"][i]] for i in [*range(0, count, every), count - 1]
+    ]
+    result.tables.append(
+        (["step", "fp8", "bf16", "difference"], [[i, *(f"{value:.4f}" for value in values)] for i, *values in rows])
+    )
+    last = {name: statistics.mean(found[count - every : count]) for name, found in losses.items()}
+    result.facts |= {f"mean of the last {every} of {count} steps, {name}": f"{loss:.4f}" for name, loss in last.items()}
+    result.check(all(last[name] < found[0] for name, found in losses.items()), "the loss did not fall")
+    result.check(abs(last["fp8"] - last["bf16"]) < 0.05 * last["bf16"], "fp8 and bf16 differ by more than 5 % of the loss")
+    return result
+
+
+def _curve(bench: Bench, in_fp8: bool) -> list[float]:
+    bench.free()
+    trainee, found, began = Trainee(bench.sizes, bench.device, in_fp8=in_fp8), [], time.perf_counter()
+    for number in range(bench.sizes.curve_steps):
+        found.append(trainee.step(bench.batch(number), number))
+        if number % 10 == 9:
+            bench.wait()
+            if time.perf_counter() - began > CURVE_SECONDS:
+                break
+    return torch.stack(found).float().tolist()
+
+
+def plain(bench: Bench) -> Result:
+    """The step of torch's own modules, half the rows: bf16, SDPA without windows, logits of all tokens, AdamW, blocks compiled."""
+    bench.free()
+    result, rows = Result(), bench.batch(0)[: max(1, bench.sizes.rows // 2)]
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with patch.object(model.gpt, "attention", _plain_attention), patch.object(model.gpt, "cross_entropy", _plain_loss):
+        with bench.device:
+            gpt = model.gpt.GPT(bench.sizes.config, compute_dtype=torch.bfloat16)
+        gpt.init_weights(42)
+        for block in gpt.blocks:
+            block.compile()
+        adamw = torch.optim.AdamW(gpt.parameters(), lr=1e-3, fused=bench.on_gpu)
+
+        def step() -> None:
+            gpt.loss(rows[:, :-1], rows[:, 1:]).backward()
+            adamw.step()
+            adamw.zero_grad()
+
+        began = time.perf_counter()
+        step()
+        bench.wait()
+        result.facts["seconds to compile"] = f"{time.perf_counter() - began:.1f}"
+        step()
+        median = statistics.median(bench.ms(step) for _ in range(bench.sizes.steps // 2))
+    tokens = len(rows) * bench.sizes.seq_len
+    result.facts |= {"ms a step, median": f"{median:.1f}", "tokens a second": f"{tokens / median * 1000:,.0f}"}
+    if bench.on_gpu:
+        result.facts["peak allocated, 10^9 bytes"] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
+    return result
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def _plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, vocab_size: int, **_: object) -> Tensor:
+    logits = (hidden @ weight.to(hidden.dtype).mT)[:, :vocab_size].float()
+    return F.cross_entropy(softcap * torch.tanh(logits / softcap), targets)

@@ -1,0 +1,48 @@
+"""What the doctor says of this machine, refuses, and leaves in the bucket."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from job import doctor
+from job.config import resolve
+from job.errors import ExitCode
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+@NO_GPU
+def test_a_deep_look_computes_and_is_kept_in_the_bucket(tmp_path: Path, speedrun) -> None:
+    words = ("doctor", "--deep", "--json", "--bucket", str(tmp_path / "bucket"), "--run-id", "mine", "--out", str(tmp_path / "out"))
+    said = json.loads(speedrun(speedrun.command(*words)).stdout)
+    assert said["refused"] is None and "no GPU that torch can use: the CPU would train" in said["found"]
+    proven = {row["what"]: row for row in said["proofs"]}
+    assert len(proven) == 2 + 3 * 3 + 3 and all(0 <= row["error"] <= row["bound"] for row in proven.values())
+    assert json.loads((tmp_path / "bucket" / "runs" / "mine" / "doctor.json").read_text()) == said
+    assert not (tmp_path / "out").exists()
+
+
+@NO_GPU
+def test_no_gpu_where_one_is_paid_for(tmp_path: Path, speedrun) -> None:
+    ended = speedrun(speedrun.command("doctor", "--strict", "--out", str(tmp_path / "out")), code=int(ExitCode.PREFLIGHT))
+    assert ended.stdout.startswith("card: none") and "CPU: " in ended.stdout
+    assert ended.stderr.startswith("speedrun: --strict is set and torch sees no GPU here") and ended.stderr.count("\n") == 1
+
+
+@NO_GPU
+def test_a_machine_that_computes_wrongly_is_refused_and_the_table_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *operands, **options: right(*operands, **options) * 1.5)
+    document = doctor.examine(resolve("run6"), tmp_path, strict=False, allow_fa2=False, deep=True)
+    assert document["refused"].startswith("blocks.0.attn.q (128 to 128 channels), forward product is wrong by 5")
+    assert len(document["proofs"]) == 14 and "what was computed agrees" not in doctor.page(document)
+    assert "| attention, window 32 | " in doctor.page(document)
+
+
+def test_a_recipe_without_fp8_proves_attention_only(tmp_path: Path) -> None:
+    document = doctor.examine(resolve("smoke"), tmp_path, strict=False, allow_fa2=False, deep=True)
+    assert [row["what"] for row in document["proofs"]] == ["attention, window 32", "attention, window 128"]
