@@ -33,8 +33,10 @@ stays in fp32. Where no gradient is wanted the loss is not in fp8.
 **Padding.** Rows of `weight` from `vocab_size` on are padding (the matrix products like multiples of 64): their logits are set so far
 below the cap that their probability is 0, exactly, and with it their gradient.
 
-**Compiled.** All of it can be traced into a caller's graph. A caller that is not compiled says `compiled=True`, and what lies
-between the products becomes one or two kernels instead of a dozen passes over the logits; the loop stays a loop.
+**Compiled.** All of it can be traced into a caller's graph. A caller that is not compiled says `compiled=True`, and the loop stays a
+loop. What lies between the products becomes one kernel over the logits instead of a dozen passes (and one that adds up the rows'
+losses): it reads z twice, for the rows' sums and for their gradients, and writes dz. For that the right word's number is selected and
+not written over dz: a scatter wants all of dz in memory, in fp32, which quadruples the bytes (`tests/model/hopper.md` counts them).
 """
 
 from __future__ import annotations
@@ -184,8 +186,8 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Summed loss of some rows and the gradient of that sum by z = h W^T (rows, all rows of `weight`).
 
-    The gradient comes in `dtype`; in e5m2 it is GRADIENT_SCALE times itself. Two fp32 tensors of z's size exist at a time, one of them
-    `into` where that is given (it may be z).
+    The gradient comes in `dtype`; in e5m2 it is GRADIENT_SCALE times itself. Not compiled, two fp32 tensors of z's size exist at a time,
+    one of them `into` where that is given (it may be z).
     """
     half, logits = _capped(z, softcap, into)
     logits[:, vocab_size:] = -torch.inf
@@ -195,7 +197,11 @@ def _loss_and_gradient(
     total = p.sum(dim=-1, keepdim=True)
     nll = total.log() - right_logit
     right_dz = torch.expm1(-nll) * (4 * right_half * (1 - right_half))
-    dz = p.mul_(half.addcmul_(half, half, value=-1)).mul_(4 / total).scatter_(1, right, right_dz)
+    dz = p.mul_(half.addcmul_(half, half, value=-1)).mul_(4 / total)
+    if into is None and torch.compiler.is_compiling():  # what is scattered into has to be in memory, all of it, in fp32
+        dz = torch.where(torch.arange(z.size(1), device=z.device) == right, right_dz, dz)
+    else:
+        dz.scatter_(1, right, right_dz)
     return nll.sum(), (dz * GRADIENT_SCALE if dtype == fp8.E5M2 else dz).to(dtype)
 
 

@@ -111,6 +111,12 @@ def s3_server() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def locked() -> ModuleType:
+    """tests/locked.py as a module."""
+    return load("locked")
+
+
+@pytest.fixture(scope="session")
 def gate() -> Any:
     """The class Gate of tests/gate.py."""
     return load("gate").Gate

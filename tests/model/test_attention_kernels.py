@@ -9,20 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-LOCK = (ROOT / "requirements-cuda.lock").read_text()
-BESIDE_TORCH = re.compile(
-    r"^(?:flash-attn-4|quack-kernels|nvidia-cutlass-dsl\S*|cuda-\w+|apache-tvm-ffi|torch-c-dlpack-ext|einops)==[^\n]+\n(?: [^\n]+\n)*",
-    re.M,
-)
+PACKAGES = r"flash-attn-4|quack-kernels|nvidia-cutlass-dsl\S*|cuda-\w+|apache-tvm-ffi|torch-c-dlpack-ext|einops"
 COMPILE = """
 import json
 import torch
@@ -47,17 +40,13 @@ print(json.dumps(said))
 
 
 @pytest.mark.slow
-def test_the_locked_kernels_compile_for_hopper_as_torch_calls_them(tmp_path: Path) -> None:
-    python, dump = tmp_path / "env" / "bin" / "python", tmp_path / "dump"
+def test_the_locked_kernels_compile_for_hopper_as_torch_calls_them(tmp_path: Path, locked: ModuleType) -> None:
+    dump = tmp_path / "dump"
     dump.mkdir()
-    (tmp_path / "kernels.lock").write_text("".join(BESIDE_TORCH.findall(LOCK)))
-    subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
-    site = next((python.parents[1] / "lib").glob("python*/site-packages"))
-    (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r", str(tmp_path / "kernels.lock")]
-    got = subprocess.run(install, capture_output=True, text=True, check=False)
-    if got.returncode:
-        pytest.skip(f"the locked kernels cannot be had here: {got.stderr.strip().splitlines()[-1]}")
+    try:
+        python = locked.environment(tmp_path / "env", PACKAGES)
+    except locked.Unavailable as error:
+        pytest.skip(f"the locked kernels cannot be had here: {error}")
 
     target = {
         "FLASH_ATTENTION_ARCH": "sm_90",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,14 +31,14 @@ def rows(step: int) -> tuple[Tensor, Tensor]:
     return block[:, :-1], block[:, 1:]
 
 
-def prepared(compiled: bool, in_fp8: bool = False) -> tuple[GPT, Optimizer]:
-    model = GPT(CONFIG, compute_dtype=DTYPE)
+def prepared(compiled: bool, in_fp8: bool = False, config: GPTConfig = CONFIG) -> tuple[GPT, Optimizer]:
+    model = GPT(config, compute_dtype=DTYPE)
     model.init_weights(0)
     if in_fp8:
         fp8.apply(model, B * T)
     if compiled:
         model.compile_blocks()
-    specs = derive(CONFIG, RULES["head"], ratio=None, steps=STEPS, batch_tokens=B * T).specs
+    specs = derive(config, RULES["head"], ratio=None, steps=STEPS, batch_tokens=B * T).specs
     return model, Optimizer(model.groups(), specs, compile=compiled, polar_dtype=DTYPE)
 
 
@@ -61,6 +63,15 @@ def test_no_break_and_nothing_compiled_again_in_50_steps(in_fp8: bool) -> None:
     compiled += steps(model, optimizer, STEPS - 1, first=1)
     assert dict(counters["stats"]) == after_one and not counters["graph_break"]
     assert compiled[:3] == pytest.approx(steps(*prepared(False, in_fp8), 3), abs=0.01), "as the eager step"
+
+
+def test_blocks_of_one_kind_share_their_graph() -> None:
+    """The first block (x is x0), and with a short window those without and with a value embedding, and those with a long one."""
+    torch._dynamo.reset()
+    counters.clear()
+    model, _ = prepared(True, config=replace(CONFIG, depth=12))
+    model.loss(*rows(0)).backward()
+    assert counters["stats"]["unique_graphs"] == 4 + 1, "and the loss"
 
 
 def test_the_same_bits_from_run_to_run() -> None:

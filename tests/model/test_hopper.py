@@ -1,0 +1,72 @@
+"""A step's compiled pieces, lowered for an H100 by a machine that has none (hopper.py tells how), against the table in hopper.md.
+
+A change that moves a number here moves it on purpose: `python tests/model/hopper.py --write`, and the table's difference is reviewed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+UNAVAILABLE = 69
+REWRITE = "if that is meant: python tests/model/hopper.py --write"
+
+pytestmark = pytest.mark.slow
+Table = dict[tuple[str, str], list[str]]
+
+
+def table(text: str) -> Table:
+    """(step, graph) -> calls, Triton kernels, other kernels, GB, saved."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| d")]
+    assert len({(step, graph) for step, graph, *_ in rows}) == len(rows), "a graph was compiled twice"
+    return {(step, graph): numbers for step, graph, *numbers in rows}
+
+
+@pytest.fixture(scope="module")
+def lowered() -> Table:
+    ended = subprocess.run([sys.executable, HERE / "hopper.py"], capture_output=True, text=True, check=False)
+    if ended.returncode == UNAVAILABLE:
+        pytest.skip(ended.stderr.strip().splitlines()[-1])
+    assert ended.returncode == 0, ended.stderr
+    return table(ended.stdout)
+
+
+@pytest.fixture(scope="module")
+def kept() -> Table:
+    return table((HERE / "hopper.md").read_text())
+
+
+def test_every_graph_stands_in_the_table(lowered: Table, kept: Table) -> None:
+    assert sorted(lowered) == sorted(kept), REWRITE
+
+
+def test_launches_are_the_tables(lowered: Table, kept: Table) -> None:
+    assert {graph: numbers[:3] for graph, numbers in lowered.items()} == {graph: numbers[:3] for graph, numbers in kept.items()}, (
+        REWRITE
+    )
+
+
+def test_bytes_are_the_tables(lowered: Table, kept: Table) -> None:
+    for graph, numbers in kept.items():
+        for now, then in zip(lowered[graph][3:], numbers[3:], strict=True):
+            assert float(now or 0) == pytest.approx(float(then or 0), rel=0.01), f"{graph}: {REWRITE}"
+
+
+@pytest.mark.parametrize("depth", [24, 22])
+def test_blocks_of_one_kind_share_one_graph(lowered: Table, depth: int) -> None:
+    for way in ("forward", "backward"):
+        calls = [
+            int(n[0]) for (step, graph), n in lowered.items() if step == f"d{depth}" and "block" in graph and graph.endswith(way)
+        ]
+        assert len(calls) == 4 and sum(calls) == depth
+
+
+@pytest.mark.parametrize("step", ["d24", "d22"])
+def test_the_loss_holds_no_fp32_tensor_of_a_chunk(lowered: Table, step: str) -> None:
+    """bf16 in, e5m2 out: three bytes a logit, a kernel's input counted once. One fp32 tensor, written and read, would be eight more."""
+    (numbers,) = [n for (of, graph), n in lowered.items() if of == step and graph.startswith("_loss_and_gradient")]
+    assert float(numbers[3]) * 1e9 <= 3.1 * 2048 * 32_768
