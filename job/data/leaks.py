@@ -163,7 +163,8 @@ def seal_leaks(
 ) -> Sealed | None:
     """`leaks-<bundle>` beside the rows of a whole set: how many of its training documents share a run with each task's items.
 
-    Taken from `pool` where that has it. None, with a warning, where it has not and the text is not here either (its rows were pulled).
+    Taken from `pool` where that has it. None where it has not and there are no `workers` to count with, or (with a warning) the text is
+    not here either, since its rows were pulled.
     """
     path = prepared.path / f"leaks-{bundle.id}"
     made_from = {"prepared": prepared.id, "bundle": bundle.id, "files": len(prepared.facts["files"])}
@@ -172,6 +173,8 @@ def seal_leaks(
     if not is_sealed(path):
         for _ in pool.pull([Part(path, "leaks", made_from)]) if pool else ():
             pass
+    if not is_sealed(path) and not workers:
+        return None
     if not is_sealed(path):
         source = open_source(data, Path(out))
         split = ByShard(prepared.path / "split" / "hashes.npy") if source.val else ByHash(data.val_fraction)
