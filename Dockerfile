@@ -55,7 +55,7 @@ packages=/opt/speedrun/lib/python3.11/site-packages
 find $packages -depth -type d -name tests -exec rm -rf {} +
 rm -rf $packages/torch/test
 find $packages/torch/bin -type f ! -name torch_shm_manager -delete
-strip --strip-unneeded $packages/torch/lib/libtorch_cpu.so $packages/torch/lib/libtorch_python.so $packages/zstandard/*.so
+strip --strip-unneeded $packages/torch/lib/libtorch_cpu.so $packages/torch/lib/libtorch_python.so
 /opt/speedrun/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/speedrun/lib || true # templates of code are no code
 EOS
 

@@ -154,6 +154,7 @@ class Record:
     prepared: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     shards: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    leaks: dict[str, Any] = dataclasses.field(default_factory=dict)
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
     steps: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     validations: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -220,6 +221,8 @@ def fold_event(record: Record, event: dict[str, Any]) -> None:
             record.shards[event["shard"]] = fields
         case "prepare.done":
             record.prepared = fields
+        case "prepare.leaks":
+            record.leaks = fields
         case "train.start":
             record.train = fields
         case "train.step":

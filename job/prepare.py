@@ -43,15 +43,18 @@ def main(context: RankContext) -> None:
     seal_smoke_bundle(prepared, recipe.data.seed)
     seal_eval_items(context.out, recipe, prepared, context.reporter)
     if prepared.is_whole:
-        count_leaks(context.out, recipe, prepared, context.reporter)
+        count_leaks(context.out, recipe, prepared, context.reporter, from_text=context.run is None)
 
 
-def count_leaks(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter) -> None:
-    """Documents of the whole set that share text with CORE, where the recipe names CORE: noted beside the rows."""
+def count_leaks(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter, *, from_text: bool = True) -> None:
+    """Documents of the whole set that share text with CORE, where the recipe names CORE: noted beside the rows.
+
+    Counting reads all of the text again, so where a run waits (not `from_text`) only a count that was made before is reported.
+    """
     if recipe.eval.core_bundle:
         bundle = eval_bundle(out, recipe, prepared, reporter)
         pool = Pool(store_of_environment(), prepared.path, reporter)
-        seal_leaks(prepared, out, recipe.data, bundle, reporter, machine.usable_cores(), pool)
+        seal_leaks(prepared, out, recipe.data, bundle, reporter, machine.usable_cores() if from_text else 0, pool)
 
 
 def seal_smoke_bundle(prepared: Prepared, seed: int) -> None:

@@ -37,7 +37,7 @@ def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
 
     Raises DataError when it cannot be had, is damaged, or is another bundle than CORE.
     """
-    return fetch_core(where, cache, reporter) if is_address(where) else open_bundle(where).require_core()
+    return fetch_core(where, cache, reporter) if is_address(where) else open_bundle(where, only_core=True)
 
 
 def fetch_core(url: str, cache: Path, reporter: Reporter) -> Bundle:
@@ -45,21 +45,21 @@ def fetch_core(url: str, cache: Path, reporter: Reporter) -> Bundle:
     name = PurePosixPath(urlsplit(url).path).name or "bundle"
     file = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     if file.is_file():
-        return open_bundle(file).require_core()
+        return open_bundle(file, only_core=True)
     part = file.with_name(f".{name}.part-{os.getpid()}")
     with storage_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
             _download(url, part, reporter)
             try:
-                open_bundle(part).require_core()
+                open_bundle(part, only_core=True)
             except DataError as error:
                 raise DataError(f"what {url} gave is not the CORE bundle: {error}") from error
             _compare_archive(url, part, reporter)
             os.replace(part, file)
         finally:
             part.unlink(missing_ok=True)
-    return open_bundle(file).require_core()
+    return open_bundle(file, only_core=True)
 
 
 def _compare_archive(url: str, part: Path, reporter: Reporter) -> None:

@@ -3,12 +3,13 @@
     text/<source>/commit.json                   what `main` was when this folder (or its store) first asked; every later run uses it
     text/<source>/<commit>/files.json           size and SHA-256 of each shard, as the hub states them for that commit
     text/<source>/<commit>/shard_00000.parquet  there only when it is whole and its SHA-256 is the stated one
-    text/<source>/<commit>/.shard_00001.parquet.part     bytes so far; a download goes on where it was interrupted
+    text/<source>/<commit>/.shard_00001.parquet.part     bytes so far; a download that was killed begins again
 
 Shards are never listed, they are named: shard 0, 1, 2, ... for training and the dataset's last one for validation (leaderboard §6).
-The hub is asked through huggingface_hub, which honours HF_ENDPOINT, HF_TOKEN, proxies, and Retry-After; requests that fail for
-a passing reason (timeouts, broken connections, 408, 429, 5xx) are repeated, and a body is resumed. `hf_hub_download` is not used: since
-version 2 it throws away what an interrupted process had fetched.
+The hub is asked through huggingface_hub, which honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, proxies, and Retry-After; requests that
+fail for a passing reason (timeouts, broken connections, 408, 429, 5xx) are repeated, and a body that broke off is resumed. Shards come by
+`http_get`, the step of `hf_hub_download` that transfers: around it `hf_hub_download` asks for each file again what files.json says,
+and leaves a temporary file of its own name behind each time it is killed (16 shards are 4 GB).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from job.data.local import parquet_text_bytes, read_parquet, readable
 from job.data.sources import Source
@@ -110,7 +111,7 @@ class Hub:
         self._done = self._total = 0
 
     def close(self) -> None:
-        """End downloads at their next piece; what they have fetched so far is kept. Nobody waits for a silent server."""
+        """End downloads at their next piece. Nobody waits for a silent server."""
         self._stopped.set()
 
     def on_progress(self, progress: Callable[[int, int], None]) -> None:
@@ -124,9 +125,9 @@ class Hub:
         """
         new = [name for name in names if name not in self._coming]
         stated = self._stated(new)
-        missing = {name: self._missing_bytes(name, stated[name]) for name in new}
-        self._check_room(sum(missing.values()) + also_bytes)
-        self._total += sum(missing.values())
+        missing = sum(stated[name]["size"] for name in new if _size(self.folder / name) != stated[name]["size"])
+        self._check_room(missing + also_bytes)
+        self._total += missing
         for name in new:
             self._coming[name] = Future()
             self._waiting.put((name, stated[name]))
@@ -212,7 +213,7 @@ class Hub:
     def _ask(self, method: Any, question: str, **body: Any) -> Any:
         """The JSON that the hub answers to `question` about the dataset."""
         import httpx2
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
         url = f"{_endpoint()}/api/datasets/{self.repo}/{question}"
@@ -228,7 +229,7 @@ class Hub:
             )
             hf_raise_for_status(response)
             return response.json()
-        except (HfHubHTTPError, httpx2.HTTPError) as error:
+        except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
             raise DataError(
                 f"the hub cannot be asked about {self.repo} ({_reason(error)}); check the network and HF_ENDPOINT ({_endpoint()})"
             ) from error
@@ -236,12 +237,6 @@ class Hub:
             raise DataError(f"{url} answered with something else than JSON; check HF_ENDPOINT and the proxy settings") from None
 
     # ---- files
-
-    def _missing_bytes(self, name: str, stated: dict[str, Any]) -> int:
-        file, part = self.folder / name, self._part(name)
-        if _size(file) == stated["size"]:
-            return 0
-        return max(0, stated["size"] - (_size(part) or 0))
 
     def _check_room(self, needed: int) -> None:
         with storage_errors(self.folder):
@@ -253,57 +248,50 @@ class Hub:
                 " free some space or choose another --out"
             )
 
-    def _part(self, name: str) -> Path:
-        return self.folder / f".{name}.part"
-
     def _fetch(self, name: str, stated: dict[str, Any]) -> None:
         """Bring the shard here, whole and checked, or raise DataError with its name."""
-        file, part = self.folder / name, self._part(name)
+        file, part = self.folder / name, self.folder / f".{name}.part"
         if _size(file) == stated["size"]:
             return
         problem = ""
         for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(2.0 ** (attempt - 1))
             problem = self._download(name, part, stated["size"])
             if not problem and sha256_file(part) == stated["sha256"]:
                 with storage_errors(file):
                     os.replace(part, file)
                 return
-            if not problem:
-                part.unlink()
-                problem = "its SHA-256 is not the one that the hub states"
-            elif attempt < ATTEMPTS - 1:
-                time.sleep(2.0**attempt)
+            problem = problem or "its SHA-256 is not the one that the hub states"
+            self._arrived(-part.stat().st_size)
+            part.unlink()
         raise DataError(
             f"{name} of {self.repo} cannot be fetched: {problem} ({ATTEMPTS} attempts); check HF_ENDPOINT ({_endpoint()}) and run again"
         )
 
     def _download(self, name: str, part: Path, size: int) -> str:
-        """Complete `part`; what was wrong, or "" when it has all its `size` bytes. Raises DataError where trying again is no use."""
+        """Write `part` anew; what was wrong, or "" when it has all its `size` bytes. Raises DataError where trying again is no use."""
         import httpx2
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.file_download import hf_hub_url, http_get
         from huggingface_hub.utils import build_hf_headers
 
-        if (_size(part) or 0) > size:
-            part.unlink()
         url = hf_hub_url(self.repo, name, repo_type="dataset", revision=self.commit, endpoint=_endpoint())
+        bar = _Bar(self._arrived)
         try:
-            with storage_errors(part), open(part, "ab+") as handle:
-                sink = _Sink(handle, self._arrived)
-                http_get(url, sink, resume_size=handle.tell(), headers=build_hf_headers(), expected_size=size)
-        except HfHubHTTPError as error:
-            if error.response.status_code not in RETRIED:
+            with storage_errors(part), open(part, "wb") as file:
+                http_get(url, file, headers=build_hf_headers(), expected_size=size, tqdm_class=lambda **_: bar)
+        except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
+            response = getattr(error, "response", None)
+            if isinstance(error, OfflineModeIsEnabled) or (response is not None and response.status_code not in RETRIED):
                 raise DataError(
                     f"{name} of {self.repo} cannot be fetched: {_reason(error)}; check HF_ENDPOINT ({_endpoint()}) and HF_TOKEN"
                 ) from error
             return _reason(error)
-        except httpx2.HTTPError as error:
-            return _reason(error)
         except OSError as error:
             if error.errno is not None:
                 raise
-            part.unlink()  # a whole answer of another length: a page of an error or of a login, not the file
-            return "the answer has another size than the hub states"
+            return "the answer has another size than the hub states"  # a page of an error or of a login, not the file
         return ""
 
     def _arrived(self, count: int) -> None:
@@ -314,21 +302,12 @@ class Hub:
             self._progress(self._done, self._total)
 
 
-class _Sink:
-    """The file that http_get writes to; each piece is counted, which is also where a download is stopped."""
+class _Bar(contextlib.nullcontext):
+    """A progress bar as http_get sees one: each piece is counted, which is also where a download is stopped."""
 
-    def __init__(self, handle: IO[bytes], arrived: Callable[[int], None]) -> None:
-        self._handle, self._arrived = handle, arrived
-        self.seek, self.tell = handle.seek, handle.tell
-
-    def write(self, data: bytes) -> int:
-        self._arrived(len(data))
-        return self._handle.write(data)
-
-    def truncate(self) -> int:
-        self._arrived(self._handle.tell() - self._handle.seek(0, os.SEEK_END))
-        self._handle.seek(0)
-        return self._handle.truncate()
+    def __init__(self, arrived: Callable[[int], None]) -> None:
+        super().__init__(self)
+        self.update = arrived
 
 
 def _endpoint() -> str:
@@ -350,6 +329,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
     response = getattr(error, "response", None)
     if response is not None:
         return f"HTTP {response.status_code}"

@@ -13,16 +13,15 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import string
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from job.core_eval.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, Bundle, Task
-from job.data.encode import MASKS
 from job.data.pool import Part, Pool
-from job.data.sources import ByHash, ByShard, Counts, Shard, Split, documents, open_source
+from job.data.sources import ByHash, ByShard, Counts, Shard, Split, batches, documents, open_source
 from job.data.workers import run_tasks
 from job.errors import DataError
 from job.progress import Reporter
@@ -33,11 +32,12 @@ if TYPE_CHECKING:
     from job.data.prepare import Prepared
 
 WORDS = 13
-BATCH_BYTES = 1 << 19
+BATCH_CHARS = 1 << 19
 FILTER_BITS = 25
 MOST_TASKS = 64
 LOOKED_AT = 24
 """bytes of a word that are looked at, beside its length"""
+MASKS = np.array([(1 << 8 * count) - 1 for count in range(8)] + [(1 << 64) - 1], dtype=np.uint64)
 BY_WORD = np.array([pow(0x9E3779B97F4A7C15, power, 1 << 64) for power in range(1, WORDS + 1)], dtype=np.uint64)
 LETTERS = bytes(
     byte if byte >= 128 else ord(chr(byte).lower()) if chr(byte) in string.ascii_letters + string.digits else 0
@@ -139,23 +139,10 @@ class LeakTask:
     def run(self, advance: Callable[[int], None]) -> tuple[int, int, list[int]]:
         with np.load(self.index) as index:
             finder = Finder(index["runs"], index["tasks"], self.task_count)
-        for batch in _batches(documents(self.shard, self.split, held_out=False, counts=Counts())):
+        for batch in batches(documents(self.shard, self.split, held_out=False, counts=Counts()), BATCH_CHARS):
             finder.look(batch)
             advance(sum(map(len, batch)))
         return finder.documents, finder.any, finder.by_task.tolist()
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def seal_leaks(
@@ -163,7 +150,8 @@ def seal_leaks(
 ) -> Sealed | None:
     """`leaks-<bundle>` beside the rows of a whole set: how many of its training documents share a run with each task's items.
 
-    Taken from `pool` where that has it. None, with a warning, where it has not and the text is not here either (its rows were pulled).
+    Taken from `pool` where that has it. None where it has not and there are no `workers` to count with, or (with a warning) the text is
+    not here either, since its rows were pulled.
     """
     path = prepared.path / f"leaks-{bundle.id}"
     made_from = {"prepared": prepared.id, "bundle": bundle.id, "files": len(prepared.facts["files"])}
@@ -172,6 +160,8 @@ def seal_leaks(
     if not is_sealed(path):
         for _ in pool.pull([Part(path, "leaks", made_from)]) if pool else ():
             pass
+    if not is_sealed(path) and not workers:
+        return None
     if not is_sealed(path):
         source = open_source(data, Path(out))
         split = ByShard(prepared.path / "split" / "hashes.npy") if source.val else ByHash(data.val_fraction)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -136,6 +136,20 @@ def documents(shard: Shard, split: Split, *, held_out: bool, counts: Counts) -> 
             yield text
         else:
             counts.other_side += 1
+
+
+def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """`texts` in their order, in lists that end where they have so many characters."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def document_hash(document: bytes) -> int:

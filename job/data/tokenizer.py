@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained by rustbpe, encoded by tiktoken and by tables of what it said (job/data/encode.py), stored as text (no pickle).
+"""Byte-level BPE: trained by rustbpe, encoded by tiktoken (one text) and fastokens (many), stored as text (no pickle).
 
 Text is cut by GPT-4's split pattern (numbers in groups of at most two digits), each piece is a sequence of bytes, and the most
 frequent neighbouring pair becomes the next token until the vocabulary is full (Sennrich et al. 2016). Ids: the 256 bytes in their
@@ -12,16 +12,20 @@ place them.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import fastokens
 import numpy as np
 import rustbpe
 import tiktoken
 
-from job.data.encode import BatchEncoder, Pieces
+from job.data.sources import batches
 from job.errors import DataError
 
 SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -30,6 +34,9 @@ SPECIALS = (
     *(f"<|{who}_{edge}|>" for who in ("user", "assistant", "python", "output") for edge in ("start", "end")),
 )
 BYTES = 256
+BATCH_CHARS = 1 << 19
+VOWEL_SEPARATOR = "\u180e"
+"""the one character of Unicode that fastokens cuts by another class (white space, as it was until 2013) than tiktoken"""
 SAMPLE_CHARS = 1 << 20
 
 
@@ -43,10 +50,22 @@ class Tokenizer:
         self.bos_id = self.special_ids["<|bos|>"]
 
     @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        """Of two ids with the same bytes only the first is ever produced."""
+        return {token: index for index, token in reversed(list(enumerate(self.ranks)))}
+
+    @cached_property
     def _encoding(self) -> tiktoken.Encoding:
-        # of two ids with the same bytes only the first is ever produced
-        mergeable = {token: index for index, token in reversed(list(enumerate(self.ranks)))}
-        return tiktoken.Encoding("speedrun", pat_str=self.pattern, mergeable_ranks=mergeable, special_tokens={})
+        return tiktoken.Encoding("speedrun", pat_str=self.pattern, mergeable_ranks=self._ids, special_tokens={})
+
+    @cached_property
+    def _bulk(self) -> fastokens.Tokenizer:
+        """One thread: a machine's cores have a shard each. (The library's threads are counted at its first use; rustbpe has its own.)"""
+        os.environ.setdefault("RAYON_NUM_THREADS", "1")
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.write(_ranks_file(self._ids.items()))
+            file.flush()
+            return fastokens.Tokenizer.from_tiktoken(file.name, pattern=self.pattern)
 
     @cached_property
     def _table(self) -> list[bytes]:
@@ -64,27 +83,20 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    @cached_property
-    def _batches(self) -> BatchEncoder:
-        encoding = self._encoding
-        ids = {token: index for index, token in reversed(list(enumerate(self.ranks)))}
-        return BatchEncoder(Pieces(ids, encoding._encode_single_piece), encoding.encode_ordinary)
-
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """(n,) uint16 for each text: the ids of `encode`, several times as fast for many texts, in memory bounded for a text of any
-        length that has words in it."""
-        if self.pattern == SPLIT_PATTERN:
-            yield from self._batches.documents(texts)
-        else:
-            yield from (np.array(self.encode(text), np.uint16) for text in texts)
+        """(n,) uint16 for each text: the ids of `encode`, several times as fast for many texts. Reads ahead by BATCH_CHARS of text."""
+        for batch in batches(texts, BATCH_CHARS):
+            ids, offsets = self._bulk.encode_batch_flat(batch)
+            flat = np.frombuffer(ids, "<u4")
+            for text, (start, end) in zip(batch, itertools.pairwise(np.frombuffer(offsets, "<u8").tolist()), strict=True):
+                yield np.array(self.encode(text) if VOWEL_SEPARATOR in text else flat[start:end], np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; specials by their names, bytes that are not UTF-8 as U+FFFD."""
         return b"".join(self._table[index] for index in ids).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
-        lines = (base64.b64encode(token) + f" {index}\n".encode() for index, token in enumerate(self.ranks))
-        (folder / "ranks.tiktoken").write_bytes(b"".join(lines))
+        (folder / "ranks.tiktoken").write_bytes(_ranks_file((token, index) for index, token in enumerate(self.ranks)))
         facts = {"pattern": self.pattern, "specials": self.specials, "vocab_size": self.vocab_size}
         (folder / "tokenizer.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -94,6 +106,11 @@ class Tokenizer:
         facts = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
         lines = (Path(folder) / "ranks.tiktoken").read_bytes().splitlines()
         return cls([base64.b64decode(line.split()[0]) for line in lines], facts["specials"], facts["pattern"])
+
+
+def _ranks_file(ids: Iterable[tuple[bytes, int]]) -> bytes:
+    """tiktoken's format, in order of id."""
+    return b"".join(base64.b64encode(token) + f" {index}\n".encode() for token, index in sorted(ids, key=lambda item: item[1]))
 
 
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_chars: int, document_chars: int) -> tuple[Tokenizer, int]:

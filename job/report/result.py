@@ -22,6 +22,7 @@ from job.sealed import canonical_json, is_sealed, open_sealed
 
 SCHEMA = 1
 TASK_KEYS = ("kind", "n", "shots", "accuracy", "centered", "se", "seconds")
+LEAK_KEYS = ("bundle", "words", "documents", "shared", "by_task")
 
 
 def build_result(run: Path, answers: Path | None = None) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path |
         "bigram_bpb": bigram_bpb,
         "core": score if ledger and ledger.name == "core" else None,
         "smoke_score": score if ledger and ledger.name == "smoke_score" else None,
+        "leaks": {key: record.leaks[key] for key in LEAK_KEYS} if record.leaks else None,
         "steps": len(record.steps),
         "planned_steps": derived["steps"]["value"],
         "parameters": derived["total_parameters"]["value"],

@@ -8,8 +8,8 @@ import sys
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
-import zstandard
 
 from job.core_eval import ledger
 from job.core_eval.bundle import Task
@@ -28,8 +28,7 @@ def answers(right: int, n: int) -> list[Answer]:
 
 def published_accuracies(core_archive, model: str) -> dict[str, float]:
     """The rows of the CSV that the bundle ships for `model`."""
-    raw = zstandard.ZstdDecompressor().stream_reader(core_archive.open("rb"))
-    with tarfile.open(fileobj=raw, mode="r|") as archive:
+    with pa.CompressedInputStream(core_archive, "zstd") as raw, tarfile.open(fileobj=raw, mode="r|") as archive:
         for member in archive:
             if member.name == f"openai-community-{model}.csv":
                 rows = list(csv.reader(archive.extractfile(member).read().decode().splitlines()))[1:]

@@ -68,6 +68,7 @@ def test_the_manifest_counts_training_documents_by_task(bundle, prose, tmp_path,
         helpers.write_jsonl(folder / f"{index}.jsonl", prose[index:120:2])
     data, recorder = helpers.config(folder), helpers.Recorder()
     prepared = helpers.small_prepare(tmp_path, data)
+    assert seal_leaks(prepared, tmp_path, data, bundle, recorder, 0) is None and recorder.events == []
     sealed = seal_leaks(prepared, tmp_path, data, bundle, recorder, workers)
     assert sealed.facts["documents"] == prepared.facts["documents"] and set(sealed.facts["by_task"]) == {
         t.label for t in bundle.tasks
@@ -78,7 +79,7 @@ def test_the_manifest_counts_training_documents_by_task(bundle, prose, tmp_path,
     assert sealed.facts["shared"] == shared > 0 and max(sealed.facts["by_task"].values()) <= shared
     assert recorder.events == [("prepare.leaks", {"bundle": bundle.id, **sealed.facts})]
     assert [path.name for path in sealed.path.iterdir()] == ["manifest.json"]
-    assert seal_leaks(prepared, tmp_path, data, bundle, recorder, workers).id == sealed.id
+    assert seal_leaks(prepared, tmp_path, data, bundle, recorder, 0).id == sealed.id and len(recorder.events) == 2
 
 
 def test_of_a_named_dataset(bundle, hub, tmp_path, helpers):

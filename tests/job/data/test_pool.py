@@ -192,8 +192,10 @@ def test_leaks_are_pulled_with_the_rows_or_left_out(first, store, hub, tmp_path,
 def test_the_stage_counts_leaks_of_a_set_that_is_whole_and_of_core_alone(prepared, tmp_path, helpers, monkeypatch):
     asked = []
     monkeypatch.setattr(stage, "eval_bundle", lambda *_: asked.append("bundle"))
-    monkeypatch.setattr(stage, "seal_leaks", lambda *_: asked.append("leaks"))
-    for bundle, expected in (("", []), ("core.zip", ["bundle", "leaks"])):
+    monkeypatch.setattr(stage, "seal_leaks", lambda *given: asked.append(given[5] > 0))
+    cases = (("", True, []), ("core.zip", True, ["bundle", True]), ("core.zip", False, ["bundle", False]))
+    for bundle, from_text, expected in cases:
+        asked.clear()
         recipe = resolve("smoke", {"eval.core_bundle": ("--core-bundle", bundle)})
-        stage.count_leaks(tmp_path, recipe, prepared, helpers.Recorder())
+        stage.count_leaks(tmp_path, recipe, prepared, helpers.Recorder(), from_text=from_text)
         assert asked == expected

@@ -14,7 +14,6 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.data.encode import cut_safely
 from job.data.tokenizer import SPECIALS, SPLIT_PATTERN, Tokenizer, train_tokenizer
 from job.errors import DataError
 
@@ -87,13 +86,6 @@ def test_any_text_survives_the_round_trip(tokenizer, text):
     assert tokenizer.decode(ids) == text
     assert sum(tokenizer.token_bytes[ids]) == len(text.encode())
     assert [part.tolist() for part in tokenizer.encode_documents([text, "", text])] == [ids, [], ids]
-
-
-@given(st.lists(TEXT, max_size=5).map("".join), st.integers(1, 40))
-def test_a_text_encoded_in_pieces_has_the_same_ids(tokenizer, text, size):
-    parts = list(cut_safely(text, size))
-    assert "".join(parts) == text
-    assert [index for part in parts for index in tokenizer.encode(part)] == tokenizer.encode(text)
 
 
 def test_specials_are_placed_after_the_merges_and_never_come_from_text(tokenizer):

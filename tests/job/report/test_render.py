@@ -117,6 +117,18 @@ def test_the_page_shows_what_was_measured(run):
         assert word in page.text
 
 
+def test_documents_shared_with_the_tasks_show_a_line_each(run):
+    attempt = run.start()
+    page = page_of(run)
+    assert "shared with the tasks" not in page.text
+    by_task = {"copa": 0, "squad": 1234}
+    attempt.emit("prepare.leaks", bundle="b0b0", words=13, documents=50_000, shared=1234, by_task=by_task)
+    page, text = page_of(run), (run.path / "report" / "report.md").read_text()
+    for shown in (page.text, text):
+        assert "1,234 of 50,000 training documents hold 13 words in a row" in shown
+    assert "| `copa` | 0 |\n| `squad` | 1,234 |\n\n## Time" in text and "squad1,234" in page.text
+
+
 def test_plots_follow_the_theme(run):
     source = page_of(run.whole()) and (run.path / "report" / "report.html").read_text()
     svg = source[source.index("<svg") :]

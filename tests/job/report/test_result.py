@@ -51,6 +51,7 @@ def test_whole_run_exactly(run):
                 task("next_word", "language_modeling", shots=0, accuracy=0.15, centered=0.15, se=math.sqrt(0.1275 / 20)),
             ],
         },
+        "leaks": None,
         "steps": 200,
         "planned_steps": 200,
         "parameters": 7340114,
@@ -87,6 +88,14 @@ def test_a_core_ledger_is_core_and_no_smoke_score(run):
     result = checked(run.path)
     assert result["core"]["cap"] == 20
     assert result["smoke_score"] is None
+
+
+def test_the_newest_count_of_shared_documents(run):
+    attempt = run.start()
+    counted = {"bundle": "b0b0", "words": 13, "documents": 5000, "shared": 3, "by_task": {"copa": 0, "squad": 3}}
+    attempt.emit("prepare.leaks", **counted | {"documents": 4000}, texts_too_short={"copa": 9, "squad": 0})
+    attempt.emit("prepare.leaks", **counted, texts_too_short={"copa": 9, "squad": 0})
+    assert checked(run.path)["leaks"] == counted
 
 
 def test_schema_refuses_both_scores_at_once_and_unknown_keys(run):
