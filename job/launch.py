@@ -161,7 +161,7 @@ def execute(
     attempt = Attempt.claim(run, bucket and bucket.store, **({"fresh": True} if fresh else {}))
     attempt.emit("attempt.started", argv=sys.argv[1:], nodes=nodes.count, **machine.describe())
     final = folder_of(run, derive(recipe).rows)
-    site = Site(out, run, recipe.train.threads, bucket and bucket.store, asked and asked.document)
+    site = Site(out, run, recipe.train.threads, bucket and bucket.store, asked=asked and asked.document)
     with (
         Interrupts() as interrupts,
         crew_of(nodes, interrupts, console) as crew,
