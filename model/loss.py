@@ -36,7 +36,7 @@ below the cap that their probability is 0, exactly, and with it their gradient.
 **Compiled.** All of it can be traced into a caller's graph. A caller that is not compiled says `compiled=True`, and the loop stays a
 loop. What lies between the products becomes one kernel over the logits instead of a dozen passes (and one that adds up the rows'
 losses): it reads z twice, for the rows' sums and for their gradients, and writes dz. For that the right word's number is selected and
-not written over dz: a scatter wants all of dz in memory, in fp32, which quadruples the bytes (`tests/model/hopper.md` counts them).
+not written over dz: a scatter wants all of dz in memory, in fp32, seven times the bytes (counted as in `tests/model/hopper.md`).
 """
 
 from __future__ import annotations
