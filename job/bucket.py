@@ -67,7 +67,7 @@ def _check_apart(folder: Path, out: Path) -> None:
         raise UsageError(
             f"--bucket {folder} is --out {out} or inside it, and would be mirrored into itself: choose a folder elsewhere, or s3://bucket/prefix"
         )
-    if any(_is_inside(out, folder / name) for name in ("prepared", "runs")):
+    if any(_is_inside(out, folder / name) for name in ("prepared", "compiled", "runs")):
         raise UsageError(f"--out {out} is among the copies that --bucket {folder} holds: choose an --out elsewhere")
 
 
