@@ -10,6 +10,7 @@ that is slow or has no GPU with --strict.
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 import tempfile
@@ -57,7 +58,9 @@ def page(document: dict[str, Any]) -> str:
     text = [*lines(document["stack"]), *document["found"]]
     if document["proofs"]:
         text += ["", "| proven | error | bound | ms |", "| --- | ---: | ---: | ---: |"]
-        text += [f"| {row['what']} | {row['error']:.4f} | {row['bound']:.4f} | {row['ms'] or ''} |" for row in document["proofs"]]
+        for row in document["proofs"]:
+            error = "no number" if row["error"] is None else f"{row['error']:.4f}"
+            text.append(f"| {row['what']} | {error} | {row['bound']:.4f} | {row['ms'] or ''} |")
     if not document["refused"]:
         text += ["", "what was computed agrees" if document["deep"] else "nothing stands against it; --deep computes and compares"]
     return "\n".join(text)
@@ -100,10 +103,9 @@ def _prove(recipe: Recipe, here: preflight.Machine, rows: list[dict[str, Any]], 
         rows.append(_row(f"attention, window {window}", error, attention.PROOF_BOUND, f"{forward:.2f} + {both - forward:.2f}"))
     if recipe.train.fp8:
         _prove_fp8(config, recipe.model.generation, batch * config.seq_len, device, rows)
-    if wrong := [row for row in rows if not row["error"] <= row["bound"]]:
-        raise PreflightError(
-            f"{wrong[0]['what']} is wrong by {wrong[0]['error']:.1%} where rounding explains {wrong[0]['bound']:.1%}: take another machine"
-        )
+    if wrong := next((row for row in rows if row["error"] is None or row["error"] > row["bound"]), None):
+        found = "no number" if wrong["error"] is None else f"wrong by {wrong['error']:.1%}"
+        raise PreflightError(f"{wrong['what']} is {found} where rounding explains {wrong['bound']:.1%}: take another machine")
 
 
 def _prove_fp8(config: GPTConfig, generation: str, tokens: int, device: torch.device, rows: list[dict[str, Any]]) -> None:
@@ -118,7 +120,8 @@ def _prove_fp8(config: GPTConfig, generation: str, tokens: int, device: torch.de
 
 
 def _row(what: str, error: float, bound: float, ms: str | None = None) -> dict[str, Any]:
-    return {"what": what, "error": error, "bound": bound, "ms": ms}
+    """error: None for what is no number, which JSON has no other word for."""
+    return {"what": what, "error": error if math.isfinite(error) else None, "bound": bound, "ms": ms}
 
 
 def _attention_ms(config: GPTConfig, window: int, rows: int, device: torch.device) -> tuple[float, float]:

@@ -67,3 +67,11 @@ def test_a_window_is_proven_as_a_window_and_a_kernel_that_fails_is_refused(tmp_p
     short, full = proven[:2]
     assert short < doctor.attention.PROOF_LENGTH - 1 <= full and examined[0]["refused"] is None
     assert examined[1]["refused"].startswith("attention, window 512, fails on this machine: no kernel image is available; take")
+
+
+def test_what_is_no_number_is_refused_and_can_be_written_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.attention, "disagreement", lambda *_, **__: float("inf"))
+    document = doctor.examine(resolve("smoke"), tmp_path, strict=False, allow_fa2=False, deep=True)
+    assert document["refused"].startswith("attention, window 32 is no number where rounding explains 3.0%")
+    assert json.loads(json.dumps(document, allow_nan=False))["proofs"][0]["error"] is None
+    assert "| attention, window 32 | no number | 0.0300 | " in doctor.page(document)
