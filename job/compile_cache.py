@@ -113,7 +113,7 @@ class Caches(Reporter):
     ) -> None:
         """Fetch what there is. attempt: the run's, on the first node, which seals what there will be; 0 on the others."""
         self.site, self._console, self._reporter, self._attempt = site, console, reporter, attempt
-        self._local_ranks, self._warm, self._loaded = nodes.ranks, set(), set()
+        self._local, self._warm, self._loaded = nodes.ranks_of(nodes.number), set(), set()
         self._thread, self._ended, self._outcome, self._temporary = None, threading.Event(), {}, None
         gpu = machine.gpu_names() if stage == "pretrain" and recipe.train.compile_cache else ""
         if gpu:
@@ -128,9 +128,9 @@ class Caches(Reporter):
 
     def emit(self, kind: str, **fields: Any) -> None:
         self._reporter.emit(kind, **fields)
-        if self._temporary and kind == "train.warm":
+        if self._temporary and kind == "train.warm" and fields["rank"] in self._local:  # the first node hears all nodes' ranks
             self._warm.add(fields["rank"])
-            if self._attempt and len(self._warm) == self._local_ranks and _files(self.work).keys() - self._loaded:
+            if self._attempt and len(self._warm) == len(self._local) and _files(self.work).keys() - self._loaded:
                 self._thread = threading.Thread(target=self._seal, daemon=True)
                 self._thread.start()
         self._tell()
@@ -143,7 +143,7 @@ class Caches(Reporter):
         if self._thread:
             self._thread.join()
         self._tell()
-        if self._attempt and self._loaded and len(self._warm) < self._local_ranks and not interrupted:
+        if self._attempt and self._loaded and len(self._warm) < len(self._local) and not interrupted:
             self._refuse("ranks that had loaded it ended before they were warm")
             self._remove(self.site.store)
         self._temporary.cleanup()

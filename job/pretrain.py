@@ -230,8 +230,8 @@ def join_ranks(context: RankContext, comm: CommConfig, device: torch.device) -> 
     While a reduce-scatter runs beside the backward pass, each of NCCL's blocks holds a multiprocessor, and a matrix product of one block
     a multiprocessor (persistent, as cuBLAS's for Hopper are) needs a second wave for those that found none. The carve-out has cuBLASLt,
     which computes every fp8 product, plan for so many fewer: a hint to its heuristics and no partition, experimental in torch. (Products
-    in bf16 follow it only where torch gives them to cuBLASLt as well; attention and compiled kernels do not.) The same number is the most
-    blocks that NCCL may use. What either is worth has not been measured.
+    in bf16 follow it only where torch gives them to cuBLASLt as well, and FlashAttention 3 leaves as many free; other attention and
+    compiled kernels do not.) The same number is the most blocks that NCCL may use. What either is worth has not been measured.
     """
     options = None
     if device.type == "cuda" and (comm.high_priority or comm.sm_carveout):

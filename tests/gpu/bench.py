@@ -76,14 +76,13 @@ class Trainee:
     """A model with its optimizer, stepped as `job/pretrain.py` steps: one micro-step, the update, nothing waited for."""
 
     def __init__(self, sizes: Sizes, device: torch.device, *, in_fp8: bool) -> None:
-        self.config, self.device, self.in_fp8 = sizes.config, device, in_fp8
         with device:
-            self.model = GPT(self.config, compute_dtype=torch.bfloat16)
+            self.model = GPT(sizes.config, compute_dtype=torch.bfloat16)
         self.model.init_weights(42)
         if in_fp8:
             fp8.apply(self.model, sizes.tokens)
         self.model.compile_blocks()
-        specs = derive(self.config, RULES["head"], ratio=None, steps=sizes.curve_steps, batch_tokens=sizes.tokens).specs
+        specs = derive(sizes.config, RULES["head"], ratio=None, steps=sizes.curve_steps, batch_tokens=sizes.tokens).specs
         polar = torch.bfloat16 if device.type == "cuda" else torch.float32  # which a CPU may have no instructions for
         self.optimizer = Optimizer(self.model.groups(), specs, polar_dtype=polar, compile=True)
         self.schedule = Schedule.for_generation(sizes.curve_steps, "head")
@@ -115,6 +114,7 @@ class Bench:
 
     def trainee(self) -> Trainee:
         if self._trainee is None:
+            self.free()  # what earlier steps left to the garbage collector
             self._trainee = Trainee(self.sizes, self.device, in_fp8=True)
             for number in range(2):  # with the step that warms up: nothing later compiles
                 self._trainee.step(self.batch(number), number)
@@ -165,14 +165,17 @@ class Bench:
         return self.between(began, self.moment())
 
     def medians(self, functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        """The median of each one's milliseconds; they take turns, after two calls that do not count."""
-        times: dict[str, list[float]] = {name: [] for name in functions}
-        for turn in range(self.sizes.repeats + 2):
+        """The median of each one's milliseconds; they take turns, after two calls that do not count.
+
+        All are queued before any is waited for: a GPU that waits for the host would count the host's time as the kernel's.
+        """
+        marks: dict[str, list[tuple]] = {name: [] for name in functions}
+        for _ in range(self.sizes.repeats + 2):
             for name, function in functions.items():
-                took = self.ms(function)
-                if turn >= 2:
-                    times[name].append(took)
-        return {name: statistics.median(taken) for name, taken in times.items()}
+                began = self.moment()
+                function()
+                marks[name].append((began, self.moment()))
+        return {name: statistics.median(self.between(*pair) for pair in pairs[2:]) for name, pairs in marks.items()}
 
 
 def text(vocab: int, length: int) -> Tensor:

@@ -28,6 +28,7 @@ from job.upload import Mirror
 
 GPU = "NVIDIA H100 80GB HBM3, 9.0, 580.95.05"
 GROUP = "triton/KEY/__grp__kernel.json"
+TWO_RANKS = Nodes(2)
 
 
 class Kept(Reporter):
@@ -44,22 +45,24 @@ class Kept(Reporter):
 class Start:
     """One start of run r on a machine of its own, which has `gpu` and nothing else but the bucket."""
 
-    def __init__(self, tmp_path: Path, name: str, recipe: Recipe | None = None, *, ranks: int = 2, first: bool = True) -> None:
+    def __init__(
+        self, tmp_path: Path, name: str, recipe: Recipe | None = None, *, nodes: Nodes = TWO_RANKS, first: bool = True
+    ) -> None:
         self.store, self.out = FolderStore(tmp_path / "bucket"), tmp_path / name
         self.run = self.out / "runs" / "r"
         self.run.mkdir(parents=True, exist_ok=True)
         self.attempt = Attempt.claim(self.run, self.store) if first else None
         self.reporter, number = Kept(), self.attempt.number if first else 0
         site = Site(self.out, self.run, store=self.store)
-        self.caches = Caches("pretrain", site, recipe or resolve("smoke"), Nodes(ranks), Console(-1), self.reporter, number)
+        self.caches = Caches("pretrain", site, recipe or resolve("smoke"), nodes, Console(-1), self.reporter, number)
         self.environment = self.caches.site.environment
 
     @property
     def compiled(self) -> Path:
         return Path(self.environment["TORCHINDUCTOR_CACHE_DIR"]).parent
 
-    def warm(self, ranks: int = 2) -> None:
-        for rank in range(ranks):
+    def warm(self, *ranks: int) -> None:
+        for rank in ranks or (0, 1):
             self.caches.emit("train.warm", rank=rank, seconds=1.0, compiled=1, loaded=0)
 
     def sealed(self) -> bool:
@@ -120,12 +123,21 @@ def test_another_machine_has_it_from_the_bucket_in_a_folder_of_its_own(tmp_path:
     assert [event["origin"] for event in third.reporter.of("loaded")] == [str(tmp_path / "second" / third.caches.key)]
 
 
+def test_ranks_of_other_nodes_do_not_count(tmp_path: Path) -> None:
+    start = Start(tmp_path, "out", nodes=Nodes(2, ("10.0.0.1", "10.0.0.2")))
+    compile_something(start)
+    start.warm(0, 2, 3)
+    assert not start.sealed(), "rank 1 still compiles"
+    start.warm(1)
+    assert start.sealed()
+
+
 def test_it_is_sealed_when_all_ranks_are_warm_and_they_are_given_the_folder(tmp_path: Path) -> None:
     start = Start(tmp_path, "out")
     compile_something(start)
-    start.warm(1)
+    start.warm(0)
     assert not start.sealed()
-    start.warm(2)
+    start.warm(1)
     assert start.sealed()
     names = ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]
     assert len({start.environment[name] for name in names}) == 3
@@ -134,7 +146,7 @@ def test_it_is_sealed_when_all_ranks_are_warm_and_they_are_given_the_folder(tmp_
 
 def test_ranks_are_given_the_folder_whatever_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")
-    start = Start(tmp_path, "out", ranks=1)
+    start = Start(tmp_path, "out", nodes=Nodes(1))
     (rank,) = start.caches.site.start(Order("pretrain"), Nodes(1))
     until, given = time.monotonic() + 30, ""
     while not given and time.monotonic() < until:  # empty for a moment while the process becomes another program
@@ -217,7 +229,7 @@ def test_a_damaged_one_on_this_disk_leaves_the_buckets(tmp_path: Path, kept: Pat
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_one_that_ranks_did_not_survive_is_not_tried_twice(tmp_path: Path, kept: Path, interrupted: bool) -> None:
     second = Start(tmp_path, "second")
-    second.warm(1)
+    second.warm(0)
     second.end(interrupted=interrupted)
     third = Start(tmp_path, "second")
     assert bool(third.reporter.of("loaded")) == interrupted
@@ -278,7 +290,7 @@ def test_a_resumed_warm_up_compiles_nothing(tmp_path: Path) -> None:
     """With Inductor, on a CPU: a first start, another machine, and one whose copy has a flipped byte."""
     starts = {}
     for name in ("first", "second", "third"):
-        start = Start(tmp_path, name, ranks=1)
+        start = Start(tmp_path, name, nodes=Nodes(1))
         before = made(start)
         command = [sys.executable, str(Path(__file__).with_name("compiled_warm_up.py"))]
         root = str(Path(__file__).resolve().parents[2])

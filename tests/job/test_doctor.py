@@ -10,6 +10,7 @@ import torch
 
 from job import doctor
 from job.config import resolve
+from job.derive import derive
 from job.errors import ExitCode
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -46,3 +47,31 @@ def test_a_machine_that_computes_wrongly_is_refused_and_the_table_stays(tmp_path
 def test_a_recipe_without_fp8_proves_attention_only(tmp_path: Path) -> None:
     document = doctor.examine(resolve("smoke"), tmp_path, strict=False, allow_fa2=False, deep=True)
     assert [row["what"] for row in document["proofs"]] == ["attention, window 32", "attention, window 128"]
+
+
+def test_a_window_is_proven_as_a_window_and_a_kernel_that_fails_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the real model's windows are longer than the proof's rows."""
+    proven = []
+
+    def disagreement(_: torch.device, window: int, gradients: bool) -> float:
+        proven.append(window)
+        if len(proven) > 2:
+            raise RuntimeError("no kernel image is available\nand so on")
+        return 0.0
+
+    real = derive(resolve("run6")).config
+    monkeypatch.setattr(doctor.GPTConfig, "for_depth", lambda *_, **__: real)
+    monkeypatch.setattr(doctor.attention, "disagreement", disagreement)
+    monkeypatch.setattr(doctor, "_attention_ms", lambda *_: (1.0, 3.0))
+    examined = [doctor.examine(resolve("smoke"), tmp_path, strict=False, allow_fa2=False, deep=True) for _ in range(2)]
+    short, full = proven[:2]
+    assert short < doctor.attention.PROOF_LENGTH - 1 <= full and examined[0]["refused"] is None
+    assert examined[1]["refused"].startswith("attention, window 512, fails on this machine: no kernel image is available; take")
+
+
+def test_what_is_no_number_is_refused_and_can_be_written_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.attention, "disagreement", lambda *_, **__: float("inf"))
+    document = doctor.examine(resolve("smoke"), tmp_path, strict=False, allow_fa2=False, deep=True)
+    assert document["refused"].startswith("attention, window 32 is no number where rounding explains 3.0%")
+    assert json.loads(json.dumps(document, allow_nan=False))["proofs"][0]["error"] is None
+    assert "| attention, window 32 | no number | 0.0300 | " in doctor.page(document)

@@ -13,7 +13,6 @@ import torch
 from bench import USED, Bench, Result, relative, use_kernel
 from conftest import flash_attention_4, torch_calls_windows
 from torch import Tensor
-from torch.nn.attention import restore_flash_attention_impl
 
 from model import attention, fp8, fp8_proof
 from model.fork import Fork
@@ -61,7 +60,7 @@ def attend(bench: Bench) -> Result:
         elif not result.wrong:
             result.facts[USED] = kernel
         elif kernel == "fa4":
-            restore_flash_attention_impl()
+            torch.nn.attention.restore_flash_attention_impl()
     columns = ["kernel", "window", "forward ms", "backward ms", "TFLOP/s forward / backward", "worst error"]
     result.tables.append((columns, rows))
     return result
