@@ -8,11 +8,11 @@ backward, and the compiled update of one rank of eight. It runs on the meta devi
 a GPU (the flash-attention kernel, chunks of the loss, sizes of the update's parts) and no number is computed. Dynamo and AOTAutograd
 trace it there. Before Inductor's first pass the graph is moved to a CUDA device that nobody has: fake tensors, the properties of an
 H100, and Triton told that its target is sm_90. From then on Inductor does what it does for a GPU (its passes, the cut between what is
-saved and what is computed again, fusion, the code of the kernels) up to that code, which is counted and not run: of what it
-costs in time nothing is seen here, nor whether Triton compiles it.
+saved and what is computed again, fusion, the code of the kernels) up to that code, which is counted and not run: what it costs in
+time is not seen here, nor whether Triton compiles it.
 
-Bytes are what Inductor counts: every tensor that a kernel reads or writes, once, however often the kernel goes over it; of an attention
-kernel and a matrix product too. The counts of kernels are the launches in the generated code.
+Bytes are what Inductor counts: every tensor that a kernel reads or writes, once, however often the kernel goes over it. The counts of
+kernels are the launches in the generated code.
 
 All of this replaces functions of torch for the whole process: nothing else should run in it.
 """
