@@ -63,12 +63,14 @@ def test_a_step_that_raises_leaves_the_others(tmp_path: Path) -> None:
     assert ended.returncode == 1 and "from wheels: broken-1-py3-none-any.whl" in ended.stdout
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_is_stopped_and_the_next_one_begun(tmp_path: Path) -> None:
     ended = script(tmp_path, "--dry", "--limit-factor", "0.001", "--only", "products", "--only", "forks")
     assert outcomes(tmp_path) == {"products": "stopped after 0 s", "forks": "stopped after 0 s"}
     assert ended.returncode == 1
 
 
+@pytest.mark.slow
 def test_what_no_time_is_left_for_says_so(tmp_path: Path) -> None:
     script(tmp_path, "--dry", "--budget", "0")
     assert outcomes(tmp_path) == dict.fromkeys(STEPS, "no time was left for it")

@@ -17,6 +17,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU he
 
 
 @NO_GPU
+@pytest.mark.slow
 def test_a_deep_look_computes_and_is_kept_in_the_bucket(tmp_path: Path, speedrun) -> None:
     words = ("doctor", "--deep", "--json", "--bucket", str(tmp_path / "bucket"), "--run-id", "mine", "--out", str(tmp_path / "out"))
     said = json.loads(speedrun(speedrun.command(*words)).stdout)
