@@ -23,7 +23,7 @@ from job.core_eval.ledger import ANSWERS, LEDGER
 from job.errors import DataError, UsageError
 from job.fence import claimed, run_key, stored_claim
 from job.sealed import MANIFEST, atomic_write, is_sealed
-from job.store import VARIABLE, Store, open_store, pull_sealed, sealed_names
+from job.store import S3_URL, VARIABLE, Store, open_store, pull_sealed, sealed_names
 
 PULLS = 8
 """small files and folders that are pulled at once"""
@@ -47,6 +47,8 @@ def check_place(url: str, out: Path, *, strict: bool = False) -> None:
                 raise UsageError(f"--bucket {url} cannot be used: write s3://{mistyped[1] or 'bucket/prefix'}")
         elif "://" in url:
             raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix, or a folder")
+        if url.startswith("~"):
+            raise UsageError(f"--bucket {url} was not expanded by the shell: write {os.path.expanduser(url)}, or ./{url}")
         if strict:
             raise UsageError(
                 f"--strict is for machines that go away, and the folder {url} would go with it: give --bucket s3://bucket/prefix"
@@ -57,8 +59,8 @@ def check_place(url: str, out: Path, *, strict: bool = False) -> None:
             raise UsageError(
                 f"--bucket {url} may mean a bucket or a folder, and no such folder is there: write s3://{name}, or ./{name} for a new folder"
             )
-    elif url.strip("/") == "s3:":
-        raise UsageError(f"--bucket {url} names no bucket: write s3://bucket/prefix")
+    elif not S3_URL.fullmatch(url):
+        raise UsageError(f"--bucket {json.dumps(url)} names no bucket: write s3://bucket/prefix, the bucket in small letters")
 
 
 def _check_apart(folder: Path, out: Path) -> None:
