@@ -196,7 +196,10 @@ class Bucket:
         pull_sealed(self.store, self._key(run, folder), folder, kind=CHECKPOINT)
 
     def _drop_lesser_score(self, run: Path) -> None:
-        """Make room for the bucket's score of the same weights where it says more than this disk's, which would be put over it."""
+        """Make room for the bucket's score of the same weights where it says more than this disk's, which would be put over it.
+
+        The report of the lesser one goes too.
+        """
         ledger = run / "eval" / "ledger"
         if not is_sealed(ledger):
             return
@@ -208,7 +211,7 @@ class Bucket:
             return
         if fullness_of_ledger(stored["facts"], stored["made_from"]) > fullness_of_ledger(mine.facts, mine.made_from):
             folders = {folder for folder, kind in self._answers(run) if kind == ANSWERS and folder.parent == ledger.parent}
-            for folder in (*folders, ledger):  # the ledger last: where this was cut short, it is done again
+            for folder in (run / "report", *folders, ledger):  # the ledger last: where this was cut short, it is done again
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _answers(self, run: Path) -> list[tuple[Path, str]]:

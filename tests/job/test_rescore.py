@@ -18,7 +18,7 @@ from job.config import EvalConfig, resolve
 from job.core_eval.ledger import ANSWERS, LEDGER
 from job.launch import is_done, recipe_document
 from job.rescore import asking, fullness, fullness_of_score
-from job.sealed import content_id, open_sealed, sealing
+from job.sealed import content_id, is_sealed, open_sealed, sealing
 from job.store import FolderStore
 
 KINDS = {"ledger": LEDGER, "copa": ANSWERS}
@@ -166,6 +166,8 @@ def test_a_disk_with_a_lesser_score_takes_the_fuller_one_from_the_bucket(scored,
 
     run = scored("smoke_score", 12)
     answer(run, 12)
+    with sealing(run / "report", kind="report", made_from={}):
+        pass
     bucket = Bucket(FolderStore(tmp_path / "bucket"), 1.0)
     stored = tmp_path / "bucket" / "runs" / run.name
     shutil.copytree(run / "eval", stored / "eval")
@@ -175,4 +177,4 @@ def test_a_disk_with_a_lesser_score_takes_the_fuller_one_from_the_bucket(scored,
             folder.facts |= {"name": "smoke_score"}
         answer(stored, items)
         bucket.pull_results(run)
-        assert cap_of(run) == kept
+        assert cap_of(run) == kept and is_sealed(run / "report") is (kept == (12, 12))
