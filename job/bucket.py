@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -22,8 +23,9 @@ from job.console import Console
 from job.core_eval.ledger import ANSWERS, LEDGER
 from job.errors import DataError, UsageError
 from job.fence import claimed, run_key, stored_claim
-from job.sealed import MANIFEST, atomic_write, is_sealed
-from job.store import VARIABLE, Store, open_store, pull_sealed, sealed_names
+from job.rescore import fullness_of_ledger
+from job.sealed import MANIFEST, atomic_write, is_sealed, open_sealed
+from job.store import S3_URL, VARIABLE, Store, open_store, pull_sealed, sealed_names, stored_manifest
 
 PULLS = 8
 """small files and folders that are pulled at once"""
@@ -47,6 +49,8 @@ def check_place(url: str, out: Path, *, strict: bool = False) -> None:
                 raise UsageError(f"--bucket {url} cannot be used: write s3://{mistyped[1] or 'bucket/prefix'}")
         elif "://" in url:
             raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix, or a folder")
+        if url.startswith("~"):
+            raise UsageError(f"--bucket {url} was not expanded by the shell: write {os.path.expanduser(url)}, or ./{url}")
         if strict:
             raise UsageError(
                 f"--strict is for machines that go away, and the folder {url} would go with it: give --bucket s3://bucket/prefix"
@@ -57,8 +61,8 @@ def check_place(url: str, out: Path, *, strict: bool = False) -> None:
             raise UsageError(
                 f"--bucket {url} may mean a bucket or a folder, and no such folder is there: write s3://{name}, or ./{name} for a new folder"
             )
-    elif url.strip("/") == "s3:":
-        raise UsageError(f"--bucket {url} names no bucket: write s3://bucket/prefix")
+    elif not S3_URL.fullmatch(url):
+        raise UsageError(f"--bucket {json.dumps(url)} names no bucket: write s3://bucket/prefix, the bucket in small letters")
 
 
 def _check_apart(folder: Path, out: Path) -> None:
@@ -148,6 +152,7 @@ class Bucket:
         """Pull what the bucket has of the run and this disk has not: claims, events, answers, and the finished model."""
         began = time.monotonic()
         self.pull_record(run, before=attempt.number)
+        self._drop_lesser_score(run)
         wanted = [*self._answers(run), (folder_of(run, final_rows), CHECKPOINT)]
         keys = [self._key(run, folder) for folder, _ in wanted]
         with ThreadPoolExecutor(PULLS) as pool:
@@ -163,6 +168,7 @@ class Bucket:
     def pull_results(self, run: Path) -> None:
         """What a report is made from: claims, events and answers. What is damaged is not there."""
         self.pull_record(run)
+        self._drop_lesser_score(run)
         with ThreadPoolExecutor(PULLS) as pool:
             list(pool.map(lambda item: self._pull(self._key(run, item[0]), *item), self._answers(run)))
 
@@ -188,6 +194,25 @@ class Bucket:
     def pull_checkpoint(self, run: Path, folder: Path) -> None:
         """Make `folder` the checkpoint that the bucket has; DataError when it is damaged there."""
         pull_sealed(self.store, self._key(run, folder), folder, kind=CHECKPOINT)
+
+    def _drop_lesser_score(self, run: Path) -> None:
+        """Make room for the bucket's score of the same weights where it says more than this disk's, which would be put over it.
+
+        The report of the lesser one goes too.
+        """
+        ledger = run / "eval" / "ledger"
+        if not is_sealed(ledger):
+            return
+        try:
+            mine, stored = open_sealed(ledger, kind=LEDGER), stored_manifest(self.store, self._key(run, ledger))
+        except DataError:
+            return
+        if not stored or stored["made_from"]["weights"] != mine.made_from["weights"]:
+            return
+        if fullness_of_ledger(stored["facts"], stored["made_from"]) > fullness_of_ledger(mine.facts, mine.made_from):
+            folders = {folder for folder, kind in self._answers(run) if kind == ANSWERS and folder.parent == ledger.parent}
+            for folder in (run / "report", *folders, ledger):  # the ledger last: where this was cut short, it is done again
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _answers(self, run: Path) -> list[tuple[Path, str]]:
         kinds = {"ledger": LEDGER, BPB: BPB}

@@ -14,6 +14,8 @@ folded into the deaths that nothing good came of:
 A row of three ends with exit code 15, and as long as it lasts every further start makes one attempt and ends so again. New is, in
 training, a checkpoint beyond all earlier ones; in evaluation, a task that was scored; in prepare, a tokenizer or row file (the held-out
 one too) that was made and not pulled from the store.
+
+`speedrun prepare` and `evaluate --hf` have no attempts in which deaths could be counted: their first one ends with 15.
 """
 
 from __future__ import annotations
@@ -91,6 +93,15 @@ def judged(run: Path, attempt: int, died: RankDied) -> SpeedrunError:
     )
     error.noted = died.noted
     return error
+
+
+def without_attempts(died: RankDied) -> SilentRankError:
+    """What a command ends with that keeps no record of its attempts."""
+    death = died.death
+    return SilentRankError(
+        f"{death.rank} of {death.stage} died of {explained(death.signal)}; what is sealed is kept, and the same command, typed again,"
+        " goes on from there"
+    )
 
 
 def explained(signal: str) -> str:

@@ -18,6 +18,7 @@ from job.console import Console
 from job.core_eval.core_v1 import PUBLISHED_URL
 from job.core_eval.ledger import Ledger
 from job.errors import DataError, UsageError
+from job.fruitless import RankDied, without_attempts
 from job.launch import check_writable
 from job.processes import start_ranks
 from job.progress import Reporter
@@ -47,7 +48,10 @@ def evaluate(out: Path, folder: Path, asked: EvalConfig, *, ranks: int, console:
         atomic_write(question, json.dumps(document).encode())
         arguments = ["evaluate_hf", str(out), str(question), str(results)]
         started = start_ranks(arguments, world_size=ranks, threads=0, logs=results / "logs", label="evaluate")
-        supervise("evaluate", started, reporter=Reporter(), console=console, interrupts=interrupts)
+        try:
+            supervise("evaluate", started, reporter=Reporter(), console=console, interrupts=interrupts)
+        except RankDied as died:
+            raise without_attempts(died) from None
     return Ledger.open(results)
 
 

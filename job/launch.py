@@ -30,7 +30,7 @@ from job.config import SCHEMA, Recipe, differing_keys
 from job.console import Console
 from job.crew import Crew, crew_of
 from job.errors import ExitCode, SpeedrunError, UsageError
-from job.fruitless import RankDied, judged
+from job.fruitless import RankDied, judged, without_attempts
 from job.mirror import mirrored
 from job.nodes import Nodes, same_command
 from job.processes import start_ranks
@@ -292,7 +292,10 @@ def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket
             ["prepare", str(out), str(recipe_file), ""], world_size=1, threads=0, logs=Path(scratch), label="prepare"
         )
         said = Told(Said(console), uploads)
-        supervise("prepare", ranks, reporter=said, console=console, interrupts=interrupts, meanwhile=uploads.check)
+        try:
+            supervise("prepare", ranks, reporter=said, console=console, interrupts=interrupts, meanwhile=uploads.check)
+        except RankDied as died:
+            raise without_attempts(died) from None
         uploads.flush()
 
 

@@ -15,8 +15,9 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from job.checkpoint_folder import KIND, folder_of
 from job.config import EvalConfig, Recipe, from_document, resolve
@@ -79,4 +80,9 @@ def fullness_of_score(run: Path, rows: int) -> tuple[bool, float]:
     final = folder_of(run, rows)
     if is_sealed(final) and open_sealed(final, kind=KIND, verify=False).id != sealed.made_from["weights"]:
         return False, 0.0
-    return sealed.facts["name"] == "core", sealed.made_from["cap"] or math.inf
+    return fullness_of_ledger(sealed.facts, sealed.made_from)
+
+
+def fullness_of_ledger(facts: Mapping[str, Any], made_from: Mapping[str, Any]) -> tuple[bool, float]:
+    """`fullness` of the score of which a sealed ledger says this."""
+    return facts["name"] == "core", made_from["cap"] or math.inf

@@ -17,6 +17,7 @@ import abc
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -29,6 +30,8 @@ from job.sealed import MANIFEST, Sealed, fsync_folder, open_sealed, seal_written
 
 VARIABLE = "SPEEDRUN_BUCKET"
 """the environment variable in which a supervisor names the store to its children"""
+S3_URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*\S)?)?")
+"""bucket and prefix; a space at the end would be another place, and nobody sees it"""
 PARALLEL = 4
 """files of one sealed folder that are on their way at once"""
 PATIENCE = 60.0

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,9 +34,8 @@ from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumErro
 from job.errors import DataError, StorageError, UsageError
 from job.s3_faults import ABSENT, DENIED, EXPIRED, NETWORK, cause_of, code_of, reason_of, refusal
 from job.sealed import sha256_file, storage_errors
-from job.store import PARALLEL, PATIENCE, Store, check_key, missing, probe
+from job.store import PARALLEL, PATIENCE, S3_URL, Store, check_key, missing, probe
 
-URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?")
 PART = 64 << 20
 """bytes of a part of a multipart upload"""
 PARTS_AT_ONCE = 4
@@ -112,7 +110,7 @@ class S3Store(Store):
 
     @classmethod
     def at(cls, url: str, **settings: Any) -> S3Store:
-        match = URL.fullmatch(url)
+        match = S3_URL.fullmatch(url)
         if not match:
             raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix")
         return cls(match[1], (match[2] or "").strip("/"), **settings)

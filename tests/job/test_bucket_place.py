@@ -32,11 +32,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("s3a://mine", "write s3://mine"),
         ("s3//mine", "write s3://mine"),
         ("s3:", "write s3://bucket/prefix"),
-        ("s3://", "--bucket s3:// names no bucket: write s3://bucket/prefix"),
+        ("s3://", '--bucket "s3://" names no bucket: write s3://bucket/prefix'),
+        ("s3:///mine", '"s3:///mine" names no bucket'),
+        ("s3://Mine", '"s3://Mine" names no bucket: write s3://bucket/prefix, the bucket in small letters'),
+        ("s3://mine/gpt2 ", '"s3://mine/gpt2 " names no bucket'),
+        ("s3://mine/gpt2\n", '"s3://mine/gpt2\\n" names no bucket'),
         ("gs://mine", "--bucket gs://mine cannot be used: write s3://bucket/prefix, or a folder"),
         ("my-bucket/gpt2", "no such folder is there: write s3://my-bucket/gpt2, or ./my-bucket/gpt2 for a new folder"),
         ("my-bucket", "write s3://my-bucket, or ./my-bucket for a new folder"),
-        ("~/mirror", "write s3://~/mirror, or ./~/mirror for a new folder"),
+        ("~/mirror", f"was not expanded by the shell: write {Path.home()}/mirror, or ./~/mirror"),
     ],
 )
 def test_what_is_no_place(url: str, sentence: str) -> None:
@@ -46,7 +50,20 @@ def test_what_is_no_place(url: str, sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://mine", "s3://mine/gpt2", "/mirror", "./mirror", "../mirror", "there", "there/", ".", "outer"]
+    "url",
+    [
+        "s3://mine",
+        "s3://mine/",
+        "s3://mine/gpt2",
+        "s3://mine/a b/",
+        "/mirror",
+        "./mirror",
+        "../mirror",
+        "there",
+        "there/",
+        ".",
+        "outer",
+    ],
 )
 def test_what_is_a_place(url: str, here: Path) -> None:
     (here / "outer").mkdir()
@@ -67,7 +84,7 @@ def test_a_mirror_in_what_it_mirrors_is_refused(url: str, out: str, here: Path) 
         check_place(str(here / url) if url.startswith("out") else url, Path(out))
 
 
-@pytest.mark.parametrize("out", ["there/runs", "there/runs/x", "there/prepared/out"])
+@pytest.mark.parametrize("out", ["there/runs", "there/runs/x", "there/prepared/out", "there/compiled"])
 def test_a_run_among_the_copies_is_refused(out: str) -> None:
     with pytest.raises(UsageError, match=f"--out {out} is among the copies that --bucket there holds: choose an --out elsewhere"):
         check_place("there", Path(out))

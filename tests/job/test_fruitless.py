@@ -179,6 +179,19 @@ def ends(run: Path) -> list[tuple[int, str | None]]:
     return [(e["exit_code"], e.get("died", {}).get("stage")) for e in read_events(run) if e["kind"] == "attempt.ended"]
 
 
+@pytest.mark.parametrize("stage", ["prepare", "evaluate_hf"])
+def test_where_no_attempts_are_kept_the_first_death_ends_with_15(dying, tmp_path: Path, stage: str) -> None:
+    broken, model = dying(stage), tmp_path / "model"
+    (tmp_path / f"dies-in-{stage}" / "transformers.py").touch()
+    model.mkdir()
+    (model / "config.json").touch()
+    command = broken.command("evaluate", "--hf", str(model), "--out", str(tmp_path))
+    if stage == "prepare":
+        command = broken.command("prepare", "--data", str(broken.data), "--out", str(tmp_path))
+    said = broken(command, code=15).stderr
+    assert "died of SIGSEGV; what is sealed is kept, and the same command, typed again, goes on" in said.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_attempts_on_other_machines_count_through_the_bucket(dying, speedrun, tmp_path: Path) -> None:
     broken = dying("pretrain")

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from job.attempt import Record, fold_event
+from job.bucket import Bucket
 from job.checkpoint_folder import KIND, folder_of
 from job.config import EvalConfig, resolve
-from job.core_eval.ledger import LEDGER
+from job.core_eval.ledger import ANSWERS, LEDGER
 from job.launch import is_done, recipe_document
 from job.rescore import asking, fullness, fullness_of_score
-from job.sealed import content_id, open_sealed, sealing
+from job.sealed import content_id, is_sealed, open_sealed, sealing
+from job.store import FolderStore
 
+KINDS = {"ledger": LEDGER, "copa": ANSWERS}
 RECIPE = resolve("smoke", {}, ["train.steps=12"])
 
 
@@ -150,3 +154,27 @@ def test_on_another_machine_the_bucket_keeps_the_fuller_report(tmp_path: Path, s
     tasks = [event for event in events if event["kind"] == "eval.task"]
     assert len(tasks) == 22 and all(event["found"] for event in tasks), "machine b took the answers from the bucket"
     assert "pretrain: done already" in speedrun(speedrun.tiny("run", tmp_path / "c", *place)).stderr
+
+
+def test_a_disk_with_a_lesser_score_takes_the_fuller_one_from_the_bucket(scored, tmp_path: Path) -> None:
+    def answer(run: Path, items: int) -> None:
+        with sealing(run / "eval" / "copa", kind=ANSWERS, made_from={"cap": items}):
+            pass
+
+    def cap_of(run: Path) -> tuple[int, int]:
+        return tuple(open_sealed(run / "eval" / name, kind=kind).made_from["cap"] for name, kind in KINDS.items())
+
+    run = scored("smoke_score", 12)
+    answer(run, 12)
+    with sealing(run / "report", kind="report", made_from={}):
+        pass
+    bucket = Bucket(FolderStore(tmp_path / "bucket"), 1.0)
+    stored = tmp_path / "bucket" / "runs" / run.name
+    shutil.copytree(run / "eval", stored / "eval")
+    elsewhere = json.loads((run / "eval/ledger/manifest.json").read_text())["made_from"]
+    for items, kept in ((11, (12, 12)), (20, (20, 20))):
+        with sealing(stored / "eval/ledger", kind=LEDGER, made_from=elsewhere | {"cap": items}) as folder:
+            folder.facts |= {"name": "smoke_score"}
+        answer(stored, items)
+        bucket.pull_results(run)
+        assert cap_of(run) == kept and is_sealed(run / "report") is (kept == (12, 12))
