@@ -45,7 +45,7 @@ def fault(fault_proxy) -> Any:
 def store(faults, monkeypatch) -> S3Store:
     """The store behind the proxy, with small parts; a request is given up after a second, a call after five."""
     faults.s3.enter(monkeypatch)
-    return S3Store.at(faults.s3.url, patience=5.0, timeout=1.0, part=PART)
+    return S3Store.at(faults.s3.url, patience=20.0, timeout=1.0, part=PART)
 
 
 def pulled(store: S3Store, path: Path, key: str = KEY) -> dict[str, bytes]:
