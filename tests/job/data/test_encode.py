@@ -58,6 +58,13 @@ def test_however_batches_are_cut(texts, size):
         assert [ids.tolist() for ids in tokenizer.encode_documents(texts * 2)] == [tokenizer.encode(text) for text in texts * 2]
 
 
+def test_a_long_text_is_cut_between_words_and_has_its_own_ids(prose, monkeypatch):
+    monkeypatch.setattr(tokenizers, "BATCH_CHARS", 500)
+    text = " ".join(prose[:20])
+    assert len(list(tokenizers._parts(text))) > len(text) // 1000
+    assert [ids.tolist() for ids in SMALL[0].encode_documents(["a b", text])] == [SMALL[0].encode(each) for each in ("a b", text)]
+
+
 SMALL: list[Tokenizer] = [Tokenizer([bytes([byte]) for byte in range(256)] + [b"th", b"the", b" the", b"in", b"on"])]
 
 
