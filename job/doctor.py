@@ -14,7 +14,6 @@ import math
 import shutil
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from job.config import Recipe
 from job.derive import derive
 from job.errors import PreflightError
 from job.memory import checkpoint_bytes
+from job.readings import now, seconds_between
 from job.stack import describe_stack, differences, lines
 from model import attention, fp8
 from model.gpt import GPTConfig
@@ -133,25 +133,12 @@ def _attention_ms(config: GPTConfig, window: int, rows: int, device: torch.devic
     q, k, v, weight = (torch.randn(shape, device=device).bfloat16().requires_grad_() for _ in range(4))
     marks = []
     for _ in range(REPEATS + 2):  # the first two warm up
-        began = _moment(device)
+        began = now(device)
         out = attention.attention(q, k, v, window)
-        middle = _moment(device)
+        middle = now(device)
         torch.autograd.grad(out, (q, k, v), weight.detach())
-        marks.append((began, middle, _moment(device)))
-    taken = [(_between(began, middle), _between(began, ended)) for began, middle, ended in marks[2:]]
-    return tuple(statistics.median(each) for each in zip(*taken, strict=True))
-
-
-def _moment(device: torch.device) -> torch.cuda.Event | float:
-    if device.type != "cuda":
-        return 1000 * time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(began: torch.cuda.Event | float, ended: torch.cuda.Event | float) -> float:
-    if isinstance(ended, float):
-        return ended - began
-    ended.synchronize()
-    return began.elapsed_time(ended)
+        marks.append((began, middle, now(device)))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    taken = [(seconds_between(began, middle), seconds_between(began, ended)) for began, middle, ended in marks[2:]]
+    return tuple(1000 * statistics.median(each) for each in zip(*taken, strict=True))

@@ -100,15 +100,15 @@ class Readings:
         self._device, self._flagged, self._report = device, flagged, report
         self._lag = LAG[device.type] if lag is None else lag
         self._pending: deque[_Pending] = deque()
-        self._began = self._computed = self._now()
+        self._began = self._computed = now(self._device)
         self._own, self._own_steps = 0.0, 0
 
     def begin_step(self) -> None:
-        self._began = self._computed = self._now()
+        self._began = self._computed = now(self._device)
 
     def end_backward(self) -> None:
         """The step's last backward pass is queued, and nothing yet that waits for another rank."""
-        self._computed = self._now()
+        self._computed = now(self._device)
 
     def end_step(self, step: int, loss: Tensor, nonfinite: Tensor, lr_mult: float) -> None:
         """Queue the numbers of the step just done, and report the step `lag` steps back.
@@ -124,7 +124,7 @@ class Readings:
             dist.all_reduce(numbers)
             numbers[0] /= world
         copies = _on_its_way(numbers), _on_its_way(nonfinite)  # before the moment that is waited for
-        self._pending.append(_Pending(step, lr_mult, *copies, carried, self._began, self._computed, self._now()))
+        self._pending.append(_Pending(step, lr_mult, *copies, carried, self._began, self._computed, now(self._device)))
         self._read(self._lag)
 
     def settle(self) -> None:
@@ -140,10 +140,10 @@ class Readings:
             pending.ended.synchronize()
         loss, any_broken, *seconds = pending.numbers.tolist()
         names = self._names(pending.flags) if any_broken else ()
-        self._own += _between(pending.began, pending.computed)
+        self._own += seconds_between(pending.began, pending.computed)
         self._own_steps += 1
         computing = Computing(tuple(seconds), pending.carried)
-        return Reading(pending.step, loss, names, pending.lr_mult, _between(pending.began, pending.ended), computing)
+        return Reading(pending.step, loss, names, pending.lr_mult, seconds_between(pending.began, pending.ended), computing)
 
     def _names(self, flags: Tensor) -> tuple[str, ...]:
         """The parameters behind the flags, of all ranks: every rank gets here or none."""
@@ -154,21 +154,23 @@ class Readings:
         dist.all_gather_object(everyones, mine)
         return tuple(sorted({name for names in everyones for name in names}))
 
-    def _now(self) -> torch.cuda.Event | float:
-        """A moment in the device's queue, or on a CPU of the clock."""
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
 
 def _on_its_way(numbers: Tensor) -> Tensor:
     """The same in host memory, pinned where it comes from a GPU, whenever the queue gets there."""
     return numbers.to("cpu", non_blocking=True)
 
 
-def _between(began: torch.cuda.Event | float, ended: torch.cuda.Event | float) -> float:
+def now(device: torch.device) -> torch.cuda.Event | float:
+    """A moment in the device's queue, or on a CPU of the clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(began: torch.cuda.Event | float, ended: torch.cuda.Event | float) -> float:
+    """Of two moments that have passed."""
     return ended - began if isinstance(ended, float) else began.elapsed_time(ended) / 1000
 
 
