@@ -99,7 +99,7 @@ ENV PATH=/opt/speedrun/bin:$PATH \
     WANDB_DIR=/tmp \
     WANDB_CONFIG_DIR=/tmp/cache/wandb
 # a run that has written no event for a while is no longer well; a container without a run is
-HEALTHCHECK --interval=60s --timeout=10s --start-period=60s CMD ["/opt/speedrun/bin/python", "-P", "-m", "job.health"]
+HEALTHCHECK --interval=60s --timeout=10s --start-period=60s CMD ["/opt/speedrun/bin/python", "-P", "-m", "job.machine.health"]
 # "out", the default of --out, is /out here
 WORKDIR /
 ENTRYPOINT ["speedrun"]

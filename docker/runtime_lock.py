@@ -29,7 +29,9 @@ def runtime_part(pyproject: str, lock: str) -> str:
             needs.setdefault(canonical(parent), set()).add(name)
     project = tomllib.loads(pyproject)["project"]
     asked, kernels = project["dependencies"], project["optional-dependencies"]["attention"]
-    wanted, optional = ([canonical(re.match(r"[A-Za-z0-9._-]+", line)[0]) for line in lines] for lines in (asked, kernels))
+    wanted, optional = (
+        [canonical(re.match(r"[A-Za-z0-9._-]+", line)[0]) for line in lines] for lines in (asked, kernels)
+    )
     wanted += [name for name in optional if name in pins]
     kept: set[str] = set()
     while wanted:

@@ -31,7 +31,9 @@ class AdamWScalars(NamedTuple):
     eps: Tensor
 
     @classmethod
-    def of(cls, step: int, lr: float, decay: float, betas: tuple[float, float], eps: float, dtype: torch.dtype) -> AdamWScalars:
+    def of(
+        cls, step: int, lr: float, decay: float, betas: tuple[float, float], eps: float, dtype: torch.dtype
+    ) -> AdamWScalars:
         """`step` counts from 1; the bias corrections are computed in double precision."""
         b1, b2 = betas
         values = (1 - lr * decay, b1, 1 - b1, b2, 1 - b2, lr / (1 - b1**step), 1 / math.sqrt(1 - b2**step), eps)

@@ -21,7 +21,7 @@ kernel stands behind that call is chosen once per process, before the first step
     fa3   FlashAttention 3, a package of its own   Hopper
     fa4   FlashAttention 4, a package of its own   Hopper, Blackwell      pinned: later releases return more values than torch unpacks
 
-Where somebody pays for the machine, a slower one than asked for is refused before the run begins (`job/preflight.py`). A package's kernel
+Where somebody pays for the machine, a slower one than asked for is refused before the run begins (`job/run/preflight.py`). A package's kernel
 is compiled for the GPU when it is first called, by each rank, and then has to agree with the blocks before anything is trained with it
 (`prove`). The kernels compute in 16 bits; a model that computes in fp32 on a GPU takes the blocks.
 """
@@ -119,7 +119,9 @@ def block_mask(window: int, device: torch.device) -> Tensor:
     return (key >= query) & (key <= query + window)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
     """torch's fused attention, which wants (B, H, T, D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(1, 2)
@@ -165,7 +167,9 @@ def choose_backend(
     if wanted not in ("fa2", "fa3", "fa4", "fastest"):
         raise BackendError(f"there is no attention kernel called {wanted!r}: choose fastest, fa2, fa3 or fa4")
     if wanted in ("fa3", "fa4") and wanted not in fast:
-        raise BackendError(f"{wanted} does not run on compute capability {capability[0]}.{capability[1]}: choose fastest")
+        raise BackendError(
+            f"{wanted} does not run on compute capability {capability[0]}.{capability[1]}: choose fastest"
+        )
     if wanted == "fa2" or not fast:
         return Backend("fa2", "attention: FlashAttention 2, part of torch")
     if usable:
@@ -223,4 +227,6 @@ def disagreement(device: torch.device, window: int, gradients: bool) -> float:
         return [x.float().cpu() for x in (out, *found)]
 
     pairs = zip(computed(device, torch.bfloat16), computed(torch.device("cpu"), torch.float32), strict=True)
-    return max(((mine - right).abs().max() / right.abs().max()).nan_to_num(nan=float("inf")).item() for mine, right in pairs)
+    return max(
+        ((mine - right).abs().max() / right.abs().max()).nan_to_num(nan=float("inf")).item() for mine, right in pairs
+    )

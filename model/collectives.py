@@ -46,7 +46,9 @@ class Collectives:
     def reduce_scatter(self, output: Tensor, full: Tensor) -> dist.Work:
         """output <- this rank's part of the ranks' mean of `full` (W times output's size)."""
         self._count("reduce_scatter", full)
-        return dist.reduce_scatter_single(output.view(-1), full.view(-1), op=dist.ReduceOp.AVG, group=self.group, async_op=True)
+        return dist.reduce_scatter_single(
+            output.view(-1), full.view(-1), op=dist.ReduceOp.AVG, group=self.group, async_op=True
+        )
 
     def all_gather(self, full: Tensor, part: Tensor) -> dist.Work:
         """full <- the ranks' parts in rank order."""

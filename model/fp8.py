@@ -83,7 +83,14 @@ def _generation(capability: tuple[int, int]) -> str:
     major, minor = capability
     if capability == (8, 9):
         return "Ada"
-    names = {7: "Turing" if minor >= 5 else "Volta", 8: "Ampere", 9: "Hopper", 10: "Blackwell", 11: "Blackwell", 12: "Blackwell"}
+    names = {
+        7: "Turing" if minor >= 5 else "Volta",
+        8: "Ampere",
+        9: "Hopper",
+        10: "Blackwell",
+        11: "Blackwell",
+        12: "Blackwell",
+    }
     return names.get(major, f"compute capability {major}.{minor}")
 
 
@@ -102,7 +109,9 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
 
 
-def matmul(a: Tensor, a_inverse: Tensor, b: Tensor, b_inverse: Tensor, out_dtype: torch.dtype, fast: bool = False) -> Tensor:
+def matmul(
+    a: Tensor, a_inverse: Tensor, b: Tensor, b_inverse: Tensor, out_dtype: torch.dtype, fast: bool = False
+) -> Tensor:
     """a (m, k) by rows times b (k, n) by columns, both fp8, with their inverse scales; `fast` as in the forward pass."""
     return torch._scaled_mm(a, b, a_inverse, b_inverse, out_dtype=out_dtype, use_fast_accum=fast)
 

@@ -38,5 +38,9 @@ class Float8Linear(TorchaoLinear):
 def exchange(model: nn.Module, names: set[str]) -> None:
     """Replace the linear layers of these names by fp8 ones on the same parameters."""
     config = Float8LinearConfig()
-    convert_to_float8_training(nn.Module(), config=config)  # of no layer: what it does is to mend the compiler's fp8 stores
-    swap_linear_layers(model, lambda layer: Float8Linear.from_float(layer, config), module_filter_fn=lambda _, name: name in names)
+    convert_to_float8_training(
+        nn.Module(), config=config
+    )  # of no layer: what it does is to mend the compiler's fp8 stores
+    swap_linear_layers(
+        model, lambda layer: Float8Linear.from_float(layer, config), module_filter_fn=lambda _, name: name in names
+    )

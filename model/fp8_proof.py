@@ -99,7 +99,10 @@ def measurements(model: GPT, tokens: int, device: torch.device) -> Iterator[tupl
     yield (
         label,
         _named(
-            label, lambda: loss_agreements(config.width, config.vocab_size, config.padded_vocab, config.softcap, tokens, device)
+            label,
+            lambda: loss_agreements(
+                config.width, config.vocab_size, config.padded_vocab, config.softcap, tokens, device
+            ),
         ),
     )
 
@@ -136,7 +139,10 @@ def layer_agreements(inputs: int, outputs: int, tokens: int, device: torch.devic
     y = layer(x)
     dx, dw = torch.autograd.grad(y, (x, layer.weight), dy)
     wide_x, w, wide_dy = x.detach().float(), layer.weight.detach(), dy.float()
-    forward, backward = SPREAD * math.hypot(rounding(E4M3), rounding(E4M3)), SPREAD * math.hypot(rounding(E5M2), rounding(E4M3))
+    forward, backward = (
+        SPREAD * math.hypot(rounding(E4M3), rounding(E4M3)),
+        SPREAD * math.hypot(rounding(E5M2), rounding(E4M3)),
+    )
     return [
         Agreement("forward product", disagreement(y.detach(), wide_x @ w.mT), forward),
         Agreement("gradient by the input", disagreement(dx, wide_dy @ w), backward),
@@ -144,7 +150,9 @@ def layer_agreements(inputs: int, outputs: int, tokens: int, device: torch.devic
     ]
 
 
-def loss_agreements(width: int, vocab_size: int, rows: int, softcap: float, tokens: int, device: torch.device) -> list[Agreement]:
+def loss_agreements(
+    width: int, vocab_size: int, rows: int, softcap: float, tokens: int, device: torch.device
+) -> list[Agreement]:
     """The head's loss and its gradients against fp32. rows: of the head, padding included."""
     head, draw = fp8_layer(width, rows, device), _drawing(device)
     with torch.no_grad():

@@ -75,7 +75,16 @@ class GPTConfig:
     mlp_in_scale: float = 0.4  # MLP-in is drawn from U(+-sqrt(3/d)) times this
 
     def __post_init__(self) -> None:
-        for name in ("depth", "vocab_size", "seq_len", "width", "head_dim", "window_divisor", "window_tile", "ve_gate_channels"):
+        for name in (
+            "depth",
+            "vocab_size",
+            "seq_len",
+            "width",
+            "head_dim",
+            "window_divisor",
+            "window_tile",
+            "ve_gate_channels",
+        ):
             _positive_int(name, getattr(self, name))
         if self.vocab_size > VOCAB_LIMIT:
             raise ConfigError(
@@ -86,14 +95,20 @@ class GPTConfig:
                 f"head_dim {self.head_dim} must be even and divide the width {self.width}: choose one of {_head_dims(self.width)}"
             )
         if self.width < max(self.ve_gate_channels, SMEAR_CHANNELS * self.smear):
-            raise ConfigError(f"width {self.width} has fewer channels than the gates read ({self.ve_gate_channels}): make it wider")
+            raise ConfigError(
+                f"width {self.width} has fewer channels than the gates read ({self.ve_gate_channels}): make it wider"
+            )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise ConfigError(f"window_pattern is {self.window_pattern!r}: write it with S (short) and L (long), for example SSSL")
+            raise ConfigError(
+                f"window_pattern is {self.window_pattern!r}: write it with S (short) and L (long), for example SSSL"
+            )
         if not self.softcap > 0:
             raise ConfigError(f"softcap is {self.softcap}: it must be positive (the published runs use 15 or 20)")
 
     @classmethod
-    def for_depth(cls, depth: int, vocab_size: int, seq_len: int, generation: str = "head", **overrides: object) -> GPTConfig:
+    def for_depth(
+        cls, depth: int, vocab_size: int, seq_len: int, generation: str = "head", **overrides: object
+    ) -> GPTConfig:
         """The published shape: width 128 ceil(64 depth / 128), heads of 128, and `generation`'s switches, then `overrides`."""
         _positive_int("depth", depth)
         if generation not in GENERATIONS:
@@ -201,7 +216,13 @@ class Attention(nn.Module):
         self.scale = config.qk_scale**2 / math.sqrt(config.head_dim)  # q and k times qk_scale each
 
     def forward(
-        self, x: Tensor, value_embed: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend, only: Tensor | None = None
+        self,
+        x: Tensor,
+        value_embed: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        only: Tensor | None = None,
     ) -> Tensor:
         B, T, d = x.shape
         q, k, v = (project(x).view(B, T, self.heads, self.head_dim) for project in (self.q, self.k, self.v))
@@ -261,7 +282,9 @@ class GPT(nn.Module):
         self.config = config
         L, V, d = config.depth, config.padded_vocab, config.width
         self.wte = Embedding(V, d, dtype=compute_dtype)
-        self.value_embeds = nn.ModuleDict({str(i): Embedding(V, d, dtype=compute_dtype) for i in config.value_embed_layers})
+        self.value_embeds = nn.ModuleDict(
+            {str(i): Embedding(V, d, dtype=compute_dtype) for i in config.value_embed_layers}
+        )
         self.blocks = nn.ModuleList(Block(config, i) for i in range(L))
         self.head = Linear(d, V)
         self.resid_lambdas = nn.Parameter(torch.empty(L))
@@ -348,7 +371,9 @@ class GPT(nn.Module):
     def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """-log p(target) in nats (B, T) fp32, and the greedy next token (B, T) int64. idx, targets: (B, T) int64."""
         hidden = self.hidden(idx).flatten(0, 1)
-        nll, greedy = token_losses(hidden, self.head.weight, targets.flatten(), self.config.softcap, self.config.vocab_size)
+        nll, greedy = token_losses(
+            hidden, self.head.weight, targets.flatten(), self.config.softcap, self.config.vocab_size
+        )
         return nll.view_as(targets), greedy.view_as(targets)
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -369,7 +394,10 @@ class GPT(nn.Module):
 
     def _draw(self, name: str, out: Tensor, generator: torch.Generator) -> Tensor:
         """Fill `out` as the parameter `name` begins."""
-        c, bound = self.config, math.sqrt(3 / self.config.width)  # U(-bound, bound) has the standard deviation 1 / sqrt(width)
+        c, bound = (
+            self.config,
+            math.sqrt(3 / self.config.width),
+        )  # U(-bound, bound) has the standard deviation 1 / sqrt(width)
         group, layer = _group_of(name), name.split(".")[-2] if "." in name else name
         if group == "wte":
             return out.normal_(0.0, c.wte_std, generator=generator)

@@ -126,7 +126,9 @@ class _CrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=_wide(weight))
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         for rows in _chunks(hidden, weight):
-            loss, dz = loss_and_gradient(products.logits(rows), targets[rows], softcap, vocab_size, products.gradient_dtype)
+            loss, dz = loss_and_gradient(
+                products.logits(rows), targets[rows], softcap, vocab_size, products.gradient_dtype
+            )
             total += loss
             products.add_gradients(rows, dz, d_hidden, d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -137,7 +139,15 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         factor = d_loss / d_hidden.size(0)
-        return d_hidden * factor.to(d_hidden.dtype), (d_weight * factor).to(ctx.weight_dtype), None, None, None, None, None
+        return (
+            d_hidden * factor.to(d_hidden.dtype),
+            (d_weight * factor).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Products:
@@ -205,7 +215,9 @@ def _loss_and_gradient(
     return nll.sum(), (dz * GRADIENT_SCALE if dtype == fp8.E5M2 else dz).to(dtype)
 
 
-def _in_blocks(z: Tensor, targets: Tensor, softcap: float, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _in_blocks(
+    z: Tensor, targets: Tensor, softcap: float, vocab_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """`_loss_and_gradient` of a chunk, some rows at a time, so that what is fp32 stays in a cache. z is used up."""
     in_place = z.dtype == dtype == _wide(z)
     dz = z if z.dtype == dtype else torch.empty_like(z, dtype=dtype)

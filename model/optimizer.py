@@ -125,7 +125,9 @@ class Optimizer:
         options = Options(polar_dtype, transport_dtype, bucket_bytes)
         if compile:
             # One variant for every shape of the model: more than the eight that torch allows by default.
-            fused = [torch.compile(f, fullgraph=True, dynamic=False, recompile_limit=64) for f in (muon_update, adamw_update)]
+            fused = [
+                torch.compile(f, fullgraph=True, dynamic=False, recompile_limit=64) for f in (muon_update, adamw_update)
+            ]
             options = replace(options, muon=fused[0], adamw=fused[1])
         self._comm = Collectives(process_group)
         self._shards = _share_out(groups, specs, self._comm, options)
@@ -175,7 +177,9 @@ class Optimizer:
         self._missing[index] -= 1
         if self._missing[index] < 0:
             name = self._reductions[index].parameters[0][0]
-            raise RuntimeError(f"a second backward pass reached the reduction of {name}: arm() goes before the last one only.")
+            raise RuntimeError(
+                f"a second backward pass reached the reduction of {name}: arm() goes before the last one only."
+            )
         if self._missing[index] == 0:
             self._ready.append(index)
         while self._order_agreed and self._next < len(self._order) and not self._missing[self._order[self._next]]:
@@ -276,11 +280,15 @@ def _fill(slices: Iterable[Slice], reader: Reader) -> None:
         rows = reader(s.name, s.start, s.start + len(s.tensor))
         if rows.shape != s.tensor.shape or rows.dtype != s.tensor.dtype:
             found, needed = (f"{tuple(t.shape)} {t.dtype}" for t in (rows, s.tensor))
-            raise ValueError(f"{s.name} from row {s.start}: found {found}, needed {needed}: it belongs to another model.")
+            raise ValueError(
+                f"{s.name} from row {s.start}: found {found}, needed {needed}: it belongs to another model."
+            )
         s.tensor.copy_(rows)
 
 
-def _share_out(groups: dict[str, Named], specs: dict[str, GroupSpec], comm: Collectives, options: Options) -> list[Shard]:
+def _share_out(
+    groups: dict[str, Named], specs: dict[str, GroupSpec], comm: Collectives, options: Options
+) -> list[Shard]:
     """Every parameter into exactly one shard. Muon's stacks are filled from the last parameter, whose gradient comes first."""
     _check(groups, specs)
     shards: list[Shard] = []

@@ -71,7 +71,9 @@ class Rules:
     groups: Mapping[str, GroupRule]
     muon: Mapping[str, Any] = field(default_factory=dict)  # Muon's fields of GroupSpec
 
-    def changed(self, lrs: Mapping[str, float] | None = None, weight_decay: float | None = None, **fields: Any) -> Rules:
+    def changed(
+        self, lrs: Mapping[str, float] | None = None, weight_decay: float | None = None, **fields: Any
+    ) -> Rules:
         """These rules with other base learning rates by group, another base weight decay for Muon, other `fields`."""
         groups = dict(self.groups)
         for name, lr in (lrs or {}).items():
@@ -166,8 +168,12 @@ def derive(
     return Derived(
         parameters={name: Value(count, _COUNTED[name], LEADERBOARD) for name, count in counts.items()},
         total_parameters=Value(sum(counts.values()), "all groups together", LEADERBOARD),
-        scaling_parameters=Value(scaling, "matrices and head: the count that scaling laws are cleanest in", LEADERBOARD),
-        flops_per_token=Value(per_token, "6 per weight of a matrix product, plus 12 d min(window, T) a layer for attention", PALM),
+        scaling_parameters=Value(
+            scaling, "matrices and head: the count that scaling laws are cleanest in", LEADERBOARD
+        ),
+        flops_per_token=Value(
+            per_token, "6 per weight of a matrix product, plus 12 d min(window, T) a layer for attention", PALM
+        ),
         batch_tokens=batch,
         ratio=Value(trained / scaling, f"{trained:,} tokens over {scaling:,} scaling parameters", LEADERBOARD),
         steps=n,
@@ -237,7 +243,9 @@ def accumulation_steps(batch_tokens: int, seq_len: int, device_rows: int, ranks:
     return batch_tokens // micro
 
 
-def _check_request(config: GPTConfig, ratio: float | None, tokens: int | None, steps: int | None, batch_tokens: int | None) -> None:
+def _check_request(
+    config: GPTConfig, ratio: float | None, tokens: int | None, steps: int | None, batch_tokens: int | None
+) -> None:
     asked = {"ratio": ratio, "tokens": tokens, "steps": steps}
     given = [name for name, value in asked.items() if value is not None]
     if len(given) > 1:
@@ -246,7 +254,9 @@ def _check_request(config: GPTConfig, ratio: float | None, tokens: int | None, s
         if value is not None and not value > 0:
             raise ConfigError(f"{name} is {value}: it must be positive")
     if batch_tokens is not None and batch_tokens % config.seq_len:
-        raise ConfigError(f"a batch of {batch_tokens:,} tokens is not a whole number of rows of {config.seq_len} tokens")
+        raise ConfigError(
+            f"a batch of {batch_tokens:,} tokens is not a whole number of rows of {config.seq_len} tokens"
+        )
 
 
 def _batch(config: GPTConfig, asked: int | None) -> Value:
@@ -273,7 +283,9 @@ def _steps(scaling: int, rules: Rules, batch: int, ratio: float | None, tokens: 
     else:
         why = f"floor({tokens:,} / {batch:,})"
     if tokens < batch:
-        raise ConfigError(f"{tokens:,} tokens are less than one batch of {batch:,}: train on more tokens or take a smaller batch")
+        raise ConfigError(
+            f"{tokens:,} tokens are less than one batch of {batch:,}: train on more tokens or take a smaller batch"
+        )
     return Value(tokens // batch, why, LEADERBOARD)
 
 
@@ -297,9 +309,7 @@ def _weight_decay(config: GPTConfig, rules: Rules, batch: int) -> Value:
         raise ConfigError(f"no such weight decay rule: {rules.decay_rule!r}; there are 'depth' and 'horizon'")
     noise = math.sqrt(batch / REFERENCE_BATCH)
     share = scaling_parameters(reference(config)) / scaling_parameters(config)
-    why = (
-        f"{base:g} x {noise:.4f} x {share:.4f} = base x sqrt(B / 2^19) x D_d12 / D: the averaging time stays the same part of a run"
-    )
+    why = f"{base:g} x {noise:.4f} x {share:.4f} = base x sqrt(B / 2^19) x D_d12 / D: the averaging time stays the same part of a run"
     return Value(base * noise * share, why, AVERAGING_TIME)
 
 

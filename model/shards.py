@@ -185,7 +185,9 @@ class RowShard:
 
     replicated = False
 
-    def __init__(self, name: str, parameter: nn.Parameter, spec: GroupSpec, comm: Collectives, options: Options) -> None:
+    def __init__(
+        self, name: str, parameter: nn.Parameter, spec: GroupSpec, comm: Collectives, options: Options
+    ) -> None:
         self.name, self.parameter, self.spec, self.comm, self.options = name, parameter, spec, comm, options
         self.wire = options.wire(parameter.dtype, comm.world)
         self.total = parameter.size(0)

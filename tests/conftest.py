@@ -48,13 +48,23 @@ class Speedrun:
     variables: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-c", "from job.cli import main; main()", *arguments]
+        return [sys.executable, "-c", "from job.cli.commands import main; main()", *arguments]
 
     def tiny(self, command: str, out: Path, *arguments: str) -> list[str]:
         """`command` with the tiny recipe on the small corpus."""
         overrides = [word for value in TINY for word in ("-o", value)]
         return self.command(
-            command, "--preset", "smoke", "--data", str(self.data), "--out", str(out), "--run-id", "t", *overrides, *arguments
+            command,
+            "--preset",
+            "smoke",
+            "--data",
+            str(self.data),
+            "--out",
+            str(out),
+            "--run-id",
+            "t",
+            *overrides,
+            *arguments,
         )
 
     def environment(self) -> dict[str, str]:
@@ -62,10 +72,14 @@ class Speedrun:
         return quiet | os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"} | self.variables
 
     def start(self, words: list[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment(), cwd=ROOT)
+        return subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment(), cwd=ROOT
+        )
 
     def __call__(self, words: list[str], *, code: int = 0) -> subprocess.CompletedProcess[str]:
-        ended = subprocess.run(words, capture_output=True, text=True, env=self.environment(), cwd=ROOT, timeout=300, check=False)
+        ended = subprocess.run(
+            words, capture_output=True, text=True, env=self.environment(), cwd=ROOT, timeout=300, check=False
+        )
         assert ended.returncode == code, f"exit {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
         return ended
 

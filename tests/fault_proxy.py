@@ -136,8 +136,13 @@ class Exchange(BaseHTTPRequestHandler):
         """Answer, or begin to: `part` of the body is sent."""
         self.send_response_only(answer.status)
         lengths = ("content-length", "transfer-encoding")
-        stated = dict(answer.headers).get("Content-Length", len(answer.body)) if self.command == "HEAD" else len(answer.body)
-        for name, value in [*((n, v) for n, v in answer.headers if n.lower() not in lengths), ("Content-Length", str(stated))]:
+        stated = (
+            dict(answer.headers).get("Content-Length", len(answer.body)) if self.command == "HEAD" else len(answer.body)
+        )
+        for name, value in [
+            *((n, v) for n, v in answer.headers if n.lower() not in lengths),
+            ("Content-Length", str(stated)),
+        ]:
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(answer.body[: int(len(answer.body) * part)])

@@ -81,7 +81,9 @@ class S3:
     def keys(self) -> list[str]:
         """Every key below the prefix, without it."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
-        return sorted(entry["Key"][len(self.prefix) :].lstrip("/") for page in pages for entry in page.get("Contents", []))
+        return sorted(
+            entry["Key"][len(self.prefix) :].lstrip("/") for page in pages for entry in page.get("Contents", [])
+        )
 
     def uploads(self) -> list[str]:
         """Keys of the multipart uploads below the prefix that were neither completed nor aborted."""

@@ -14,11 +14,17 @@ QUICK = ("36-",)
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.stem, marks=[] if case.name.startswith(QUICK) else pytest.mark.slow) for case in CASES]
+    "case",
+    [pytest.param(case, id=case.stem, marks=[] if case.name.startswith(QUICK) else pytest.mark.slow) for case in CASES],
 )
 def test_case(case: Path) -> None:
     command = Path(sys.executable).with_name("speedrun")
     ended = subprocess.run(
-        [str(case)], env=os.environ | {"SPEEDRUN": str(command)}, capture_output=True, text=True, timeout=600, check=False
+        [str(case)],
+        env=os.environ | {"SPEEDRUN": str(command)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

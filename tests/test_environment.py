@@ -55,18 +55,29 @@ class Tree:
         root.mkdir()
         wheels.mkdir()
         shutil.copy(ROOT / "Makefile", root)
-        (root / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
+        (root / "pyproject.toml").write_text(
+            '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        )
         (root / "backend.py").write_text(BACKEND)
-        write_wheel(root, "speedrun_stand_in", "1", {"entry_points.txt": "[console_scripts]\nspeedrun = speedrun_stand_in:main\n"})
+        write_wheel(
+            root,
+            "speedrun_stand_in",
+            "1",
+            {"entry_points.txt": "[console_scripts]\nspeedrun = speedrun_stand_in:main\n"},
+        )
         cpu, cuda = write_wheel(self.wheels, "torch", "2.13.0+cpu"), write_wheel(root, "torch", "2.13.0")
         small = write_wheel(self.wheels, "small", "1")
         self.lock = root / "requirements.lock"
         pythons = "# Python: 3.11 3.12 3.13\n"
-        self.lock.write_text(f"small==1 \\\n    --hash=sha256:{small}\ntorch==2.13.0 \\\n    --hash=sha256:{cpu}\n{pythons}")
+        self.lock.write_text(
+            f"small==1 \\\n    --hash=sha256:{small}\ntorch==2.13.0 \\\n    --hash=sha256:{cpu}\n{pythons}"
+        )
         (root / "requirements-cuda.lock").write_text(f"torch==2.13.0 \\\n    --hash=sha256:{cuda}\n{pythons}")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "MAKE", "MFLAGS"))}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "MAKE", "MFLAGS"))
+        }
         environment |= {
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_NO_INDEX": "1",

@@ -19,17 +19,25 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 LOCKS = ("requirements.lock", "requirements-cuda.lock")
 ONLY_CUDA = {"triton", "flash-attn-4", "quack-kernels", "apache-tvm-ffi", "torch-c-dlpack-ext", "einops"}
-MADE = {"__pycache__", "out", "build", "dist"}  # folders that are no part of the project's text, beside those with a dot
+MADE = {
+    "__pycache__",
+    "out",
+    "build",
+    "dist",
+}  # folders that are no part of the project's text, beside those with a dot
 
 PIN = re.compile(
-    r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>\S+) \\\n(?P<hashes>(?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
+    r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>\S+) \\\n(?P<hashes>(?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
+    re.MULTILINE,
 )
 
 
 def project_files() -> Iterator[Path]:
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [
-            name for name in folders if name not in MADE and not name.endswith(".egg-info") and (name[0] != "." or name == ".ci")
+            name
+            for name in folders
+            if name not in MADE and not name.endswith(".egg-info") and (name[0] != "." or name == ".ci")
         ]
         yield from (Path(folder) / name for name in names)
 
@@ -45,7 +53,10 @@ def relative(path: Path) -> str:
 def pins(lock: str) -> dict[str, tuple[str, set[str]]]:
     """name -> (version, hashes) of every pin that has at least one hash."""
     text = (ROOT / lock).read_text()
-    return {match["name"]: (match["version"], set(re.findall("[0-9a-f]{64}", match["hashes"]))) for match in PIN.finditer(text)}
+    return {
+        match["name"]: (match["version"], set(re.findall("[0-9a-f]{64}", match["hashes"])))
+        for match in PIN.finditer(text)
+    }
 
 
 # --- locks
@@ -60,7 +71,9 @@ def test_a_lock_is_pins_with_hashes_and_nothing_else(lock: str) -> None:
 
 def test_the_locks_agree_and_differ_by_what_only_cuda_needs() -> None:
     cpu, cuda = (pins(lock) for lock in LOCKS)
-    assert {name: version for name, (version, _) in cpu.items()} == {name: cuda[name][0] for name in cuda if name in cpu}
+    assert {name: version for name, (version, _) in cpu.items()} == {
+        name: cuda[name][0] for name in cuda if name in cpu
+    }
     assert all(name.startswith(("nvidia-", "cuda-")) or name in ONLY_CUDA for name in cuda.keys() - cpu.keys())
     assert all(cpu[name] == cuda[name] for name in cpu if name != "torch")
 
@@ -79,7 +92,11 @@ def test_torch_in_the_cpu_lock_is_the_cpu_builds_of_the_makefile() -> None:
 def test_a_lock_satisfies_the_project(lock: str) -> None:
     project, locked = PYPROJECT["project"], pins(lock)
     extras = project["optional-dependencies"]
-    asked = [*project["dependencies"], *extras["dev"], *(extras["attention"] if lock == "requirements-cuda.lock" else [])]
+    asked = [
+        *project["dependencies"],
+        *extras["dev"],
+        *(extras["attention"] if lock == "requirements-cuda.lock" else []),
+    ]
     asked = [Requirement(line) for line in asked]
     missed = [str(want) for want in asked if Version(locked[canonicalize_name(want.name)][0]) not in want.specifier]
     assert missed == [], "run `make lock`"
@@ -89,7 +106,11 @@ def test_a_lock_satisfies_the_project(lock: str) -> None:
 
 
 def test_the_package_list_is_what_is_on_disk() -> None:
-    found = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in python_files() if path.name == "__init__.py"}
+    found = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for path in python_files()
+        if path.name == "__init__.py"
+    }
     assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
 
 
@@ -99,8 +120,15 @@ def test_sky_is_not_importable_code() -> None:
 
 def test_every_file_of_a_package_is_installed_with_it() -> None:
     data = PYPROJECT["tool"]["setuptools"]["package-data"]
-    packaged = {path for package, globs in data.items() for glob in globs for path in (ROOT / package.replace(".", "/")).glob(glob)}
-    there = {path for path in project_files() if path.relative_to(ROOT).parts[0] in ("job", "model") and path.suffix != ".py"}
+    packaged = {
+        path
+        for package, globs in data.items()
+        for glob in globs
+        for path in (ROOT / package.replace(".", "/")).glob(glob)
+    }
+    there = {
+        path for path in project_files() if path.relative_to(ROOT).parts[0] in ("job", "model") and path.suffix != ".py"
+    }
     assert sorted(map(relative, there - packaged)) == []
 
 
@@ -111,7 +139,9 @@ def imported(path: Path) -> set[str]:
     """Top-level names of everything that a file imports, wherever in it."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return {name.split(".")[0] for name in plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}}
+    return {
+        name.split(".")[0] for name in plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    }
 
 
 def test_the_model_knows_no_job_no_files_no_network() -> None:
@@ -148,7 +178,9 @@ def test_files_and_functions_are_short() -> None:
     long = {}
     for path in python_files():
         text = path.read_text()
-        functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        functions = [
+            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
         lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
         too_long = {name: lines for name, lines in lengths.items() if lines >= 60}
         if (lines := len(text.splitlines())) > 400 or too_long:
@@ -159,7 +191,8 @@ def test_files_and_functions_are_short() -> None:
 # --- text
 
 REGISTRIES = [
-    ".".join(host) for host in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("npmjs", "com"), ("debian", "org"))
+    ".".join(host)
+    for host in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("npmjs", "com"), ("debian", "org"))
 ]
 
 

@@ -80,7 +80,9 @@ class Tree:
         ({"python3": "3.14", "python": "3.13"}, "python"),
     ],
 )
-def test_the_newest_that_works_and_that_the_lock_serves_is_taken(tmp_path: Path, pythons: dict[str, str], taken: str) -> None:
+def test_the_newest_that_works_and_that_the_lock_serves_is_taken(
+    tmp_path: Path, pythons: dict[str, str], taken: str
+) -> None:
     assert Tree(tmp_path, pythons).taken() == taken
 
 
@@ -91,7 +93,9 @@ def test_which_pythons_are_served_is_read_from_the_lock(tmp_path: Path) -> None:
     assert tree.taken() == "python3.12" and tree.taken("TORCH=cuda") == "python3.13"
 
 
-@pytest.mark.parametrize(("arguments", "said"), [((), "none is on the path"), (("PYTHON=python3.14",), "python3.14 is none")])
+@pytest.mark.parametrize(
+    ("arguments", "said"), [((), "none is on the path"), (("PYTHON=python3.14",), "python3.14 is none")]
+)
 def test_a_python_without_hashes_is_refused_before_anything_is_removed(
     tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:
@@ -102,7 +106,9 @@ def test_a_python_without_hashes_is_refused_before_anything_is_removed(
     assert f"make: one of Python {' '.join(PYTHONS)} is needed, with venv" in ended.stderr and said in ended.stderr
 
 
-def test_another_python_that_is_named_makes_the_environment_anew_and_a_newer_one_that_appears_does_not(tmp_path: Path) -> None:
+def test_another_python_that_is_named_makes_the_environment_anew_and_a_newer_one_that_appears_does_not(
+    tmp_path: Path,
+) -> None:
     tree = Tree(tmp_path, {"python3.11": "3.11", "python3.12": "3.12"})
     marker = re.search(r"touch (\.venv/made-from-\d+)", tree.make("--dry-run").stdout)[1]
     (tmp_path / ".venv/bin").mkdir(parents=True)

@@ -19,7 +19,9 @@ import numpy as np
 MOST_VOCAB = 16_384
 
 
-def bigram_bpb(train_rows: Iterable[np.ndarray], val_rows: np.ndarray, token_bytes: np.ndarray, vocab_size: int) -> float | None:
+def bigram_bpb(
+    train_rows: Iterable[np.ndarray], val_rows: np.ndarray, token_bytes: np.ndarray, vocab_size: int
+) -> float | None:
     """Bits per byte on `val_rows` (m, T+1) after counting the blocks (n, T+1) of `train_rows`; None for vocabularies above 16 k.
 
     `token_bytes` (V,): bytes per id, 0 for special tokens.

@@ -20,7 +20,17 @@ from pathlib import Path
 from job.data.sources import Source, group
 from job.errors import DataError
 
-LEFT_OUT = {"site-packages", "dist-packages", "lib-dynload", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "lib-dynload",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+}
 TABLES = {"html/entities.py", "stringprep.py", "locale.py"}
 GENERATED = ("_sysconfigdata", "config-")
 MOST_CHARS = 12_000_000
@@ -53,9 +63,18 @@ def open_embedded() -> Source:
         names.append(name)
         sizes.append(len(encoded))
     if not names:
-        raise DataError("this Python installation carries no sources of its standard library; point --data to text of your own")
-    shards = tuple(EmbeddedShard(f"python-{i:02d}", sum(sizes[run]), tuple(names[run])) for i, run in enumerate(group(sizes)))
-    identity = {"source": "embedded", "python": platform.python_version(), "documents": len(names), "sha256": digest.hexdigest()}
+        raise DataError(
+            "this Python installation carries no sources of its standard library; point --data to text of your own"
+        )
+    shards = tuple(
+        EmbeddedShard(f"python-{i:02d}", sum(sizes[run]), tuple(names[run])) for i, run in enumerate(group(sizes))
+    )
+    identity = {
+        "source": "embedded",
+        "python": platform.python_version(),
+        "documents": len(names),
+        "sha256": digest.hexdigest(),
+    }
     return Source(identity, shards)
 
 
@@ -68,7 +87,9 @@ def read_document(name: str) -> str:
         with tokenize.open(file) as handle:
             return handle.read()
     except (OSError, SyntaxError, UnicodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}); repair the Python installation or point --data to other text") from error
+        raise DataError(
+            f"{file} cannot be read ({error}); repair the Python installation or point --data to other text"
+        ) from error
 
 
 def _library() -> Path:

@@ -28,11 +28,11 @@ from job.data.prepare import Prepared, prepare
 from job.data.rows import Rows
 from job.data.workers import GRACE_SECONDS, end_with_parent
 from job.errors import ExitCode, SpeedrunError
-from job.progress import Reporter
-from job.store import store_of_environment
+from job.reporter import Reporter
+from job.store.stores import store_of_environment
 
 if TYPE_CHECKING:
-    from job.config import DataConfig
+    from job.recipe.config import DataConfig
 
 NICENESS = 10
 """of the feeder and of every process that it starts"""
@@ -125,7 +125,11 @@ def training_rows(prepared: Prepared, job: Job, reporter: Reporter, *, feeds: bo
         yield Rows(prepared, job.data.seed)
         return
     with feeding(prepared, job, reporter) as feeder:
-        yield Rows(prepared, job.data.seed, check=feeder.check, reporter=reporter) if feeder else Rows(prepared, job.data.seed)
+        yield (
+            Rows(prepared, job.data.seed, check=feeder.check, reporter=reporter)
+            if feeder
+            else Rows(prepared, job.data.seed)
+        )
 
 
 class _PipeReporter(Reporter):
@@ -154,7 +158,9 @@ def _feed(job: Job, sender: Connection) -> None:
     reporter = _PipeReporter(sender)
     try:
         store = store_of_environment()
-        job.afterwards(prepare(job.out, job.data, job.seq_len, reporter, job.workers, rows=job.rows, store=store), reporter)
+        job.afterwards(
+            prepare(job.out, job.data, job.seq_len, reporter, job.workers, rows=job.rows, store=store), reporter
+        )
     except SpeedrunError as error:
         reporter.send("failed", error)
     else:

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any
 from job.data.local import parquet_text_bytes, read_parquet, readable
 from job.data.sources import Source
 from job.errors import DataError, StorageError
-from job.sealed import atomic_write, sha256_file, storage_errors
+from job.store.sealed import atomic_write, sha256_file, storage_errors
 
 if TYPE_CHECKING:
-    from job.store import Store
+    from job.store.stores import Store
 
 PARALLEL = 16
 """downloads at a time"""
@@ -82,7 +82,9 @@ class HubShard:
         with readable(file):
             differs = file.stat().st_size != stated["size"] or sha256_file(file) != stated["sha256"]
             if differs:
-                raise DataError(f"{file} is not what the hub states for it (size or SHA-256 differs); delete it and run again")
+                raise DataError(
+                    f"{file} is not what the hub states for it (size or SHA-256 differs); delete it and run again"
+                )
             parquet_text_bytes(file)
             yield from read_parquet(file)
 
@@ -234,7 +236,9 @@ class Hub:
                 f"the hub cannot be asked about {self.repo} ({_reason(error)}); check the network and HF_ENDPOINT ({_endpoint()})"
             ) from error
         except ValueError:
-            raise DataError(f"{url} answered with something else than JSON; check HF_ENDPOINT and the proxy settings") from None
+            raise DataError(
+                f"{url} answered with something else than JSON; check HF_ENDPOINT and the proxy settings"
+            ) from None
 
     # ---- files
 
@@ -283,7 +287,9 @@ class Hub:
                 http_get(url, file, headers=build_hf_headers(), expected_size=size, tqdm_class=lambda **_: bar)
         except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
             response = getattr(error, "response", None)
-            if isinstance(error, OfflineModeIsEnabled) or (response is not None and response.status_code not in RETRIED):
+            if isinstance(error, OfflineModeIsEnabled) or (
+                response is not None and response.status_code not in RETRIED
+            ):
                 raise DataError(
                     f"{name} of {self.repo} cannot be fetched: {_reason(error)}; check HF_ENDPOINT ({_endpoint()}) and HF_TOKEN"
                 ) from error

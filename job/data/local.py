@@ -15,7 +15,7 @@ from typing import Any
 
 from job.data.sources import Source, group
 from job.errors import DataError
-from job.sealed import sha256_file
+from job.store.sealed import sha256_file
 
 TXT_CHARS = 10_000
 BATCH_DOCUMENTS = 256
@@ -39,7 +39,9 @@ def open_local(paths: tuple[str, ...]) -> Source:
     """Files as shards. Every file is hashed and every parquet schema read now, so that most faults show at once."""
     files = [file for path in paths for file in _files(Path(path))]
     if not files:
-        raise DataError("data.source is local but no path is given; point --data to a folder or to files that hold text")
+        raise DataError(
+            "data.source is local but no path is given; point --data to a folder or to files that hold text"
+        )
     identity, sizes = [], []
     for file in files:
         with readable(file):
@@ -59,10 +61,14 @@ def _files(path: Path) -> list[Path]:
     with readable(path):
         if path.is_dir():
             inside = sorted(
-                file for file in path.iterdir() if file.suffix in READERS and file.is_file() and not file.name.startswith(".")
+                file
+                for file in path.iterdir()
+                if file.suffix in READERS and file.is_file() and not file.name.startswith(".")
             )
             if not inside:
-                raise DataError(f"{path} has no {suffixes} file in it; point --data to a folder or to files that hold text")
+                raise DataError(
+                    f"{path} has no {suffixes} file in it; point --data to a folder or to files that hold text"
+                )
             return inside
         if not path.exists():
             raise DataError(f"{path} does not exist; point --data to a folder or to files that hold text")
@@ -125,7 +131,9 @@ def read_jsonl(file: Path) -> Iterator[str | None]:
         if not isinstance(value, dict) or not isinstance(value.get("text", 0), str | None):
             raise DataError(f'{file}:{number} is not an object with a string under "text"; repair or remove the line')
         if value["text"] is not None:
-            _decoded(value["text"].encode, f"{file}:{number}")  # half of a surrogate pair can be written in JSON, not in UTF-8
+            _decoded(
+                value["text"].encode, f"{file}:{number}"
+            )  # half of a surrogate pair can be written in JSON, not in UTF-8
         yield value["text"]
 
 
@@ -160,4 +168,8 @@ def _decoded(decode: Callable[[], Any], where: str, offset: int | None = None) -
         raise DataError(f"{place} is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
 
 
-READERS: dict[str, Callable[[Path], Iterator[str | None]]] = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
+READERS: dict[str, Callable[[Path], Iterator[str | None]]] = {
+    ".parquet": read_parquet,
+    ".jsonl": read_jsonl,
+    ".txt": read_txt,
+}

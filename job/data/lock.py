@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import StorageError
-from job.progress import Reporter
-from job.sealed import storage_errors
+from job.reporter import Reporter
+from job.store.sealed import storage_errors
 
 LOCK_SECONDS = 0.2
 

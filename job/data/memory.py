@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from job.errors import OutOfMemoryError
-from job.progress import Reporter
+from job.reporter import Reporter
 
 BASE_BYTES = 40e6
 BYTES_AT_60_MB, EXPONENT = 110e6, 0.7

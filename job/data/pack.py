@@ -125,7 +125,9 @@ def write_rows(file: Path, rows: Iterable[np.ndarray], row_tokens: int, seed: tu
             handle.write(row.data)
             count += 1
     with open(file, "wb") as handle:
-        np.lib.format.write_array_header_1_0(handle, {"descr": "<u2", "fortran_order": False, "shape": (count, row_tokens)})
+        np.lib.format.write_array_header_1_0(
+            handle, {"descr": "<u2", "fortran_order": False, "shape": (count, row_tokens)}
+        )
         if count:
             packed = np.memmap(unordered, np.uint16, "r", shape=(count, row_tokens))
             order = permutation(count, *seed)

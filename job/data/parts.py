@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.data.pack import PackCounts, pack, write_rows
-from job.data.pool import Part
 from job.data.sources import Counts, Shard, Split, documents
 from job.data.tokenizer import Tokenizer
 from job.errors import DataError
-from job.sealed import sealing
+from job.store.artifact_cache import Part
+from job.store.sealed import sealing
 
 if TYPE_CHECKING:
-    from job.config import DataConfig
+    from job.recipe.config import DataConfig
 
 HELD_OUT_BYTES = 2 << 20
 PROGRESS_BYTES = 1 << 18

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from job.sealed import canonical_json
+from job.store.sealed import canonical_json
 
 
 def permutation(count: int, *seed: Any) -> np.ndarray:

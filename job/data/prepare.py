@@ -37,21 +37,30 @@ import numpy as np
 from job.data.lock import alone, make_folder
 from job.data.memory import check_training
 from job.data.parts import PackTask
-from job.data.pool import Part, Pool
 from job.data.sources import ByHash, ByShard, Counts, Shard, Source, Split, document_hash, documents, open_source
 from job.data.tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from job.data.workers import run_tasks
 from job.errors import DataError
-from job.progress import Reporter
-from job.sealed import Sealed, content_id, is_sealed, open_sealed, sealing
-from job.store import Store
+from job.reporter import Reporter
+from job.store.artifact_cache import Part, Pool
+from job.store.sealed import Sealed, content_id, is_sealed, open_sealed, sealing
+from job.store.stores import Store
 
 if TYPE_CHECKING:
-    from job.config import DataConfig
+    from job.recipe.config import DataConfig
 
 FORMAT = 1
 """Raised whenever the same inputs would give other bytes."""
-REPORTED = ("train_rows", "val_rows", "train_tokens", "val_tokens", "vocab_size", "seq_len", "bytes_per_token", "crop_share")
+REPORTED = (
+    "train_rows",
+    "val_rows",
+    "train_tokens",
+    "val_tokens",
+    "vocab_size",
+    "seq_len",
+    "bytes_per_token",
+    "crop_share",
+)
 HELD_OUT = "held-out"
 ASSUMED_CROP = 0.3
 """of a dataset's tokens, until its first shard is packed; FineWeb-Edu's is 0.346 (leaderboard §6), and too few shards are soon more"""
@@ -194,7 +203,9 @@ class Making:
                 rows = int(min(self.rows, first["rows"] * len(self.source.shards)))
                 totals = {"train_rows": rows, "train_tokens": rows * self.seq_len, "crop_share": first["crop_share"]}
                 folder.facts |= {"files": [], **totals, **self._shared_facts(tokenizer, val)}
-            shutil.rmtree(self.root / "set", ignore_errors=True)  # of a shorter run: its row files are the first of this one
+            shutil.rmtree(
+                self.root / "set", ignore_errors=True
+            )  # of a shorter run: its row files are the first of this one
         return Prepared.open(self.root)
 
     def _is_enough(self) -> bool:
@@ -203,7 +214,8 @@ class Making:
             return False
         facts = open_sealed(self.root / "set", kind="prepared").facts
         if not all(
-            is_sealed(self.root / part) for part in ["tokenizer", "val", *(f"rows/{file['name']}" for file in facts["files"])]
+            is_sealed(self.root / part)
+            for part in ["tokenizer", "val", *(f"rows/{file['name']}" for file in facts["files"])]
         ):
             return False
         return not self.source.hub or facts["train_rows"] >= self.rows or len(facts["files"]) == len(self.source.shards)
@@ -267,7 +279,11 @@ class Making:
                 )
                 tokenizer.save(folder.path)
                 measured = bytes_per_token(tokenizer, self._training_text(split))
-                folder.facts |= {"vocab_size": self.data.vocab_size, "characters": characters, "bytes_per_token": measured}
+                folder.facts |= {
+                    "vocab_size": self.data.vocab_size,
+                    "characters": characters,
+                    "bytes_per_token": measured,
+                }
                 self.reporter.emit("prepare.tokenizer", **folder.facts, seconds=time.perf_counter() - started)
             self.reporter.progress("tokenizer", 1, 1, "vocabularies")
         return open_sealed(path, kind="tokenizer")
@@ -294,7 +310,9 @@ class Making:
             return PackTask(name, self.root / part, kind, made_from, shards, tokenizer, split, self.data, self.seq_len)
 
         held_out = (self.source.val,) if self.source.val else self.source.shards
-        rows = (task(f"rows/{index:05d}", "rows", shard.name, (shard,)) for index, shard in enumerate(self.source.shards))
+        rows = (
+            task(f"rows/{index:05d}", "rows", shard.name, (shard,)) for index, shard in enumerate(self.source.shards)
+        )
         return [task("val", "val", HELD_OUT, held_out), *rows]
 
     def _of_rows(self, part: str, shard: str) -> dict[str, Any]:
@@ -329,7 +347,9 @@ class Making:
         for task in tasks:
             if total >= self.rows or not (is_sealed(task.path) or self.pool.has(task.part)):
                 break
-            total += _facts(task)["rows"] if is_sealed(task.path) else self.pool.size(task.part) // (2 * self.seq_len + 2)
+            total += (
+                _facts(task)["rows"] if is_sealed(task.path) else self.pool.size(task.part) // (2 * self.seq_len + 2)
+            )
             wanted.append(task)
         self._pull(wanted)
 

@@ -19,8 +19,8 @@ from job.data.lock import is_being_made
 from job.data.permutation import permutation
 from job.data.prepare import Prepared
 from job.errors import DataError
-from job.progress import Reporter
-from job.sealed import is_sealed
+from job.reporter import Reporter
+from job.store.sealed import is_sealed
 
 CHUNK_ROWS = 8192
 POLL_SECONDS = 0.2
@@ -35,7 +35,12 @@ class Rows:
     """
 
     def __init__(
-        self, prepared: Prepared, seed: int, *, check: Callable[[], None] = lambda: None, reporter: Reporter | None = None
+        self,
+        prepared: Prepared,
+        seed: int,
+        *,
+        check: Callable[[], None] = lambda: None,
+        reporter: Reporter | None = None,
     ) -> None:
         self._prepared, self._check, self._reporter = prepared, check, reporter or Reporter()
         self._seed = seed
@@ -113,7 +118,13 @@ class Rows:
         if epoch == 0:
             out[:count] = file[offset : offset + count]
         else:
-            np.take(file, self._within(epoch, int(files[slot]))[offset : offset + count], axis=0, out=out[:count], mode="clip")
+            np.take(
+                file,
+                self._within(epoch, int(files[slot]))[offset : offset + count],
+                axis=0,
+                out=out[:count],
+                mode="clip",
+            )
         return count
 
     def _files_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

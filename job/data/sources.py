@@ -24,9 +24,9 @@ import numpy as np
 from job.errors import UsageError
 
 if TYPE_CHECKING:
-    from job.config import DataConfig
     from job.data.hub import Hub
-    from job.store import Store
+    from job.recipe.config import DataConfig
+    from job.store.stores import Store
 
 SHARD_BYTES = 4 << 20
 """Consecutive files are grouped into one shard while their text stays below this many bytes."""

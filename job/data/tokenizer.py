@@ -29,7 +29,9 @@ import tiktoken
 from job.data.sources import batches
 from job.errors import DataError
 
-SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 SPECIALS = (
     "<|bos|>",
     *(f"<|{who}_{edge}|>" for who in ("user", "assistant", "python", "output") for edge in ("start", "end")),
@@ -46,7 +48,9 @@ SAMPLE_CHARS = 1 << 20
 class Tokenizer:
     """Text to ids and back. `ranks` are the bytes of each id below the specials, in order of id."""
 
-    def __init__(self, ranks: Sequence[bytes], specials: Sequence[str] = SPECIALS, pattern: str = SPLIT_PATTERN) -> None:
+    def __init__(
+        self, ranks: Sequence[bytes], specials: Sequence[str] = SPECIALS, pattern: str = SPLIT_PATTERN
+    ) -> None:
         self.ranks, self.specials, self.pattern = list(ranks), tuple(specials), pattern
         self.vocab_size = len(self.ranks) + len(self.specials)
         self.special_ids = {name: len(self.ranks) + index for index, name in enumerate(self.specials)}
@@ -90,7 +94,9 @@ class Tokenizer:
         """(n,) uint16 for each text: the ids of `encode`, several times as fast for many texts. Reads ahead by BATCH_CHARS of text."""
         for batch in batches(texts, BATCH_CHARS):
             if max(map(len, batch)) > 2 * BATCH_CHARS:
-                yield from (np.concatenate([self._encode_together([part])[0] for part in _parts(text)]) for text in batch)
+                yield from (
+                    np.concatenate([self._encode_together([part])[0] for part in _parts(text)]) for text in batch
+                )
             else:
                 yield from self._encode_together(batch)
 
@@ -130,10 +136,14 @@ def _parts(text: str) -> Iterator[str]:
 
 def _ranks_file(ids: Iterable[tuple[bytes, int]]) -> bytes:
     """tiktoken's format, in order of id."""
-    return b"".join(base64.b64encode(token) + f" {index}\n".encode() for token, index in sorted(ids, key=lambda item: item[1]))
+    return b"".join(
+        base64.b64encode(token) + f" {index}\n".encode() for token, index in sorted(ids, key=lambda item: item[1])
+    )
 
 
-def train_tokenizer(documents: Iterable[str], *, vocab_size: int, max_chars: int, document_chars: int) -> tuple[Tokenizer, int]:
+def train_tokenizer(
+    documents: Iterable[str], *, vocab_size: int, max_chars: int, document_chars: int
+) -> tuple[Tokenizer, int]:
     """Train on the first `max_chars` characters of `documents`, each cut to `document_chars`; also the characters used.
 
     The same documents give the same ranks on any number of threads. Raises DataError when the text has too few pairs to merge.

@@ -32,7 +32,10 @@ class Task(Protocol):
 
 
 def run_tasks(
-    tasks: Sequence[Task], workers: int, advance: Callable[[int], None], is_ready: Callable[[Any], bool] = lambda task: True
+    tasks: Sequence[Task],
+    workers: int,
+    advance: Callable[[int], None],
+    is_ready: Callable[[Any], bool] = lambda task: True,
 ) -> Iterator[tuple[int, Any]]:
     """(index, result) of every task as it ends, at most `workers` at a time; the first error ends them all.
 
@@ -82,7 +85,9 @@ def _receive(receiver: Connection, process: Any) -> tuple[str, Any]:
     except EOFError:
         process.join()
     if process.exitcode == ExitCode.RESUME:
-        raise InterruptedRun(f"the process packing {process.name} was told to stop; run the same command again to go on")
+        raise InterruptedRun(
+            f"the process packing {process.name} was told to stop; run the same command again to go on"
+        )
     if process.exitcode < 0:
         name = signal.Signals(-process.exitcode).name
         raise OutOfMemoryError(

@@ -1,1 +1,4 @@
-"""The page a person reads after a run, and the `result.json` a machine reads."""
+"""What a finished run says of itself: result.json, figures, page.
+
+In: the events, ledgers and documents of a run. Out: files for a person and for a program. It may not know how a run is carried on.
+"""

@@ -22,9 +22,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from job.attempt import Record
 from job.report.result import finite
 from job.report.words import how_it_ended, number
+from job.store.attempt import Record
 
 INK, MUTED, RULE, ACCENT, REFERENCE = "#010101", "#020202", "#030303", "#040404", "#050505"
 STAGE_COLORS = {"prepare": "#060606", "pretrain": "#070707", "evaluate": "#080808", "report": "#090909"}
@@ -94,13 +94,19 @@ def loss_figure(record: Record, vocab_size: int | None) -> Drawing | None:
     smooth = len(losses) >= SMOOTH_FROM
     trend = moving_mean(losses, len(losses) // SMOOTH_SHARE) if smooth else losses
     figure, axes = _axes()
-    style = {"linewidth": 1, "alpha": 0.4} if smooth else {"linewidth": 2, "marker": "o", "markersize": 5, "clip_on": False}
+    style = (
+        {"linewidth": 1, "alpha": 0.4} if smooth else {"linewidth": 2, "marker": "o", "markersize": 5, "clip_on": False}
+    )
     axes.plot(bucket_means(steps, size), shown, color=ACCENT, **style)
     if smooth:
         axes.plot(bucket_means(steps, size), bucket_means(trend, size), color=ACCENT, linewidth=2)
     label = f"Training loss in nats per token, {number(losses[0], 2)} at first, {number(losses[-1], 2)} at step {steps[-1]:.0f}"
     caption = "Nats per token on each step's own batch"
-    caption += f" (thin{f', means of {size} steps' if size > 1 else ''}; the thick line is their moving mean)." if smooth else "."
+    caption += (
+        f" (thin{f', means of {size} steps' if size > 1 else ''}; the thick line is their moving mean)."
+        if smooth
+        else "."
+    )
     if vocab_size:
         guessing = math.log(vocab_size)
         _limits(axes, record, [*shown, guessing])
@@ -118,7 +124,9 @@ def attempts_figure(record: Record) -> Drawing | None:
         return None
     zero = record.attempts[0].start
     total = max(life.end for life in record.attempts) - zero
-    unit, seconds = next((u, s) for u, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if total >= 2 * s or s == 1.0)
+    unit, seconds = next(
+        (u, s) for u, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if total >= 2 * s or s == 1.0
+    )
     ends = {life.number: life.end for life in record.attempts}
     rows = {life.number: row for row, life in enumerate(record.attempts)}
     figure, axes = _axes(size=(SIZE[0], 0.75 + 0.32 * len(rows)))
@@ -130,7 +138,14 @@ def attempts_figure(record: Record) -> Drawing | None:
     for span in record.stages:
         start, end = span.start, span.end if span.end is not None else ends[span.attempt]
         color = STAGE_COLORS.get(span.stage, MUTED)
-        axes.barh(rows[span.attempt], (end - start) / seconds, left=(start - zero) / seconds, height=0.55, color=color, zorder=3)
+        axes.barh(
+            rows[span.attempt],
+            (end - start) / seconds,
+            left=(start - zero) / seconds,
+            height=0.55,
+            color=color,
+            zorder=3,
+        )
     axes.set_yticks(list(rows.values()), [f"attempt {name}" for name in rows])
     axes.set_xlim(0, total / seconds * 1.2 or 1)
     axes.invert_yaxis()
@@ -138,7 +153,9 @@ def attempts_figure(record: Record) -> Drawing | None:
     axes.xaxis.grid(True, color=RULE)
     axes.set_xlabel(f"{unit} since the first start", color=MUTED)
     label = "; ".join(f"attempt {life.number}: {how_it_ended(life.exit_code)}" for life in record.attempts)
-    caption = "Each start of the run, coloured by stage. Work that was done again counts in the time, and once in the curves."
+    caption = (
+        "Each start of the run, coloured by stage. Work that was done again counts in the time, and once in the curves."
+    )
     return Drawing(_svg(figure, "attempts", label), "Attempts", caption)
 
 
@@ -198,7 +215,9 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     """The figure as an inline <svg> element without width and height: the page scales it."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        FigureCanvasSVG(figure).print_svg(
+            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     root = ET.fromstring(buffer.getvalue())
     _strip_namespaces(root)
     _strip_ids(root, name)

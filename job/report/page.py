@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from job.attempt import Record
 from job.report import figures, render, words
+from job.store.attempt import Record
 
 FILTERS = {
     "number": words.number,
@@ -69,7 +69,11 @@ def markdown(context: dict[str, Any]) -> str:
 
 def tiles(result: dict[str, Any]) -> list[Tile]:
     score, tone = result["core"] or result["smoke_score"], {True: "good", False: "bad", None: ""}[result["learned"]]
-    bigram = f"bigram model {words.number(result['bigram_bpb'])}" if result["bigram_bpb"] else "no bigram model to compare with yet"
+    bigram = (
+        f"bigram model {words.number(result['bigram_bpb'])}"
+        if result["bigram_bpb"]
+        else "no bigram model to compare with yet"
+    )
     name = words.score_name(result)
     more = f"± {words.number(score['se'])} by sampling of items" if score else "not scored yet"
     steps = f"{words.count(result['steps'])} of {words.count(result['planned_steps'])} steps"

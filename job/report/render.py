@@ -12,10 +12,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from job.attempt import Record, fold
 from job.report import result as results
 from job.report import words
-from job.sealed import MANIFEST, canonical_json, sealing, sha256_file
+from job.store.attempt import Record, fold
+from job.store.sealed import MANIFEST, canonical_json, sealing, sha256_file
 
 KINDS = {"multiple_choice": "multiple choice", "schema": "schema", "language_modeling": "language modeling"}
 
@@ -44,7 +44,11 @@ def report_files(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
     result = results.result_of(run, recipe, record)
     context = describe(run, recipe, record, result)
     document = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    texts = {"result.json": document + "\n", "report.md": page.markdown(context), "report.html": page.html(context, record)}
+    texts = {
+        "result.json": document + "\n",
+        "report.md": page.markdown(context),
+        "report.html": page.html(context, record),
+    }
     return result, texts
 
 
@@ -136,11 +140,17 @@ def commands(run: Path, recipe: dict[str, Any], result: dict[str, Any]) -> list[
     else:
         if result["smoke_score"]:
             rows.append(
-                ("Score this model on the real CORE tasks", ["evaluate", *this, "--core-bundle", "PATH", "-o", "eval.cap=20"])
+                (
+                    "Score this model on the real CORE tasks",
+                    ["evaluate", *this, "--core-bundle", "PATH", "-o", "eval.cap=20"],
+                )
             )
         longer = _overrides(asked | {"train.steps": str(2 * result["steps"])})
         rows.append(
-            ("Train twice as long on the same prepared data", ["run", *preset, *longer, *place, "--run-id", f"{run.name}-longer"])
+            (
+                "Train twice as long on the same prepared data",
+                ["run", *preset, *longer, *place, "--run-id", f"{run.name}-longer"],
+            )
         )
     rows.append(("Write this report anew", ["report", *this]))
     return [(what, shlex.join(["speedrun", *command])) for what, command in rows]

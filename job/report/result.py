@@ -14,11 +14,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from job.attempt import Record, fold
-from job.checkpoint_folder import OPTIMIZER
-from job.core_eval.ledger import Ledger
 from job.errors import DataError, ExitCode, UsageError
-from job.sealed import canonical_json, is_sealed, open_sealed
+from job.evaluation.ledger import Ledger
+from job.store.attempt import Record, fold
+from job.store.checkpoint_folder import OPTIMIZER
+from job.store.sealed import canonical_json, is_sealed, open_sealed
 
 SCHEMA = 1
 TASK_KEYS = ("kind", "n", "shots", "accuracy", "centered", "se", "seconds")
@@ -61,7 +61,11 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path |
         "parameters": derived["total_parameters"]["value"],
         "tokens": tokens,
         "flops": tokens * derived["flops_per_token"]["value"],
-        "clocks": {"training_s": round(record.training_seconds, 3), "node_s": round(record.node_seconds, 3), "billed_s": None},
+        "clocks": {
+            "training_s": round(record.training_seconds, 3),
+            "node_s": round(record.node_seconds, 3),
+            "billed_s": None,
+        },
         "stages_s": {stage: round(seconds, 3) for stage, seconds in record.stage_seconds().items()},
         "attempts": len(record.attempts),
         "usd": None,
@@ -151,7 +155,9 @@ def _hashes(run: Path, recipe: dict[str, Any], record: Record, ledger: Ledger | 
     return {
         "recipe": hashlib.sha256(canonical_json(recipe["recipe"]).encode()).hexdigest(),
         "prepared": prepared,
-        "tokenizer": _files_hash(run.parent.parent / "prepared" / prepared / "tokenizer", "tokenizer") if prepared else None,
+        "tokenizer": _files_hash(run.parent.parent / "prepared" / prepared / "tokenizer", "tokenizer")
+        if prepared
+        else None,
         "checkpoint": _files_hash(run / "checkpoints" / Path(checkpoint).name, "checkpoint") if checkpoint else None,
         "bundle": ledger.made_from["bundle"] if ledger else None,
     }

@@ -9,7 +9,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from job.attempt import UNTIMED_STEPS, Record
+from job.store.attempt import UNTIMED_STEPS, Record
 
 GPT2_XL_CORE = 0.256525
 """CORE of GPT-2 XL (1.6 B parameters), published with the CORE bundle (at most 1,000 items a task)"""
@@ -87,12 +87,12 @@ def bpb_sentence(result: dict[str, Any]) -> str:
     bpb, bigram = result["val_bpb"], result["bigram_bpb"]
     progress = f"{count(result['steps'])} of {count(result['planned_steps'])} steps are made"
     if bpb is None:
-        reason = "the loss was not a finite number" if result["state"] == "diverged" else "the model was not validated yet"
+        reason = (
+            "the loss was not a finite number" if result["state"] == "diverged" else "the model was not validated yet"
+        )
         return f"There is no validation bpb: {reason}; {progress}."
     if bigram is None and result["steps"] < result["planned_steps"]:
-        return (
-            f"Its validation bpb is {number(bpb)} so far; {progress}. The bigram model to compare with is fitted in the evaluation."
-        )
+        return f"Its validation bpb is {number(bpb)} so far; {progress}. The bigram model to compare with is fitted in the evaluation."
     if bigram is None:
         return f"Its validation bpb is {number(bpb)}; there is no bigram model to compare with."
     relation = f"{percent(1 - bpb / bigram, 0)} below" if bpb < bigram else "not below"
@@ -148,7 +148,9 @@ def summary_lines(result: dict[str, Any], page: Path) -> list[str]:
     }
     if (result["machine"]["device"] or "").startswith("cuda") and (timed := timed_steps(result)):
         milliseconds, speed = timed
-        rows["step"] = f"{count(round(milliseconds))} ms, {count(round(speed))} tokens a second (measured, by the training clock)"
+        rows["step"] = (
+            f"{count(round(milliseconds))} ms, {count(round(speed))} tokens a second (measured, by the training clock)"
+        )
     width = max(map(len, rows))
     return [f"{headline(result)}.", "", *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
 
@@ -174,7 +176,7 @@ def training_clock(result: dict[str, Any]) -> str:
 
 
 def slow_ranks(record: Record) -> list[str]:
-    """What the ranks that were slower than the median one cost; nothing where none was (job/readings.py compares them)."""
+    """What the ranks that were slower than the median one cost; nothing where none was (job/train/step_metrics.py compares them)."""
     windows = list(record.slow_ranks.values())
     if not windows:
         return []
@@ -188,7 +190,10 @@ def slow_ranks(record: Record) -> list[str]:
         said.append(f"Rank {rank} was slower than the median rank {times}, by {percent(max(shares))} at most.")
     lost = sum(event["lost_ms"] * event["steps"] for event in windows)
     share = lost / sum(event["ms"] for event in record.steps.values())
-    return [*said, f"The other ranks waited {duration(lost / 1000)} for the slowest: {percent(share)} of all steps' time."]
+    return [
+        *said,
+        f"The other ranks waited {duration(lost / 1000)} for the slowest: {percent(share)} of all steps' time.",
+    ]
 
 
 def how_it_ended(exit_code: int | None) -> str:

@@ -20,11 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from job.attempt import newest_attempt, read_events
-from job.checkpoint import Writer
-from job.config import resolve
-from job.derive import derive
-from job.worker import RankReporter
+from job.recipe.config import resolve
+from job.recipe.derive import derive
+from job.run.rank import RankReporter
+from job.store.attempt import newest_attempt, read_events
+from job.train.checkpoint import Writer
 from model.gpt import GPT
 from model.optimizer import Optimizer
 
@@ -79,7 +79,9 @@ def test_asynchronous_against_synchronous(tmp_path: Path, monkeypatch: pytest.Mo
     for process in ranks:
         process.join()
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    print(f"\n\nd8, 2 gloo ranks, {sum(m['bytes'] for m in measured) / 1e9:.2f} GB of state; the slower rank of each checkpoint")
+    print(
+        f"\n\nd8, 2 gloo ranks, {sum(m['bytes'] for m in measured) / 1e9:.2f} GB of state; the slower rank of each checkpoint"
+    )
     print(f"{'checkpoint':>12} {'training waits':>16} {'written':>10} {'share':>8}")
     for number, both in enumerate(zip(*(m["times"] for m in measured), strict=True), 1):
         stall, whole = (max(column) for column in zip(*both, strict=True))

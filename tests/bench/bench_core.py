@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.core_eval.bundle import open_bundle
+from job.evaluation.bundle import open_bundle
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = ROOT.parent / "shared" / "data" / "core" / "core_bundle.tar.zst"
@@ -22,7 +22,7 @@ ARCHIVE = ROOT.parent / "shared" / "data" / "core" / "core_bundle.tar.zst"
 
 @pytest.fixture(scope="module")
 def compare():
-    spec = importlib.util.spec_from_file_location("core_compare", ROOT / "tests" / "job" / "core_eval" / "compare.py")
+    spec = importlib.util.spec_from_file_location("core_compare", ROOT / "tests" / "job" / "evaluation" / "compare.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
@@ -40,7 +40,9 @@ def bundle():
 def print_table(title, compared, scores=None):
     """The reference's seconds are for all items, from those that it was asked."""
     ours, theirs = sum(c.seconds for c in compared), sum(c.speedup * c.seconds for c in compared)
-    print(f"\n{title}\n{'task':<34}{'items':>6}{'seconds':>9}{'share':>7}{'reference':>11}{'times':>7}{'differ':>8}{'margin':>9}")
+    print(
+        f"\n{title}\n{'task':<34}{'items':>6}{'seconds':>9}{'share':>7}{'reference':>11}{'times':>7}{'differ':>8}{'margin':>9}"
+    )
     for c in compared:
         margin = f"{max(c.differing):.1e}" if c.differing else ""
         cells = f"{len(c.answers):>6}{c.seconds:>9.2f}{c.seconds / ours:>7.1%}{c.speedup * c.seconds:>11.2f}{c.speedup:>7.1f}"
@@ -58,7 +60,9 @@ def test_every_answer_at_a_cap_of_100(compare, bundle):
     exact = [compare.compare_task(task, tokenizer, model, 100, whole=False) for task in bundle.tasks]
     print_table("d4 after 120 steps, fp32, cap 100, 4,096 tokens in the vocabulary", exact, compare.scores(exact))
     other = compare.in_bf16(model)
-    rounded = [compare.again(other, task, tokenizer, 100, known) for task, known in zip(bundle.tasks, exact, strict=True)]
+    rounded = [
+        compare.again(other, task, tokenizer, 100, known) for task, known in zip(bundle.tasks, exact, strict=True)
+    ]
     print_table("the same weights in bf16; reference in fp32", rounded, compare.scores(rounded))
     assert [margin for c in exact for margin in c.differing if margin >= 1e-5] == []
 
@@ -68,4 +72,6 @@ def test_items_a_second(compare, bundle, depth):
     tokenizer, rows = compare.corpus_tokenizer(32768, 5)
     model = compare.trained_gpt(depth, 32768, rows, 3)
     compared = [compare.compare_task(task, tokenizer, model, 20, every=4) for task in bundle.tasks]
-    print_table(f"d{depth}, fp32, cap 20, 32,768 tokens in the vocabulary; the reference is asked every fourth item", compared)
+    print_table(
+        f"d{depth}, fp32, cap 20, 32,768 tokens in the vocabulary; the reference is asked every fourth item", compared
+    )

@@ -100,7 +100,9 @@ def in_turns(*iterators: Iterator) -> None:
 
 
 def test_encode_and_pack(tokenizer):
-    print(f"\n\nV {tokenizer.vocab_size}: million tokens a second and core, 15 MB shards of real text, T = {ROW_TOKENS - 1}")
+    print(
+        f"\n\nV {tokenizer.vocab_size}: million tokens a second and core, 15 MB shards of real text, T = {ROW_TOKENS - 1}"
+    )
     print(f"{'':28}{'tiktoken + linear':>20}{'ours':>10}{'ratio':>8}{'crop, linear':>15}{'crop, ours':>13}")
     tokenizer.encode("")
     list(tokenizer.encode_documents([""]))
@@ -200,16 +202,20 @@ def kinds() -> dict[str, list[str]]:
     }
     core = DATA / "core" / "core_bundle.tar.zst"
     if core.is_file():
-        from job.core_eval.bundle import open_bundle
+        from job.evaluation.bundle import open_bundle
 
         kinds["CORE's items"] = [
-            json.dumps(example, ensure_ascii=False) for task in open_bundle(core).tasks for example in task.examples[:100]
+            json.dumps(example, ensure_ascii=False)
+            for task in open_bundle(core).tasks
+            for example in task.examples[:100]
         ]
     return kinds
 
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-GPT4_PATTERN = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+GPT4_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
 
 
 def published(name: str, pattern: str) -> Callable[[str], list[int]]:

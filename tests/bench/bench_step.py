@@ -17,7 +17,7 @@ from torch import Tensor
 
 import model.gpt
 import model.loss
-from job.machine import has_fast_bf16
+from job.machine.host import has_fast_bf16
 from model.gpt import GPT, GPTConfig
 from model.optimizer import Optimizer, StepHyper
 from model.scaling import RULES, derive
@@ -39,7 +39,10 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, 
 
 class Plain(GPT):
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        with patch.object(model.gpt, "attention", plain_attention), patch.object(model.gpt, "cross_entropy", plain_loss):
+        with (
+            patch.object(model.gpt, "attention", plain_attention),
+            patch.object(model.gpt, "cross_entropy", plain_loss),
+        ):
             return super().loss(idx, targets)
 
 

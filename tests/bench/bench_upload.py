@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from job.attempt import UNTIMED_STEPS, read_events
+from job.store.attempt import UNTIMED_STEPS, read_events
 
 STEPS = 200
 TURN = 2.0
@@ -67,5 +67,7 @@ def test_a_blocked_store_against_a_good_one_in_the_same_run(tmp_path: Path, spee
     print(f"\n\nms a step of the tests' tiny model, a checkpoint every 10 steps, the store turning every {TURN:.0f} s")
     print(f"{'':>24} {'steps':>6} {'median':>8} {'p90':>8}")
     for name, values in columns.items():
-        print(f"{name:>24} {len(values):>6} {statistics.median(values):>8.1f} {statistics.quantiles(values, n=10)[-1]:>8.1f}")
+        print(
+            f"{name:>24} {len(values):>6} {statistics.median(values):>8.1f} {statistics.quantiles(values, n=10)[-1]:>8.1f}"
+        )
     print(f"blocked / answering, medians: {statistics.median(blocked) / statistics.median(answered):.3f}")

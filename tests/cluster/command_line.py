@@ -18,7 +18,9 @@ def task_of(words: list[str]) -> dict:
     while hasattr(group, "commands"):
         group = group.commands[rest.pop(0)]
     with group.make_context(words[0], rest) as context:
-        task = command._make_task_or_dag_from_entrypoint_with_overrides(**{key: context.params[key] for key in TASK_OPTIONS})
+        task = command._make_task_or_dag_from_entrypoint_with_overrides(
+            **{key: context.params[key] for key in TASK_OPTIONS}
+        )
     return {
         "images": sorted({resources.extract_docker_image() for resources in task.resources}),
         "envs": task.envs,

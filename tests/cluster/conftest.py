@@ -58,7 +58,9 @@ class Cluster:
         """`sky words ...`, bounded by `timeout`; what it says goes to log/sky.log."""
         with open(self.state / "log" / "sky.log", "ab") as log:
             bounded = ["timeout", "--kill-after=10", str(seconds), str(SKY / "bin" / "sky"), *words]
-            return subprocess.Popen(bounded, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, cwd=self.state)
+            return subprocess.Popen(
+                bounded, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, cwd=self.state
+            )
 
     def call(self, *words: str, seconds: int = 300) -> None:
         code = self.sky(*words, seconds=seconds).wait()
@@ -68,7 +70,9 @@ class Cluster:
         return (self.state / "log" / "sky.log").read_text(errors="replace")[-6000:]
 
     def slurm(self, *words: str) -> str:
-        return subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        return subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
 
     def task(self, name: str, **resources: Any) -> Path:
         """sky/NAME.yaml with `resources` instead of a cloud's; envs, secrets and `run:` are those that users launch."""
@@ -92,10 +96,16 @@ class Cluster:
 def cluster(sky_env: Path) -> Iterator[Cluster]:
     """Slurm and SkyPilot's API server, up; afterwards everything is down and put back."""
     missing = sorted(
-        {package for command, package in DEBIAN.items() if not shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin")}
+        {
+            package
+            for command, package in DEBIAN.items()
+            if not shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin")
+        }
     )
     if missing or os.geteuid() != 0:
-        pytest.skip(f"a Slurm of one's own needs root and Debian's {', '.join(missing or DEBIAN.values())} (.ci/run installs them)")
+        pytest.skip(
+            f"a Slurm of one's own needs root and Debian's {', '.join(missing or DEBIAN.values())} (.ci/run installs them)"
+        )
     state = Path(tempfile.mkdtemp(prefix="speedrun-cluster-", dir="/var/tmp"))
     state.chmod(0o755)
     *ports, api = free_ports(5)

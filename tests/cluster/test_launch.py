@@ -58,7 +58,9 @@ def test_launch(cluster: Any, s3: Any) -> None:
     assert s3.secret not in cluster.said()
 
 
-def test_managed_job_on_two_nodes_is_preempted_and_recovers(cluster: Any, s3: Any, speedrun: Any, tmp_path: Path) -> None:
+def test_managed_job_on_two_nodes_is_preempted_and_recovers(
+    cluster: Any, s3: Any, speedrun: Any, tmp_path: Path
+) -> None:
     plain = speedrun.command(
         "run", "--preset", "smoke", "--run-id", "whole", "--ranks", "4", "--out", str(tmp_path), *OPTIONS.split()
     )

@@ -18,9 +18,9 @@ import click
 import pytest
 import yaml
 
-from job.cli import main
-from job.config import resolve
+from job.cli.commands import main
 from job.errors import ExitCode
+from job.recipe.config import resolve
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sky").glob("*.yaml"))
@@ -98,11 +98,15 @@ def test_a_file_is_one_task_with_a_header(path: Path) -> None:
     assert len(list(yaml.safe_load_all(text))) == 1, "`sky launch` refuses a file of two documents"
     header = re.match(r"(?:#.*\n)+", text)[0].splitlines()
     assert 9 <= len(header) <= 12
-    assert any(re.match(rf"#   sky (?:jobs )?launch .*sky/{path.name} .*--image-id docker:\$IMAGE", line) for line in header)
+    assert any(
+        re.match(rf"#   sky (?:jobs )?launch .*sky/{path.name} .*--image-id docker:\$IMAGE", line) for line in header
+    )
     assert any("What lands in the bucket" in line for line in header) or "lands in the bucket" in " ".join(header)
     words = " ".join(line.lstrip("# ") for line in header)
     assert re.search(r"\$\d.*\((?:estimated|published)", words)
-    assert path.stem not in GPU or "prices: SkyPilot's catalog, November 2026" in words, "a price without a date is worth nothing"
+    assert path.stem not in GPU or "prices: SkyPilot's catalog, November 2026" in words, (
+        "a price without a date is worth nothing"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -124,7 +128,9 @@ def test_recovery_is_from_code_75_and_no_other_error(name: str) -> None:
 def test_secrets_are_secrets_and_have_no_null(name: str) -> None:
     envs, secrets = TASKS[name]["envs"], TASKS[name]["secrets"]
     assert envs.keys().isdisjoint(secrets)
-    assert set(secrets.values()) == {""}, "null would mean a secret of somebody's vault; a value would be one in the repository"
+    assert set(secrets.values()) == {""}, (
+        "null would mean a secret of somebody's vault; a value would be one in the repository"
+    )
     assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= secrets.keys()
     assert [env for env in envs if re.search("KEY|SECRET|TOKEN|PASSWORD", env)] == []
     assert [env for env, value in envs.items() if value is None] == ["BUCKET"], (
@@ -138,7 +144,9 @@ def test_the_machine_goes_away_and_has_a_price_cap(name: str) -> None:
     assert resources["autostop"] == {"idle_minutes": 2, "down": True, "wait_for": "jobs"}
     assert resources["max_hourly_cost"] <= {"speedrun": 36, "nodes": 36, "try": 8, "prepare": 1.5, "smoke": 0.5}[name]
     assert resources["image_id"] == "docker:ghcr.io/YOUR-NAME/gpt2-speedrun:latest"
-    assert [mount for mount in ("file_mounts", "workdir", "setup") if mount in TASKS[name]] == [], "everything is in the image"
+    assert [mount for mount in ("file_mounts", "workdir", "setup") if mount in TASKS[name]] == [], (
+        "everything is in the image"
+    )
 
 
 @pytest.mark.parametrize("name", GPU)

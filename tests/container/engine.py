@@ -45,7 +45,9 @@ def debian_mirror() -> str:
     """The address that this machine's own apt uses."""
     files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
     for file in files:
-        if file.is_file() and (found := re.search(r"^[^#\n]*?(https?://\S+/debian)/?(?:\s|$)", file.read_text(), re.MULTILINE)):
+        if file.is_file() and (
+            found := re.search(r"^[^#\n]*?(https?://\S+/debian)/?(?:\s|$)", file.read_text(), re.MULTILINE)
+        ):
             return found[1]
     raise RuntimeError("apt on this machine names no Debian mirror")
 
@@ -53,7 +55,9 @@ def debian_mirror() -> str:
 def retried(command: list[str], **options) -> None:
     """Run `command`, three times where it fails: mirrors have bad moments."""
     for attempt in range(3):
-        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options)
+        ended = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
+        )
         if ended.returncode == 0:
             return
         time.sleep(5 * attempt)
@@ -164,7 +168,14 @@ class Engine:
         )
         retried(
             [
-                *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--format=tar", "--dpkgopt=force-unsafe-io"),
+                *(
+                    "mmdebstrap",
+                    "--quiet",
+                    "--mode=root",
+                    "--variant=minbase",
+                    "--format=tar",
+                    "--dpkgopt=force-unsafe-io",
+                ),
                 f"--include={IN_BASE}",
                 *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
                 *(f"--customize-hook={hook}" for hook in hooks),
@@ -172,7 +183,9 @@ class Engine:
             ],
         )
         path = "PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
-        self.docker("import", "-c", f"ENV {path}", "-c", "ENV LANG=C.UTF-8", "-c", 'CMD ["python3"]', str(archive), BASE_IMAGE)
+        self.docker(
+            "import", "-c", f"ENV {path}", "-c", "ENV LANG=C.UTF-8", "-c", 'CMD ["python3"]', str(archive), BASE_IMAGE
+        )
         archive.unlink()
 
     def stop(self) -> None:
@@ -212,7 +225,9 @@ class Engine:
 
 def wheels_folder() -> Path | None:
     """The local folder of wheels that pip is set up to look into, if there is one."""
-    asked = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    ).stdout
     found = re.findall(r"find-links='([^']+)'", asked)
     return next((Path(each) for each in found if Path(each).is_dir()), None)
 

@@ -43,7 +43,9 @@ class ThisMachine:
         rights = int(re.search(r"^CapBnd:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1], 16)
         for option in () if rights >> SYS_RESOURCE & 1 else NEED_SYS_RESOURCE:
             cmd = cmd.replace(option, "")
-        ended = subprocess.run(["bash", "-c", cmd], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        ended = subprocess.run(
+            ["bash", "-c", cmd], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        )
         with open(log_path, "a") as log:
             print(f"{ended.returncode} | {cmd}", ended.stdout, ended.stderr, sep="\n", file=log)
         return ended.returncode, ended.stdout, ended.stderr

@@ -25,13 +25,22 @@ def inside(image: Any, script: str, user: str = "") -> str:
 
 def test_hadolint_has_nothing_to_say(tools: Path, repository: Path) -> None:
     ended = subprocess.run(
-        [tools / "hadolint", "--config", HERE / "hadolint.yaml", repository / "Dockerfile"], capture_output=True, text=True
+        [tools / "hadolint", "--config", HERE / "hadolint.yaml", repository / "Dockerfile"],
+        capture_output=True,
+        text=True,
     )
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stdout + ended.stderr
 
 
 def test_container_structure_test(tools: Path, image: Any) -> None:
-    command = [str(tools / "container-structure-test"), "test", "--image", image.name, "--config", str(HERE / "structure.yaml")]
+    command = [
+        str(tools / "container-structure-test"),
+        "test",
+        "--image",
+        image.name,
+        "--config",
+        str(HERE / "structure.yaml"),
+    ]
     ended = image.engine.run(command)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert re.search(r"^Failures: +0$", ended.stdout, re.MULTILINE), ended.stdout
@@ -42,11 +51,22 @@ def test_the_size(image: Any) -> None:
 
 
 def test_the_bill_of_materials_is_the_lock(tools: Path, image: Any, repository: Path) -> None:
-    command = [str(tools / "syft"), "scan", f"docker:{image.name}", "--output=syft-json", "--quiet", "--select-catalogers=python"]
+    command = [
+        str(tools / "syft"),
+        "scan",
+        f"docker:{image.name}",
+        "--output=syft-json",
+        "--quiet",
+        "--select-catalogers=python",
+    ]
     ended = image.engine.run(command)
     assert ended.returncode == 0, ended.stderr
-    found = {(each["name"].lower(), each["version"].partition("+")[0]) for each in json.loads(ended.stdout)["artifacts"]}
-    locked = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", (repository / "requirements.lock").read_text(), re.MULTILINE))
+    found = {
+        (each["name"].lower(), each["version"].partition("+")[0]) for each in json.loads(ended.stdout)["artifacts"]
+    }
+    locked = dict(
+        re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", (repository / "requirements.lock").read_text(), re.MULTILINE)
+    )
     for name in ("torch", "torchao", "boto3", "wandb"):
         assert (name, locked[name]) in found
         assert sum(each[0] == name for each in found) == 1
@@ -61,23 +81,36 @@ def test_two_builds_differ_in_no_file_of_ours(image: Any, repository: Path) -> N
     assert image.engine.docker("image", "inspect", "--format={{.Id}}", again) != image.engine.docker(
         "image", "inspect", "--format={{.Id}}", image.name
     ), "the second build was none"
-    script = f"find {OURS} -printf '%p %m %U %T@ %l\\n' | sort; find {OURS} -type f -print0 | sort -z | xargs -0 sha256sum"
+    script = (
+        f"find {OURS} -printf '%p %m %U %T@ %l\\n' | sort; find {OURS} -type f -print0 | sort -z | xargs -0 sha256sum"
+    )
     first, second = inside(image, script), inside(dataclasses.replace(image, name=again), script)
     assert first == second
-    assert ".cpython-311.pyc" in first and "job/presets/smoke.toml" in first
+    assert ".cpython-311.pyc" in first and "job/recipe/presets/smoke.toml" in first
 
 
 def test_a_generation_of_cuda_without_a_lock_is_refused(engine: Any, repository: Path) -> None:
-    words = ["docker", "build", "--progress=plain", "--network=host", "--build-arg=BASE_IMAGE=local/python:3.11-slim-bookworm"]
+    words = [
+        "docker",
+        "build",
+        "--progress=plain",
+        "--network=host",
+        "--build-arg=BASE_IMAGE=local/python:3.11-slim-bookworm",
+    ]
     ended = engine.run([*words, "--target=locked", "--build-arg=TORCH=cu126", str(repository)])
     assert ended.returncode != 0
-    assert "TORCH=cu126 has no requirements-cu126.lock: say cpu or cuda, or make it first: make lock CUDA=cu126" in ended.stderr
+    assert (
+        "TORCH=cu126 has no requirements-cu126.lock: say cpu or cuda, or make it first: make lock CUDA=cu126"
+        in ended.stderr
+    )
 
 
 def test_the_sky_target_is_what_skypilot_works_with(sky_image: Any) -> None:
     engine, name = sky_image.engine, sky_image.name
     # as SkyPilot starts it: a shell that stays, its commands by exec as root, its jobs as the image's user
-    container = engine.docker("run", "--detach", "--tty", "--interactive", "--network=none", "--entrypoint=/bin/bash", name)
+    container = engine.docker(
+        "run", "--detach", "--tty", "--interactive", "--network=none", "--entrypoint=/bin/bash", name
+    )
     assert engine.docker("exec", container, "whoami") == "speedrun"
     assert engine.docker("exec", container, "printenv", "HOME") == "/home/speedrun"
     assert engine.docker("exec", container, "sudo", "id", "-u") == "0"

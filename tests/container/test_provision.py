@@ -78,7 +78,9 @@ def run_options(repository: Path) -> list[str]:
     return yaml.safe_load((repository / "sky/speedrun.yaml").read_text())["config"]["docker"]["run_options"]
 
 
-def test_what_skypilot_sends_arrives_in_the_home_of_the_images_user(rented: Rented, sky_image: Any, repository: Path) -> None:
+def test_what_skypilot_sends_arrives_in_the_home_of_the_images_user(
+    rented: Rented, sky_image: Any, repository: Path
+) -> None:
     ended = rented.provision(sky_image.name, *run_options(repository))
     assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-3000:]}\n{rented.log()}"
     seen = login(ended)

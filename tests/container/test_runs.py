@@ -60,8 +60,8 @@ def test_sigterm_in_mid_training_and_the_same_command_again(image: Any, out: Pat
     words = image.tiny("run", "train.steps=4000")
     container = image.start(*words, out=out)
     wait_for_step(image, container, out, step=3)
-    assert image.engine.docker("exec", container, "python", "-m", "job.health") == ""
-    quiet = ["docker", "exec", "--env=SPEEDRUN_QUIET_SECONDS=-1", container, "python", "-m", "job.health"]
+    assert image.engine.docker("exec", container, "python", "-m", "job.machine.health") == ""
+    quiet = ["docker", "exec", "--env=SPEEDRUN_QUIET_SECONDS=-1", container, "python", "-m", "job.machine.health"]
     assert "the run may hang; its logs are in /out/runs/t/logs" in image.engine.run(quiet).stderr
     began = time.monotonic()
     image.engine.docker("stop", "--time=30", container)
@@ -136,7 +136,7 @@ def test_without_a_temporary_folder_the_flag_is_named(image: Any, out: Path) -> 
 
 
 def test_the_processors_of_a_container_are_its_quota(image: Any) -> None:
-    code = "from job.machine import usable_cores; print(usable_cores())"
+    code = "from job.machine.host import usable_cores; print(usable_cores())"
     python = "--entrypoint=/opt/speedrun/bin/python"
     assert image.run("-c", code, flags=(python, "--cpus=1")).stdout.strip() == "1"
     assert int(image.run("-c", code, flags=(python,)).stdout) == len(os.sched_getaffinity(0))
@@ -157,7 +157,12 @@ def test_the_smoke_run_through_compose_and_a_real_s3_server(image: Any, tmp_path
     environment = image.engine.environment | variables
     try:
         ended = subprocess.run(
-            [*compose, "run", "--rm", "fetch"], env=environment, capture_output=True, text=True, timeout=900, check=False
+            [*compose, "run", "--rm", "fetch"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         result = json.loads((report / "smoke/result.json").read_text())

@@ -54,7 +54,16 @@ class Sizes:
 
 
 DRY = Sizes(
-    2, 500, 64, 2, {"width": 128, "head_dim": 64, "window_tile": 16}, repeats=1, steps=2, curve_steps=10, forks=4, longest_prefix=40
+    2,
+    500,
+    64,
+    2,
+    {"width": 128, "head_dim": 64, "window_tile": 16},
+    repeats=1,
+    steps=2,
+    curve_steps=10,
+    forks=4,
+    longest_prefix=40,
 )
 
 
@@ -73,7 +82,7 @@ class Result:
 
 
 class Trainee:
-    """A model with its optimizer, stepped as `job/pretrain.py` steps: one micro-step, the update, nothing waited for."""
+    """A model with its optimizer, stepped as `job/train/loop.py` steps: one micro-step, the update, nothing waited for."""
 
     def __init__(self, sizes: Sizes, device: torch.device, *, in_fp8: bool) -> None:
         with device:
@@ -82,7 +91,9 @@ class Trainee:
         if in_fp8:
             fp8.apply(self.model, sizes.tokens)
         self.model.compile_blocks()
-        specs = derive(sizes.config, RULES["head"], ratio=None, steps=sizes.curve_steps, batch_tokens=sizes.tokens).specs
+        specs = derive(
+            sizes.config, RULES["head"], ratio=None, steps=sizes.curve_steps, batch_tokens=sizes.tokens
+        ).specs
         polar = torch.bfloat16 if device.type == "cuda" else torch.float32  # which a CPU may have no instructions for
         self.optimizer = Optimizer(self.model.groups(), specs, polar_dtype=polar, compile=True)
         self.schedule = Schedule.for_generation(sizes.curve_steps, "head")
@@ -198,5 +209,5 @@ def relative(got: Tensor, right: Tensor) -> float:
 
 
 def use_kernel(name: str) -> None:
-    """Put an attention kernel behind the model, as `job/preflight.py` does."""
+    """Put an attention kernel behind the model, as `job/run/preflight.py` does."""
     model.attention.activate(model.attention.Backend(name, name))

@@ -26,7 +26,10 @@ def adapt() -> list[str]:
     if "recompile_limit" not in inspect.signature(torch.compile).parameters:
         torch.compile = _without_limit(torch.compile)
         done.append("torch.compile has no recompile_limit: the limit is set for the whole process")
-    for name, older in (("reduce_scatter_single", "reduce_scatter_tensor"), ("all_gather_single", "all_gather_into_tensor")):
+    for name, older in (
+        ("reduce_scatter_single", "reduce_scatter_tensor"),
+        ("all_gather_single", "all_gather_into_tensor"),
+    ):
         if not hasattr(dist, name):
             setattr(dist, name, getattr(dist, older))
             done.append(f"torch.distributed.{name} is {older}")

@@ -68,14 +68,16 @@ def main(words: list[str] | None = None) -> int:
     if not options.dry and not torch.cuda.is_available():
         print("skipped: torch sees no GPU here, and nothing was measured; --dry executes the steps on the CPU")
         return 0
-    from job.stack import describe_stack
+    from job.machine.stack import describe_stack
 
     (options.out / "progress.jsonl").write_text("")
     (options.out / "log.txt").write_text("")
     document = {"stack": describe_stack(), "dry": options.dry, "adapted": options.adapted, "steps": []}
     began, wanted = time.monotonic(), [step for step in STEPS if not options.only or step.name in options.only]
     with tempfile.TemporaryDirectory(prefix="speedrun-gpu-compiled-", ignore_cleanup_errors=True) as compiled:
-        options.compiled = Path(compiled)  # empty, or seconds of compiling would be those of loading what an earlier run compiled
+        options.compiled = Path(
+            compiled
+        )  # empty, or seconds of compiling would be those of loading what an earlier run compiled
         while wanted:
             wanted = run_child(wanted, options, document, began + options.budget)
     from table import summary
@@ -87,10 +89,15 @@ def main(words: list[str] | None = None) -> int:
 def parsed(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "out" / "gpu"), help="where the tables go [$OUT]"
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or ROOT / "out" / "gpu"),
+        help="where the tables go [$OUT]",
     )
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU")
-    parser.add_argument("--only", action="append", choices=[step.name for step in STEPS], help="this step; may be repeated")
+    parser.add_argument(
+        "--only", action="append", choices=[step.name for step in STEPS], help="this step; may be repeated"
+    )
     parser.add_argument("--wheels", type=Path, help="a folder of wheels that this machine lacks")
     parser.add_argument("--budget", type=float, default=570, help="seconds for all steps together")
     parser.add_argument("--limit-factor", type=float, default=1.0, help="on every step's limit")
@@ -118,7 +125,15 @@ def run_child(wanted: list[Step], options: argparse.Namespace, document: dict[st
     progress = options.out / "progress.jsonl"
     seen = progress.stat().st_size
     fa4 = any(step["name"] == "attention" and step.get("facts", {}).get(USED) == "fa4" for step in document["steps"])
-    words = [sys.executable, __file__, "--out", str(options.out), "--kernel", "fa4" if fa4 else "fa2", *["--dry"] * options.dry]
+    words = [
+        sys.executable,
+        __file__,
+        "--out",
+        str(options.out),
+        "--kernel",
+        "fa4" if fa4 else "fa2",
+        *["--dry"] * options.dry,
+    ]
     words += ["--wheels", str(options.wheels)] if options.wheels else []
     with open(options.out / "log.txt", "a") as log:
         process = subprocess.Popen(
@@ -137,7 +152,12 @@ def run_child(wanted: list[Step], options: argparse.Namespace, document: dict[st
 
 
 def follow(
-    process: subprocess.Popen, seen: int, wanted: list[Step], options: argparse.Namespace, document: dict[str, Any], deadline: float
+    process: subprocess.Popen,
+    seen: int,
+    wanted: list[Step],
+    options: argparse.Namespace,
+    document: dict[str, Any],
+    deadline: float,
 ) -> list[Step]:
     """What the child says, until it is over; the steps that are left."""
     progress, left, began, raised = options.out / "progress.jsonl", list(wanted), time.monotonic(), False
@@ -160,10 +180,15 @@ def follow(
         limit = left[0].limit * options.limit_factor
         late, over = time.monotonic() - began > limit, time.monotonic() > deadline
         if ended or late or over:
-            why = "its process ended" if ended else f"stopped after {limit:.0f} s" if late else "no time was left for it"
+            why = (
+                "its process ended" if ended else f"stopped after {limit:.0f} s" if late else "no time was left for it"
+            )
             for step in left if over else left[:1]:
                 record(
-                    document, options.out, step, {"outcome": why, "seconds": round(time.monotonic() - began, 1) if not over else 0}
+                    document,
+                    options.out,
+                    step,
+                    {"outcome": why, "seconds": round(time.monotonic() - began, 1) if not over else 0},
                 )
             return [] if over else left[1:]
     return left

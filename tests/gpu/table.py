@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from job.stack import lines
+from job.machine.stack import lines
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -13,9 +13,13 @@ def summary(document: dict[str, Any]) -> str:
     seconds = sum(step["seconds"] for step in document["steps"])
     head = [*lines(document["stack"]), *(f"adapted: {sentence}" for sentence in document["adapted"])]
     if document["dry"]:
-        head.insert(0, "DRY RUN: tiny sizes on a CPU, with a compiler that generates no code. No figure means anything.")
+        head.insert(
+            0, "DRY RUN: tiny sizes on a CPU, with a compiler that generates no code. No figure means anything."
+        )
     rows = table(["step", "what", "seconds", "outcome"], steps)
-    return "\n".join(["# make gpu", "", *(f"- {line}" for line in head), "", *rows, "", f"{seconds:.0f} seconds in all.", ""])
+    return "\n".join(
+        ["# make gpu", "", *(f"- {line}" for line in head), "", *rows, "", f"{seconds:.0f} seconds in all.", ""]
+    )
 
 
 def page(document: dict[str, Any]) -> str:

@@ -14,10 +14,22 @@ from types import ModuleType
 import pytest
 import torch
 
-from job.stack import LOCKED, differences, lines
+from job.machine.stack import LOCKED, differences, lines
 
 HERE = Path(__file__).parent
-STEPS = ["products", "attention", "compiled", "steps", "profile", "forks", "curves", "checkpoint", "resume", "ranks", "plain"]
+STEPS = [
+    "products",
+    "attention",
+    "compiled",
+    "steps",
+    "profile",
+    "forks",
+    "curves",
+    "checkpoint",
+    "resume",
+    "ranks",
+    "plain",
+]
 PATIENT = ("--budget", "1500", "--limit-factor", "10")
 """a machine that others use too"""
 
@@ -57,9 +69,24 @@ def test_a_step_that_raises_leaves_the_others(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "wheels" / "broken-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("pydoc_data/__init__.py", "")
         wheel.writestr("pydoc_data/topics.py", "raise RuntimeError('no text today')")
-    words = ("--dry", *PATIENT, "--only", "products", "--only", "steps", "--only", "forks", "--wheels", str(tmp_path / "wheels"))
+    words = (
+        "--dry",
+        *PATIENT,
+        "--only",
+        "products",
+        "--only",
+        "steps",
+        "--only",
+        "forks",
+        "--wheels",
+        str(tmp_path / "wheels"),
+    )
     ended = script(tmp_path / "out", *words, TMPDIR=str(tmp_path))
-    assert outcomes(tmp_path / "out") == {"products": "holds", "steps": "raised RuntimeError: no text today", "forks": "holds"}
+    assert outcomes(tmp_path / "out") == {
+        "products": "holds",
+        "steps": "raised RuntimeError: no text today",
+        "forks": "holds",
+    }
     assert ended.returncode == 1 and "from wheels: broken-1-py3-none-any.whl" in ended.stdout
 
 
@@ -121,7 +148,14 @@ def test_the_lock_s_versions_are_the_lock_s() -> None:
 
 
 def test_a_pass_on_another_stack_is_none_of_the_image_s() -> None:
-    locked = {"gpu": "NVIDIA H100 80GB HBM3", "gpus": 1, "driver": "580.1", "cuda": "13.0", "cudnn": 91500, "python": "3.11.7"}
+    locked = {
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "gpus": 1,
+        "driver": "580.1",
+        "cuda": "13.0",
+        "cudnn": 91500,
+        "python": "3.11.7",
+    }
     locked |= LOCKED | {"revision": None}
     assert differences(locked) == [] and lines(locked)[1].endswith("; the lock's versions")
     older = locked | {"torch": "2.11.0+cu130", "triton": "3.6.0", "flash-attn-4": None}
@@ -130,7 +164,10 @@ def test_a_pass_on_another_stack_is_none_of_the_image_s() -> None:
         "triton 3.6.0 instead of 3.7.1",
         "flash-attn-4 missing instead of 4.0.0b12",
     ]
-    assert "not the lock's (torch 2.11.0 instead of 2.13.0, " in lines(older)[1] and "none of the image's" in lines(older)[1]
+    assert (
+        "not the lock's (torch 2.11.0 instead of 2.13.0, " in lines(older)[1]
+        and "none of the image's" in lines(older)[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +177,10 @@ def test_a_pass_on_another_stack_is_none_of_the_image_s() -> None:
         (["aten::_scaled_mm", "speedrun: loss", "speedrun: forward"], "fp8 products"),
         (["triton_red_fused_log_sum_0", "speedrun: loss", "speedrun: forward"], "loss between its products"),
         (["torch_attn::_varlen_attn_backward", "CompiledFunctionBackward"], "attention"),
-        (["triton_red_fused_abs_amax_3", "CompiledFunctionBackward"], "backward: quantising (maxima, casts, transposed copies)"),
+        (
+            ["triton_red_fused_abs_amax_3", "CompiledFunctionBackward"],
+            "backward: quantising (maxima, casts, transposed copies)",
+        ),
         (["triton_poi_fused_mul_7", "CompiledFunctionBackward"], "backward: the rest"),
         (
             ["triton_red_fused_abs_amax_3", "CompiledFunction", "speedrun: forward"],
@@ -151,7 +191,9 @@ def test_a_pass_on_another_stack_is_none_of_the_image_s() -> None:
         (["aten::mm", "speedrun: update"], "update (all of it, on one rank)"),
     ],
 )
-def test_a_kernel_is_counted_by_who_launched_it(monkeypatch: pytest.MonkeyPatch, names: list[str], counted: str) -> None:
+def test_a_kernel_is_counted_by_who_launched_it(
+    monkeypatch: pytest.MonkeyPatch, names: list[str], counted: str
+) -> None:
     monkeypatch.syspath_prepend(str(HERE))
     profile = module("steps/profile")
     assert profile.component(names) == counted and counted in profile.ESTIMATED

@@ -73,7 +73,11 @@ class WandbServer:
         asked = json.loads(body)
         match asked["operationName"]:
             case "Viewer":
-                return {"data": {"viewer": {"id": "u", "entity": "us", "username": "us", "flags": "{}", "teams": {"edges": []}}}}
+                return {
+                    "data": {
+                        "viewer": {"id": "u", "entity": "us", "username": "us", "flags": "{}", "teams": {"edges": []}}
+                    }
+                }
             case "RunResumeStatus":
                 return {"data": {"model": self._resume(asked["variables"]["name"])}}
             case "UpsertBucket":

@@ -210,7 +210,9 @@ class Counting:
         attention = [node for node in nodes if "_varlen_attn" in str(node.target)]
         if not attention:
             function = next(re.search(r", in (\w+)\n", node.stack_trace)[1] for node in nodes if node.stack_trace)
-            shape, dtype = max(((x.meta["val"].shape, x.meta["val"].dtype) for x in inputs), key=lambda found: found[0].numel())
+            shape, dtype = max(
+                ((x.meta["val"].shape, x.meta["val"].dtype) for x in inputs), key=lambda found: found[0].numel()
+            )
             return f"{function} of {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
         streams = sum(node.meta["val"].shape == (ROWS, T, self.width) for node in inputs)
         kind = ("first block", "block", "block with value embedding")[streams - 1]
@@ -319,7 +321,9 @@ def main() -> None:
             except locked.Unavailable as error:
                 print(f"the locked Triton cannot be had here: {error}", file=sys.stderr)
                 sys.exit(UNAVAILABLE)
-            sys.exit(subprocess.run([python, *sys.argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode)
+            sys.exit(
+                subprocess.run([python, *sys.argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
+            )
     pretend()
     counting = Counting()
     counting.install()

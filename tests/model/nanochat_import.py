@@ -30,7 +30,9 @@ SAME = re.compile(r"value_embeds\.\d+\.weight|resid_lambdas|x0_lambdas|smear_gat
 CONFIG = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern"}
 
 
-def load_nanochat(folder: Path, step: int, generation: str, compute_dtype: torch.dtype = torch.float32, **switches: object) -> GPT:
+def load_nanochat(
+    folder: Path, step: int, generation: str, compute_dtype: torch.dtype = torch.float32, **switches: object
+) -> GPT:
     """The model of step `step` in `folder`; ValueError for a configuration or a tensor that our GPT has no place for, or lacks."""
     meta = json.loads((folder / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
     config = our_config(meta["model_config"], generation, **switches)
@@ -47,12 +49,16 @@ def our_config(theirs: dict[str, object], generation: str, **switches: object) -
     if strange := set(theirs) ^ CONFIG:
         raise ValueError(f"model_config: unknown or missing {', '.join(sorted(strange))}")
     if theirs["n_kv_head"] != theirs["n_head"]:
-        raise ValueError(f"model_config: {theirs['n_kv_head']} key heads for {theirs['n_head']} heads cannot be represented")
+        raise ValueError(
+            f"model_config: {theirs['n_kv_head']} key heads for {theirs['n_head']} heads cannot be represented"
+        )
     head_dim, left = divmod(theirs["n_embd"], theirs["n_head"])
     if left:
         raise ValueError(f"model_config: {theirs['n_head']} heads do not divide the width {theirs['n_embd']}")
     shape = {"width": theirs["n_embd"], "head_dim": head_dim, "window_pattern": theirs["window_pattern"]}
-    return GPTConfig.for_depth(theirs["n_layer"], theirs["vocab_size"], theirs["sequence_len"], generation, **shape | switches)
+    return GPTConfig.for_depth(
+        theirs["n_layer"], theirs["vocab_size"], theirs["sequence_len"], generation, **shape | switches
+    )
 
 
 def our_name(theirs: str) -> str:

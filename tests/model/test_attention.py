@@ -30,7 +30,11 @@ def qkv(B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.float64) -> l
 
 @settings(max_examples=60, deadline=None)
 @given(
-    T=st.integers(1, 40), window=st.integers(1, 45), B=st.integers(1, 2), H=st.integers(1, 3), scale=st.sampled_from([None, 0.7])
+    T=st.integers(1, 40),
+    window=st.integers(1, 45),
+    B=st.integers(1, 2),
+    H=st.integers(1, 3),
+    scale=st.sampled_from([None, 0.7]),
 )
 def test_blocks_agree_with_the_definition(T: int, window: int, B: int, H: int, scale: float | None) -> None:
     inputs = qkv(B, T, H, 4)
@@ -68,7 +72,9 @@ def test_a_short_window_costs_no_square_mask() -> None:
     inputs = qkv(1, 2048, 1, 8, torch.float32)
     with Largest() as largest:
         attention(*inputs, 64).sum().backward()
-    assert largest.elements <= 2 * 2048 * 8  # keys with their predecessors; the mask is 64 x 128, a square one would be 2048 x 2048
+    assert (
+        largest.elements <= 2 * 2048 * 8
+    )  # keys with their predecessors; the mask is 64 x 128, a square one would be 2048 x 2048
 
 
 def test_the_mask_of_a_block() -> None:

@@ -90,7 +90,16 @@ def test_this_environment() -> None:
 
 
 def documented_varlen_attn(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, max_q: int, max_k: int, *, scale: float, window_size: tuple
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple,
 ) -> Tensor:
     """What torch documents of `varlen_attn`, one sequence and one query at a time: q, k, v (tokens, H, D)."""
     assert starts.dtype == key_starts.dtype == torch.int32 and torch.equal(starts, key_starts)
@@ -150,4 +159,6 @@ def test_one_that_does_not_is_an_error(monkeypatch: pytest.MonkeyPatch, wrong: C
     monkeypatch.setattr(model.attention, "attention", mixed)
     with pytest.raises(BackendError) as raised:
         prove(choose_backend("fastest", HOPPER, FA4, strict=True), CPU, gradients=True)
-    assert str(raised.value).startswith(sentence) and str(raised.value).endswith("install it again or say -o train.attention=fa2")
+    assert str(raised.value).startswith(sentence) and str(raised.value).endswith(
+        "install it again or say -o train.attention=fa2"
+    )

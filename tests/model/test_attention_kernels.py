@@ -54,9 +54,13 @@ def test_the_locked_kernels_compile_for_hopper_as_torch_calls_them(tmp_path: Pat
         "CUTE_DSL_KEEP_CUBIN": "1",
         "CUTE_DSL_DUMP_DIR": str(dump),
     }
-    ended = subprocess.run([python, "-c", COMPILE], capture_output=True, text=True, env=os.environ | target, check=False)
+    ended = subprocess.run(
+        [python, "-c", COMPILE], capture_output=True, text=True, env=os.environ | target, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     data, statistics = [2 * 2048, 11, 128, "torch.bfloat16"], [11, 2 * 2048, "torch.float32"]
     assert json.loads(ended.stdout.splitlines()[-1]) == [[data, statistics, data, data, data]] * 2
     code = [path.name for path in dump.glob("*.sm_90a.cubin")]  # the two kinds of window have one name
-    assert all(any(kernel in name for name in code) for kernel in ("FlashAttentionForwardSm90", "FlashAttentionBackwardSm90"))
+    assert all(
+        any(kernel in name for name in code) for kernel in ("FlashAttentionForwardSm90", "FlashAttentionBackwardSm90")
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from job.machine import compute_dtype
+from job.machine.host import compute_dtype
 from model import fp8
 from model.gpt import GPT, GPTConfig
 from model.optimizer import Optimizer
@@ -103,4 +103,6 @@ def test_gradients_of_a_block_are_there_before_the_backward_of_those_below() -> 
                 lambda _, number=number, below=below: missing.update({number: sum(p.grad is None for p in below)})
             )
     model.loss(*rows(0)).backward()
-    assert missing == {number: sum(len(list(lower.parameters())) for lower in model.blocks[:number]) for number in range(4)}
+    assert missing == {
+        number: sum(len(list(lower.parameters())) for lower in model.blocks[:number]) for number in range(4)
+    }

@@ -74,7 +74,9 @@ def test_apply_keeps_parameters_and_names() -> None:
 
 
 def test_dimensions_that_are_no_multiples_of_16() -> None:
-    with pytest.raises(Fp8Error, match=r"blocks\.0\.attn\.q maps 136 to 136 channels, .* divisible by 16: .*train\.fp8=false"):
+    with pytest.raises(
+        Fp8Error, match=r"blocks\.0\.attn\.q maps 136 to 136 channels, .* divisible by 16: .*train\.fp8=false"
+    ):
         fp8.layers(GPT(GPTConfig(depth=1, vocab_size=64, seq_len=32, width=136, head_dim=34)))
     with pytest.raises(Fp8Error, match=r"a micro-batch has 33 tokens, .* multiple of 16"):
         fp8.apply(GPT(SMALL), 33)
@@ -83,7 +85,11 @@ def test_dimensions_that_are_no_multiples_of_16() -> None:
     model = small(True)
     with pytest.raises(Fp8Error, match="31 tokens cannot be computed in fp8"):
         cross_entropy(
-            torch.randn(31, 128), model.head.weight, torch.zeros(31, dtype=torch.int64), 15.0, quantised=model.head.quantised()
+            torch.randn(31, 128),
+            model.head.weight,
+            torch.zeros(31, dtype=torch.int64),
+            15.0,
+            quantised=model.head.quantised(),
         )
 
 
@@ -96,7 +102,11 @@ def test_dimensions_that_are_no_multiples_of_16() -> None:
         ("NVIDIA H100 80GB HBM3", (9, 0), "NVIDIA H100 80GB HBM3 (Hopper) multiplies fp8 at twice its bf16 rate"),
         ("NVIDIA GeForce RTX 4090", (8, 9), "NVIDIA GeForce RTX 4090 (Ada) multiplies fp8 at twice its bf16 rate"),
         ("NVIDIA B200", (10, 0), "NVIDIA B200 (Blackwell) multiplies fp8 at twice its bf16 rate"),
-        ("NVIDIA GeForce RTX 5090", (12, 0), "NVIDIA GeForce RTX 5090 (Blackwell) multiplies fp8 at twice its bf16 rate"),
+        (
+            "NVIDIA GeForce RTX 5090",
+            (12, 0),
+            "NVIDIA GeForce RTX 5090 (Blackwell) multiplies fp8 at twice its bf16 rate",
+        ),
     ],
 )
 def test_hardware_with_fp8(name: str, capability: tuple[int, int], why: str) -> None:
@@ -180,7 +190,9 @@ def test_gradients_of_the_whole_model_are_those_of_bf16_but_for_rounding() -> No
     for name, grad in grads[False].items():
         if grad.any() and grad.dim() == 2:  # the smear gate starts closed
             other = grads[True][name]
-            assert other.dtype == grad.dtype and F.cosine_similarity(other.flatten(), grad.flatten(), dim=0) > 0.97, name
+            assert other.dtype == grad.dtype and F.cosine_similarity(other.flatten(), grad.flatten(), dim=0) > 0.97, (
+                name
+            )
 
 
 # ---- never in evaluation, never stale

@@ -16,7 +16,9 @@ from model.gpt import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 REAL_PRODUCT = torch._scaled_mm
-RUN6_REDUCED = GPTConfig.for_depth(24, 500, 64, width=192, head_dim=64)  # run 6's three shapes at an eighth, and padded words
+RUN6_REDUCED = GPTConfig.for_depth(
+    24, 500, 64, width=192, head_dim=64
+)  # run 6's three shapes at an eighth, and padded words
 SMALL = GPTConfig.for_depth(2, 256, 32, width=128, head_dim=64)
 
 
@@ -29,7 +31,11 @@ def model_in_fp8(config: GPTConfig) -> GPT:
 
 def test_run_6_at_an_eighth_agrees_and_the_worst_is_said() -> None:
     model = model_in_fp8(RUN6_REDUCED)
-    assert shapes(model) == {(192, 192): "blocks.0.attn.q", (192, 768): "blocks.0.mlp.up", (768, 192): "blocks.0.mlp.down"}
+    assert shapes(model) == {
+        (192, 192): "blocks.0.attn.q",
+        (192, 768): "blocks.0.mlp.up",
+        (768, 192): "blocks.0.mlp.down",
+    }
     measured = dict(measurements(model, 16 * 2048, CPU))
     assert list(measured) == [
         "blocks.0.attn.q (192 to 192 channels)",
@@ -62,7 +68,9 @@ def zero_tile(a: Tensor, b: Tensor, *rest, **options) -> Tensor:
 
 FAULTS: dict[str, Callable[..., Tensor]] = {
     "NaN": lambda a, b, *rest, **options: REAL_PRODUCT(a, b, *rest, **options).mul_(math.nan),
-    "one NaN": lambda a, b, *rest, **options: REAL_PRODUCT(a, b, *rest, **options).index_fill_(0, torch.tensor([3]), math.nan),
+    "one NaN": lambda a, b, *rest, **options: REAL_PRODUCT(a, b, *rest, **options).index_fill_(
+        0, torch.tensor([3]), math.nan
+    ),
     "zeros": lambda a, b, *rest, **options: REAL_PRODUCT(a, b, *rest, **options).zero_(),
     "a tile of zeros": zero_tile,
     "a scale forgotten": lambda a, b, s, t, **options: REAL_PRODUCT(a, b, torch.ones_like(s), t, **options),
@@ -74,7 +82,9 @@ FAULTS: dict[str, Callable[..., Tensor]] = {
 def inject(monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Tensor], kind: str) -> None:
     """`fault` in place of torch's product where the product is of this kind."""
 
-    def product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None, **options: object) -> Tensor:
+    def product(
+        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None, **options: object
+    ) -> Tensor:
         options.pop("scale_result", None)
         return (fault if a.dtype == FORMAT[kind] else REAL_PRODUCT)(a, b, scale_a, scale_b, bias=bias, **options)
 
@@ -107,7 +117,9 @@ def test_a_transposed_operand_is_found_where_shapes_do_not_tell(monkeypatch: pyt
         return REAL_PRODUCT(a, fp8.transposed(b.t()).t() if b.size(0) == b.size(1) else b, *rest, **options)
 
     inject(monkeypatch, transposed, "forward")
-    with pytest.raises(Fp8Error, match=r"blocks\.0\.attn\.q \(128 to 128 channels\), forward product, is wrong by 1\d\d\.\d%"):
+    with pytest.raises(
+        Fp8Error, match=r"blocks\.0\.attn\.q \(128 to 128 channels\), forward product, is wrong by 1\d\d\.\d%"
+    ):
         prove(model_in_fp8(SMALL), 64, CPU)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.attention
-from job.machine import has_fast_bf16, usable_cores
+from job.machine.host import has_fast_bf16, usable_cores
 from model import fp8
 from model.gpt import GPT, GPTConfig
 from model.optimizer import Optimizer
@@ -83,7 +83,10 @@ def trained(generation: str, seed: int, in_fp8: bool) -> float:
     rules = RULES[generation]
     rules = rules.changed(lrs={name: faster * group.lr for name, group in rules.groups.items()})
     specs = derive(config, rules, ratio=None, steps=STEPS, batch_tokens=rows_a_step * T).specs
-    optimizer, schedule = Optimizer(gpt.groups(), specs, polar_dtype=torch.float32), Schedule.for_generation(STEPS, generation)
+    optimizer, schedule = (
+        Optimizer(gpt.groups(), specs, polar_dtype=torch.float32),
+        Schedule.for_generation(STEPS, generation),
+    )
     for step in range(STEPS):
         rows = text(rows_a_step, seed=1000 * seed + step)
         gpt.loss(rows[:, :-1], rows[:, 1:]).backward()
@@ -97,7 +100,9 @@ def trained(generation: str, seed: int, in_fp8: bool) -> float:
 def test_200_steps_in_fp8_end_within_a_hundredth_of_a_nat_of_bf16(generation: str) -> None:
     seeds = (1, 2, 3)
     with ProcessPoolExecutor(usable_cores(), multiprocessing.get_context("forkserver")) as pool:
-        runs = {in_fp8: [pool.submit(final_loss, generation, seed, in_fp8) for seed in seeds] for in_fp8 in (True, False)}
+        runs = {
+            in_fp8: [pool.submit(final_loss, generation, seed, in_fp8) for seed in seeds] for in_fp8 in (True, False)
+        }
         losses = {in_fp8: [run.result() for run in runs[in_fp8]] for in_fp8 in (False, True)}
     print(f"{generation}: {losses}")
     bf16, eight = (sum(losses[in_fp8]) / len(seeds) for in_fp8 in (False, True))

@@ -112,11 +112,15 @@ def assert_agrees(config: GPTConfig, T: int = 10) -> None:
     idx = torch.randint(0, config.vocab_size, (2, T), generator=torch.Generator().manual_seed(1))
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     expected = torch.stack([plain_logits(config, weights, row) for row in idx.tolist()])
-    roundings = 16 * torch.finfo(torch.float32).eps * config.softcap  # in which order products are summed is the processor's
+    roundings = (
+        16 * torch.finfo(torch.float32).eps * config.softcap
+    )  # in which order products are summed is the processor's
     torch.testing.assert_close(model.logits(idx).double(), expected, rtol=0, atol=roundings)
 
 
-@pytest.mark.parametrize("names", [(), *((name,) for name in SWITCHES), *itertools.combinations(SWITCHES, 2)], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [(), *((name,) for name in SWITCHES), *itertools.combinations(SWITCHES, 2)], ids="-".join
+)
 def test_forward_agrees_with_the_plain_one(names: tuple[str, ...]) -> None:
     changes = {key: value for name in names for key, value in SWITCHES[name].items()}
     assert_agrees(replace(TINY, **changes))
@@ -270,7 +274,9 @@ def test_initial_distributions(generation: str) -> None:
 
     def is_uniform(name: str, low: float, high: float) -> None:
         assert low <= w[name].min() and w[name].max() <= high, name
-        assert w[name].std().item() == pytest.approx((high - low) / math.sqrt(12), rel=0.3 if w[name].numel() < 100 else 0.02), name
+        assert w[name].std().item() == pytest.approx(
+            (high - low) / math.sqrt(12), rel=0.3 if w[name].numel() < 100 else 0.02
+        ), name
 
     def is_normal(name: str, std: float) -> None:
         assert w[name].std().item() == pytest.approx(std, rel=0.01) and abs(w[name].mean().item()) < 0.01 * std, name
@@ -306,7 +312,9 @@ def test_groups_hold_every_parameter_once() -> None:
 # ---- configuration ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("depth", "width"), [(1, 128), (2, 128), (3, 256), (12, 768), (22, 1408), (24, 1536), (26, 1664)])
+@pytest.mark.parametrize(
+    ("depth", "width"), [(1, 128), (2, 128), (3, 256), (12, 768), (22, 1408), (24, 1536), (26, 1664)]
+)
 def test_width_follows_depth(depth: int, width: int) -> None:
     config = GPTConfig.for_depth(depth, 32768, 2048)
     assert (config.width, config.heads, config.head_dim) == (width, width // 128, 128)

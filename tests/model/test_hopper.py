@@ -21,7 +21,9 @@ Table = dict[tuple[str, str], list[str]]
 
 def table(text: str) -> Table:
     """(step, graph) -> calls, Triton kernels, other kernels, GB, saved."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| d")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| d")
+    ]
     assert len({(step, graph) for step, graph, *_ in rows}) == len(rows), "a graph was compiled twice"
     return {(step, graph): numbers for step, graph, *numbers in rows}
 
@@ -45,9 +47,9 @@ def test_every_graph_stands_in_the_table(lowered: Table, kept: Table) -> None:
 
 
 def test_launches_are_the_tables(lowered: Table, kept: Table) -> None:
-    assert {graph: numbers[:3] for graph, numbers in lowered.items()} == {graph: numbers[:3] for graph, numbers in kept.items()}, (
-        REWRITE
-    )
+    assert {graph: numbers[:3] for graph, numbers in lowered.items()} == {
+        graph: numbers[:3] for graph, numbers in kept.items()
+    }, REWRITE
 
 
 def test_bytes_are_the_tables(lowered: Table, kept: Table) -> None:
@@ -60,7 +62,9 @@ def test_bytes_are_the_tables(lowered: Table, kept: Table) -> None:
 def test_blocks_of_one_kind_share_one_graph(lowered: Table, depth: int) -> None:
     for way in ("forward", "backward"):
         calls = [
-            int(n[0]) for (step, graph), n in lowered.items() if step == f"d{depth}" and "block" in graph and graph.endswith(way)
+            int(n[0])
+            for (step, graph), n in lowered.items()
+            if step == f"d{depth}" and "block" in graph and graph.endswith(way)
         ]
         assert len(calls) == 4 and sum(calls) == depth
 

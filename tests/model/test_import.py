@@ -54,7 +54,15 @@ def tensors(generation: str) -> dict[str, Tensor]:
 
 
 def config() -> dict[str, object]:
-    return {"sequence_len": T, "vocab_size": V, "n_layer": L, "n_head": H, "n_kv_head": H, "n_embd": D, "window_pattern": "SSSL"}
+    return {
+        "sequence_len": T,
+        "vocab_size": V,
+        "n_layer": L,
+        "n_head": H,
+        "n_kv_head": H,
+        "n_embd": D,
+        "window_pattern": "SSSL",
+    }
 
 
 def write(folder: Path, state: dict[str, Tensor], model_config: dict[str, object] | None = None) -> None:
@@ -140,11 +148,26 @@ def test_every_missing_tensor_is_an_error(generation: str) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"transformer.h.0.attn.c_proj_scalar": torch.zeros(D)}, "transformer.h.0.attn.c_proj_scalar: no such tensor is known"),
-        ({"transformer.h.9.mlp.c_fc.weight": torch.zeros(4 * D, D)}, "the model has no place for blocks.9.mlp.up.weight"),
-        ({"transformer.h.0.attn.ve_gate.weight": torch.zeros(H, 12)}, "the model has no place for blocks.0.attn.ve_gate.weight"),
-        ({"lm_head.weight": torch.zeros(V, D)}, r"head.weight: \(100, 64\) in the checkpoint, \(128, 64\) in the model"),
-        ({"transformer.h.0.mlp.c_fc.weight": torch.zeros(D, 4 * D)}, r"blocks.0.mlp.up.weight: \(64, 256\) in the checkpoint"),
+        (
+            {"transformer.h.0.attn.c_proj_scalar": torch.zeros(D)},
+            "transformer.h.0.attn.c_proj_scalar: no such tensor is known",
+        ),
+        (
+            {"transformer.h.9.mlp.c_fc.weight": torch.zeros(4 * D, D)},
+            "the model has no place for blocks.9.mlp.up.weight",
+        ),
+        (
+            {"transformer.h.0.attn.ve_gate.weight": torch.zeros(H, 12)},
+            "the model has no place for blocks.0.attn.ve_gate.weight",
+        ),
+        (
+            {"lm_head.weight": torch.zeros(V, D)},
+            r"head.weight: \(100, 64\) in the checkpoint, \(128, 64\) in the model",
+        ),
+        (
+            {"transformer.h.0.mlp.c_fc.weight": torch.zeros(D, 4 * D)},
+            r"blocks.0.mlp.up.weight: \(64, 256\) in the checkpoint",
+        ),
     ],
 )
 def test_unknown_and_misshapen_tensors_are_errors(tmp_path: Path, change: dict[str, Tensor], complaint: str) -> None:

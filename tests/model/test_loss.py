@@ -13,7 +13,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.loss
-from job.memory import CHUNK_LOGIT
+from job.plan.memory import CHUNK_LOGIT
 from model.fp8 import E4M3, Quantised, quantise
 from model.loss import capped_logits, cross_entropy, token_losses
 
@@ -143,7 +143,9 @@ def test_traced_into_a_callers_graph(monkeypatch: pytest.MonkeyPatch, batch: tup
     traced = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
     expected, actual = cross_entropy(hidden, weight, targets, 15.0, V), traced(hidden, weight, targets, 15.0, V)
     torch.testing.assert_close(actual, expected)
-    for a, b in zip(torch.autograd.grad(actual, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(actual, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         losses = torch.compile(token_losses, fullgraph=True, backend="aot_eager")(hidden, weight, targets, 15.0, V)
@@ -160,7 +162,9 @@ def test_the_head_in_fp8_is_traced_too() -> None:
     expected = cross_entropy(*arguments, quantised=eight)
     actual = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")(*arguments, quantised=eight)
     torch.testing.assert_close(actual, expected)
-    for a, b in zip(torch.autograd.grad(actual, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(actual, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 

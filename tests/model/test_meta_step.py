@@ -46,7 +46,9 @@ class CudaRules(TorchDispatchMode):
                 self.largest = max(self.largest, x.numel())
         return out
 
-    def check_attention(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, *rest: object) -> None:
+    def check_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, *rest: object
+    ) -> None:
         for x in (q, k, v):
             assert x.dtype == torch.bfloat16 and x.stride(-1) == 1 and x.dim() == 3
             assert x.size(-1) % 8 == 0 and x.size(-1) <= 256 and x.shape == q.shape
@@ -59,7 +61,8 @@ QUICK = (24, 16, "head")
 
 
 @pytest.mark.parametrize(
-    ("depth", "rows", "generation"), [QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case != QUICK)]
+    ("depth", "rows", "generation"),
+    [QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case != QUICK)],
 )
 def test_a_step_is_legal(depth: int, rows: int, generation: str) -> None:
     config = GPTConfig.for_depth(depth, VOCAB, T, generation)

@@ -98,7 +98,9 @@ def test_state_continues_in_another_process_bit_for_bit() -> None:
     train(model, optimizer, range(3))
     saved = {s.name: (s.tensor.clone(), s.total_rows) for s in optimizer.state_slices() + optimizer.weight_slices()}
     assert all(s.start == 0 and len(s.tensor) == s.total_rows for s in optimizer.state_slices())
-    assert {n.removeprefix("weight/") for n in saved if n.startswith("weight/")} == {n for n, _ in model.named_parameters()}
+    assert {n.removeprefix("weight/") for n in saved if n.startswith("weight/")} == {
+        n for n, _ in model.named_parameters()
+    }
     train(model, optimizer, range(3, 6))
     again, resumed = build()
 
@@ -114,7 +116,9 @@ def test_state_continues_in_another_process_bit_for_bit() -> None:
 
 def test_state_of_another_model_is_refused() -> None:
     _, optimizer = build()
-    with pytest.raises(ValueError, match=r"adamw_first/wte.weight from row 0: found \(320, 3\).*belongs to another model"):
+    with pytest.raises(
+        ValueError, match=r"adamw_first/wte.weight from row 0: found \(320, 3\).*belongs to another model"
+    ):
         optimizer.load_slices(lambda name, start, stop: torch.zeros(stop - start, 3))
     with pytest.raises(ValueError, match="float64"):
         optimizer.load_slices(lambda name, start, stop: torch.zeros(stop - start, TINY.width, dtype=torch.float64))
@@ -143,7 +147,9 @@ def test_a_bad_gradient_is_named(bad: float) -> None:
     for name in names:
         model.get_parameter(name).grad.view(-1)[2] = bad
     optimizer.step(StepHyper())
-    assert sorted(n for n, flag in zip(optimizer.flagged, optimizer.nonfinite.tolist(), strict=True) if flag) == sorted(names)
+    assert sorted(n for n, flag in zip(optimizer.flagged, optimizer.nonfinite.tolist(), strict=True) if flag) == sorted(
+        names
+    )
 
 
 def test_forgotten_gradients_are_taken_from_no_step() -> None:
@@ -199,7 +205,9 @@ def pretend():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("depth", "sent", "moved"), [(22, 3.51e9, 6.15e9), (24, 4.23e9, 7.40e9), (26, 5.73e9, 10.03e9)])
+@pytest.mark.parametrize(
+    ("depth", "sent", "moved"), [(22, 3.51e9, 6.15e9), (24, 4.23e9, 7.40e9), (26, 5.73e9, 10.03e9)]
+)
 def test_traffic_of_published_shapes(depth: int, sent: float, moved: float, pretend) -> None:
     """Bytes of one step as in the roofline's table: fp32 matrices and head, bf16 tables."""
     optimizer = pretend(depth, rank=0)
@@ -220,7 +228,9 @@ def test_remainders_do_not_pile_up_on_one_rank(pretend) -> None:
     cost = []
     for rank in range(8):
         owned = [s.tensor.shape for s in pretend(26, rank).weight_slices() if s.name.startswith("weight/blocks.")]
-        cost.append(sum(min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in owned))  # of one Polar Express iteration
+        cost.append(
+            sum(min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in owned)
+        )  # of one Polar Express iteration
     square, rectangular = 3 * 1664**3, 9 * 1664**3
     assert max(cost) < 13 * square + 7.01 * rectangular  # the hundredth: gates
 

@@ -57,7 +57,9 @@ def build(config: GPTConfig, dtype: torch.dtype, group: dist.ProcessGroup | None
     return model, Optimizer(model.groups(), SPECS, group, **options)
 
 
-def train(model: GPT, optimizer: Optimizer, steps: range, rank: int, world: int, overlap: bool, micro_steps: int = 1) -> None:
+def train(
+    model: GPT, optimizer: Optimizer, steps: range, rank: int, world: int, overlap: bool, micro_steps: int = 1
+) -> None:
     """Every step has the same ROWS rows whatever the number of ranks: each takes its share, in micro_steps parts."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
@@ -79,7 +81,9 @@ def slices_of(optimizer: Optimizer) -> list[tuple[str, int, Tensor, int]]:
     return [(s.name, s.start, s.tensor.clone(), s.total_rows) for s in slices]
 
 
-def scenario_train(rank: int, world: int, config: GPTConfig, dtype: torch.dtype, steps: int, overlap: bool = True, **options):
+def scenario_train(
+    rank: int, world: int, config: GPTConfig, dtype: torch.dtype, steps: int, overlap: bool = True, **options
+):
     model, optimizer = build(config, dtype, dist.group.WORLD, **options)
     train(model, optimizer, range(steps), rank, world, overlap)
     return {"weights": weights_of(model), "slices": slices_of(optimizer), "traffic": optimizer.traffic}
@@ -140,13 +144,21 @@ def scenario_bf16(rank: int, world: int):
     resumed, again = build(TINY, torch.float32, dist.group.WORLD, transport_dtype=torch.bfloat16)
     reader = reader_of([s for slices in saved for s in slices])
     resumed.load_state_dict(
-        {name: reader(f"weight/{name}", 0, len(p) if p.dim() else 1).view_as(p) for name, p in resumed.named_parameters()}
+        {
+            name: reader(f"weight/{name}", 0, len(p) if p.dim() else 1).view_as(p)
+            for name, p in resumed.named_parameters()
+        }
     )
     again.load_slices(reader)
     again.round_foreign()
     for one, its in ((model, optimizer), (resumed, again)):
         train(one, its, range(2, 4), rank, world, overlap=True)
-    return {"exact": moments[None], "bf16": moments[torch.bfloat16], "whole": weights_of(model), "resumed": weights_of(resumed)}
+    return {
+        "exact": moments[None],
+        "bf16": moments[torch.bfloat16],
+        "whole": weights_of(model),
+        "resumed": weights_of(resumed),
+    }
 
 
 def scenario_odd(rank: int, world: int):
@@ -204,7 +216,9 @@ def on_ranks(world: int, folder: Path, scenario: str, **kwargs) -> list:
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "model.gpt", "model.optimizer"])
-    processes = [context.Process(target=_worker, args=(rank, world, str(folder), scenario, kwargs)) for rank in range(world)]
+    processes = [
+        context.Process(target=_worker, args=(rank, world, str(folder), scenario, kwargs)) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -281,7 +295,9 @@ def check_world(world: int, config: GPTConfig, steps: int, folder: Path) -> tupl
     assert drift < 1e-9
     many = on_ranks(folder=folder / "f32", dtype=torch.float32, steps=1, **kwargs)
     one, exact = (reduced_gradients([alone(config, dtype, 1)]) for dtype in (torch.float32, torch.float64))
-    rounding = distances(one, exact)  # a scalar whose terms cancel has more than 1e-6 of it on one rank already, and as much on two
+    rounding = distances(
+        one, exact
+    )  # a scalar whose terms cancel has more than 1e-6 of it on one rank already, and as much on two
     gradient = distances(reduced_gradients(many), one)
     assert {name: (far, rounding[name]) for name, far in gradient.items() if far >= max(1e-6, 2 * rounding[name])} == {}
     return drift, max(value for name, value in gradient.items() if rounding[name] < 1e-6)
@@ -334,7 +350,13 @@ def test_numbers_that_do_not_divide(tmp_path: Path) -> None:
 def test_bf16_transport(tmp_path: Path) -> None:
     """Owners keep exact weights, everybody else their bf16 rounding: what a bf16 forward reads is the same on every rank."""
     results = on_ranks(
-        2, tmp_path / "ranks", "scenario_train", config=TINY, dtype=torch.bfloat16, steps=3, transport_dtype=torch.bfloat16
+        2,
+        tmp_path / "ranks",
+        "scenario_train",
+        config=TINY,
+        dtype=torch.bfloat16,
+        steps=3,
+        transport_dtype=torch.bfloat16,
     )
     masters = gathered(results)
     differing = 0

@@ -9,7 +9,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.gpt import GPT, ConfigError, GPTConfig
-from model.scaling import RULES, Derived, accumulation_steps, derive, flops_per_token, parameter_counts, scaling_parameters
+from model.scaling import (
+    RULES,
+    Derived,
+    accumulation_steps,
+    derive,
+    flops_per_token,
+    parameter_counts,
+    scaling_parameters,
+)
 
 
 def published(depth: int, generation: str, **changes: object) -> GPTConfig:
@@ -69,7 +77,12 @@ def test_parameters(depth: int, generation: str) -> None:
     table, value_embeds, *generations = TABLE[depth]
     matrices, total, scaling = generations[generation == "head"]
     counts = parameter_counts(config)
-    assert (counts["wte"], counts["head"], counts["value_embeds"], counts["matrices"]) == (table, table, value_embeds, matrices)
+    assert (counts["wte"], counts["head"], counts["value_embeds"], counts["matrices"]) == (
+        table,
+        table,
+        value_embeds,
+        matrices,
+    )
     assert (sum(counts.values()), scaling_parameters(config)) == (total, scaling)
     built = {name: sum(p.numel() for _, p in group) for name, group in meta_model(config).groups().items()}
     assert built == counts
@@ -169,7 +182,9 @@ def test_learning_rates_of_run_2() -> None:
 
 def test_specs_of_both_generations() -> None:
     feb, head = (at(24, generation, 1 << 20).specs for generation in ("feb", "head"))
-    assert {(s.betas, s.weight_decay) for name, s in feb.items() if name not in ("matrices", "x0_lambdas")} == {((0.8, 0.95), 0.0)}
+    assert {(s.betas, s.weight_decay) for name, s in feb.items() if name not in ("matrices", "x0_lambdas")} == {
+        ((0.8, 0.95), 0.0)
+    }
     assert (feb["x0_lambdas"].betas, feb["x0_lambdas"].weight_decay) == ((0.96, 0.95), 0.0)
     assert {name: (s.betas, s.weight_decay) for name, s in head.items() if name != "matrices"} == {
         "wte": ((0.8, 0.995), 0.001),
@@ -180,7 +195,9 @@ def test_specs_of_both_generations() -> None:
         "smear_backout": ((0.8, 0.95), 0.0),
     }
     for specs in (feb, head):
-        assert {s.kind for name, s in specs.items() if name != "matrices"} == {"adamw"} and specs["matrices"].kind == "muon"
+        assert {s.kind for name, s in specs.items() if name != "matrices"} == {"adamw"} and specs[
+            "matrices"
+        ].kind == "muon"
         assert all(name == s.name and s.eps == 1e-10 for name, s in specs.items())
     muon = [(s.norm_factor, s.muon_eq, s.muon_plus, s.beta2) for s in (feb["matrices"], head["matrices"])]
     assert muon == [(1.02, False, False, 0.95), (1.01, True, True, 0.9)]

@@ -56,7 +56,9 @@ def attend(bench: Bench) -> Result:
         except Exception as error:  # the other kernel's figures stay
             result.wrong.append(f"{kernel}: {type(error).__name__}: {error}".splitlines()[0])
         if direct:
-            result.facts["fa4"] = "called directly: torch's wrapper takes no window here, and the compiler cannot look inside"
+            result.facts["fa4"] = (
+                "called directly: torch's wrapper takes no window here, and the compiler cannot look inside"
+            )
         elif not result.wrong:
             result.facts[USED] = kernel
         elif kernel == "fa4":
@@ -91,7 +93,8 @@ def _attention_at(bench: Bench, window: int) -> tuple[float, float, float]:
 
     few = min(2, len(q))
     error = max(
-        relative(mine, right) for mine, right in zip(computed(few, torch.bfloat16), computed(few, torch.float32), strict=True)
+        relative(mine, right)
+        for mine, right in zip(computed(few, torch.bfloat16), computed(few, torch.float32), strict=True)
     )
     inputs = [x.requires_grad_() for x in (q, k, v)]
     ways: dict[str, Callable] = {
@@ -120,7 +123,14 @@ def forks(bench: Bench) -> Result:
             times.append(taken)
             outputs[allowed].append(out.float().cpu())
         first, second = (sum(taken[i] for taken in times) for i in (0, 1))
-        rows.append(["allowed" if allowed else "off", f"{first:.0f}", f"{second:.0f}", f"{max(taken[0] for taken in times):.1f}"])
+        rows.append(
+            [
+                "allowed" if allowed else "off",
+                f"{first:.0f}",
+                f"{second:.0f}",
+                f"{max(taken[0] for taken in times):.1f}",
+            ]
+        )
         result.facts[f"ms of {len(shapes)} first calls, cuDNN {'allowed' if allowed else 'off'}"] = round(first, 1)
     torch.backends.cuda.enable_cudnn_sdp(False)
     result.tables.append(

@@ -111,7 +111,9 @@ def component(names: list[str]) -> str:
 def _kernels(events, on_gpu: bool) -> dict[str, float]:
     spent: dict[str, float] = {}
     for event in events:
-        if (event.device_type == torch.autograd.DeviceType.CUDA) == on_gpu and not (on_gpu and event.name.startswith(MARK)):
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == on_gpu and not (
+            on_gpu and event.name.startswith(MARK)
+        ):
             took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             spent[event.name] = spent.get(event.name, 0.0) + took / 1000
     return spent

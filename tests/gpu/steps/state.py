@@ -44,7 +44,9 @@ def checkpoint(bench: Bench) -> Result:
         "seconds that training waits": ", ".join(f"{stall:.3f}" for stall in stalls),
         "10^9 bytes a second": f"{size / min(stalls) / 1e9:.1f}",
     }
-    result.check(all(torch.equal(s.tensor.cpu(), buffers[s.name, s.start]) for s in slices[:8]), "a copy differs from the state")
+    result.check(
+        all(torch.equal(s.tensor.cpu(), buffers[s.name, s.start]) for s in slices[:8]), "a copy differs from the state"
+    )
     return result
 
 
@@ -125,7 +127,9 @@ def ranks(bench: Bench) -> Result:
         process.start()
     for process in processes:
         process.join()
-    result.check(all(process.exitcode == 0 for process in processes), f"ranks ended with {[p.exitcode for p in processes]}")
+    result.check(
+        all(process.exitcode == 0 for process in processes), f"ranks ended with {[p.exitcode for p in processes]}"
+    )
     while not answers.empty():
         rank, differ, moved = answers.get()
         result.facts[f"rank {rank}: largest difference of a weight from one process's"] = f"{differ:.1e}"
@@ -147,7 +151,9 @@ def _rank(rank: int, port: int, device: str, answers) -> None:
     dist.destroy_process_group()
 
 
-def _train(device: torch.device, group: dist.ProcessGroup | None, rank: int, world: int) -> tuple[dict[str, Tensor], int]:
+def _train(
+    device: torch.device, group: dist.ProcessGroup | None, rank: int, world: int
+) -> tuple[dict[str, Tensor], int]:
     """The same rows whatever the number of ranks: the weights at the end, and the bytes of the collectives' buffers."""
     with device:
         model = GPT(RANKED)

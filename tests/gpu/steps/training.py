@@ -53,7 +53,9 @@ def compiled(bench: Bench) -> Result:
     phases = [[name, f"{end - began:.2f}"] for (name, began), (_, end) in itertools.pairwise(marks)]
     result.tables.append((["phase", "seconds"], phases))
     spent = sorted(((sum(times), name) for name, times in compilation_time_metrics.items()), reverse=True)[:PHASES]
-    result.tables.append((["the compiler's own clock (phases contain each other)", "seconds"], [[n, f"{s:.2f}"] for s, n in spent]))
+    result.tables.append(
+        (["the compiler's own clock (phases contain each other)", "seconds"], [[n, f"{s:.2f}"] for s, n in spent])
+    )
     stats = dict(counters["stats"])
     result.facts |= {"graphs": stats.get("unique_graphs"), "graph breaks": sum(counters["graph_break"].values())}
     result.check(not counters["graph_break"], f"graph breaks: {dict(counters['graph_break'])}")
@@ -66,14 +68,17 @@ def compiled(bench: Bench) -> Result:
 
 def _memory(bench: Bench) -> dict[str, str]:
     try:
-        from job.memory import step_memory
+        from job.plan.memory import step_memory
     except ImportError as error:
-        return {"the plan's peak": f"job.memory cannot be imported here: {error}"}
+        return {"the plan's peak": f"job.plan.memory cannot be imported here: {error}"}
     planned = step_memory(bench.sizes.config, bench.sizes.rows, 1, True).total
     facts = {"the plan's peak, 10^9 bytes": f"{planned / 1e9:.3g}"}
     if bench.on_gpu:
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        facts |= {"peak allocated": f"{peak / 1e9:.2f} ({peak / planned - 1:+.1%})", "peak reserved": f"{reserved / 1e9:.2f}"}
+        facts |= {
+            "peak allocated": f"{peak / 1e9:.2f} ({peak / planned - 1:+.1%})",
+            "peak reserved": f"{reserved / 1e9:.2f}",
+        }
     return facts
 
 
@@ -89,7 +94,12 @@ def _block_against_fp32(bench: Bench, trainee: Trainee, result: Result) -> None:
     def computed(which: torch.nn.Module, dtype: torch.dtype) -> list[Tensor]:
         inputs = x.to(dtype).requires_grad_()
         out = which(
-            inputs, x0.to(dtype), mix, None, trainee.model._rotary.tables(config.seq_len, inputs), model.attention.attention
+            inputs,
+            x0.to(dtype),
+            mix,
+            None,
+            trainee.model._rotary.tables(config.seq_len, inputs),
+            model.attention.attention,
         )
         return [out.detach(), *torch.autograd.grad(out, [inputs, *which.parameters()], dy.to(dtype))]
 
@@ -97,7 +107,10 @@ def _block_against_fp32(bench: Bench, trainee: Trainee, result: Result) -> None:
         for weight in (*block.parameters(), *plain.parameters()):
             if not weight.any():
                 weight.copy_(
-                    torch.randn(weight.shape, generator=torch.Generator(bench.device).manual_seed(2), device=bench.device) * 0.02
+                    torch.randn(
+                        weight.shape, generator=torch.Generator(bench.device).manual_seed(2), device=bench.device
+                    )
+                    * 0.02
                 )
     names = ["output", "gradient by the input", *(name for name, _ in block.named_parameters())]
     pairs = zip(names, computed(block, torch.bfloat16), computed(plain, torch.float32), strict=True)
@@ -177,7 +190,8 @@ def curves(bench: Bench) -> Result:
     count = min(map(len, losses.values()))
     every = max(1, count // 10)
     rows = [
-        [i, losses["fp8"][i], losses["bf16"][i], losses["fp8"][i] - losses["bf16"][i]] for i in [*range(0, count, every), count - 1]
+        [i, losses["fp8"][i], losses["bf16"][i], losses["fp8"][i] - losses["bf16"][i]]
+        for i in [*range(0, count, every), count - 1]
     ]
     result.tables.append(
         (["step", "fp8", "bf16", "difference"], [[i, *(f"{value:.4f}" for value in values)] for i, *values in rows])
@@ -185,7 +199,9 @@ def curves(bench: Bench) -> Result:
     last = {name: statistics.mean(found[count - every : count]) for name, found in losses.items()}
     result.facts |= {f"mean of the last {every} of {count} steps, {name}": f"{loss:.4f}" for name, loss in last.items()}
     result.check(all(last[name] < found[0] for name, found in losses.items()), "the loss did not fall")
-    result.check(abs(last["fp8"] - last["bf16"]) < 0.05 * last["bf16"], "fp8 and bf16 differ by more than 5 % of the loss")
+    result.check(
+        abs(last["fp8"] - last["bf16"]) < 0.05 * last["bf16"], "fp8 and bf16 differ by more than 5 % of the loss"
+    )
     return result
 
 
@@ -238,6 +254,8 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
 
-def _plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, vocab_size: int, **_: object) -> Tensor:
+def _plain_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, vocab_size: int, **_: object
+) -> Tensor:
     logits = (hidden @ weight.to(hidden.dtype).mT)[:, :vocab_size].float()
     return F.cross_entropy(softcap * torch.tanh(logits / softcap), targets)

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from job.config import DataConfig
 from job.data import hub as hubs
 from job.data import prepare as preparing
-from job.progress import Reporter
+from job.recipe.config import DataConfig
+from job.reporter import Reporter
 
 
 class Recorder(Reporter):
@@ -79,7 +79,9 @@ def config(*paths: Path, **changes) -> DataConfig:
     return DataConfig(paths=tuple(map(str, paths)), **(values | changes))
 
 
-def small_prepare(out: Path, data: DataConfig, *, seq_len: int = 32, workers: int = 1, reporter: Reporter | None = None, **options):
+def small_prepare(
+    out: Path, data: DataConfig, *, seq_len: int = 32, workers: int = 1, reporter: Reporter | None = None, **options
+):
     return preparing.prepare(out, data, seq_len, reporter or Recorder(), workers, **options)
 
 
@@ -153,7 +155,11 @@ class FakeHub:
 
     def serve(self, name: str, content: bytes, **stated) -> None:
         self.files[name] = content
-        self.stated[name] = {"size": len(content), "oid": hashlib.sha256(content).hexdigest(), "pointerSize": 130} | stated
+        self.stated[name] = {
+            "size": len(content),
+            "oid": hashlib.sha256(content).hexdigest(),
+            "pointerSize": 130,
+        } | stated
 
     def fetched(self) -> list[str]:
         """Names of the files that were asked for, in order."""
@@ -175,7 +181,9 @@ class FakeHub:
             self.send(request, 200, json.dumps({"sha": COMMIT}).encode())
         elif path == f"/api/datasets/{REPO}/paths-info/{COMMIT}":
             names = [name for name in json.loads(body)["paths"] if name in self.stated]
-            answers = [{"type": "file", "path": n, "size": self.stated[n]["size"], "lfs": self.stated[n]} for n in names]
+            answers = [
+                {"type": "file", "path": n, "size": self.stated[n]["size"], "lfs": self.stated[n]} for n in names
+            ]
             self.send(request, 200, json.dumps(answers).encode())
         elif path == f"/datasets/{REPO}/resolve/{COMMIT}/{name}" and name in self.files:
             self.gate(name)
@@ -221,4 +229,6 @@ def hub(monkeypatch, prose) -> Iterator[FakeHub]:
 
 
 def of_the_hub(**changes) -> DataConfig:
-    return DataConfig(**({"source": "climbmix", "vocab_size": 400, "tokenizer_chars": 40_000, "split_long": True} | changes))
+    return DataConfig(
+        **({"source": "climbmix", "vocab_size": 400, "tokenizer_chars": 40_000, "split_long": True} | changes)
+    )

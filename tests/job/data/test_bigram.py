@@ -55,7 +55,9 @@ def test_agrees_with_the_formula(data):
     train, val, token_bytes = data
     expected = plain_bigram_bpb(train.tolist(), val.tolist(), token_bytes)
     assert bigram_bpb([train], val, token_bytes, VOCAB) == pytest.approx(expected, rel=1e-12)
-    assert bigram_bpb(iter([train[:3], train[3:4], train[4:]]), val, token_bytes, VOCAB) == pytest.approx(expected, rel=1e-12)
+    assert bigram_bpb(iter([train[:3], train[3:4], train[4:]]), val, token_bytes, VOCAB) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_text_that_repeats_is_predicted_better(data):

@@ -29,7 +29,9 @@ WORDS = [
     "<|bos|>",
 ]
 TEXTS = st.lists(
-    st.lists(st.one_of(st.sampled_from(WORDS), st.text(st.characters(codec="utf-8"), max_size=9)), max_size=20).map("".join),
+    st.lists(st.one_of(st.sampled_from(WORDS), st.text(st.characters(codec="utf-8"), max_size=9)), max_size=20).map(
+        "".join
+    ),
     max_size=8,
 )
 
@@ -55,14 +57,18 @@ def test_however_batches_are_cut(texts, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "BATCH_CHARS", size)
         tokenizer = SMALL[0]
-        assert [ids.tolist() for ids in tokenizer.encode_documents(texts * 2)] == [tokenizer.encode(text) for text in texts * 2]
+        assert [ids.tolist() for ids in tokenizer.encode_documents(texts * 2)] == [
+            tokenizer.encode(text) for text in texts * 2
+        ]
 
 
 def test_a_long_text_is_cut_between_words_and_has_its_own_ids(prose, monkeypatch):
     monkeypatch.setattr(tokenizers, "BATCH_CHARS", 500)
     text = " ".join(prose[:20])
     assert len(list(tokenizers._parts(text))) > len(text) // 1000
-    assert [ids.tolist() for ids in SMALL[0].encode_documents(["a b", text])] == [SMALL[0].encode(each) for each in ("a b", text)]
+    assert [ids.tolist() for ids in SMALL[0].encode_documents(["a b", text])] == [
+        SMALL[0].encode(each) for each in ("a b", text)
+    ]
 
 
 SMALL: list[Tokenizer] = [Tokenizer([bytes([byte]) for byte in range(256)] + [b"th", b"the", b" the", b"in", b"on"])]
@@ -95,7 +101,12 @@ def test_every_character_is_of_the_class_that_tiktoken_gives_it(first):
     """Both libraries must know the same Unicode: each character c with the merges ca and ac, which show where a text is cut
     ("1ca" after the 1 unless c is a number, ".cca" within cc if c is white space or a letter, "ac." before c unless c is a letter)."""
     characters = [chr(point) for point in range(first, first + 0x2000) if not 0xD800 <= point < 0xE000]
-    merges = [text.encode()[:end] for c in characters for text in (f"{c}a", f"a{c}") for end in range(2, len(text.encode()) + 1)]
+    merges = [
+        text.encode()[:end]
+        for c in characters
+        for text in (f"{c}a", f"a{c}")
+        for end in range(2, len(text.encode()) + 1)
+    ]
     tokenizer = Tokenizer(list(dict.fromkeys([*(bytes([byte]) for byte in range(256)), *merges])))
     texts = [text for c in characters for text in (f"1{c}a", f".{c}{c}a", f"a{c}.")]
     assert [ids.tolist() for ids in tokenizer.encode_documents(texts)] == [tokenizer.encode(text) for text in texts]

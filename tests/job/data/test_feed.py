@@ -20,8 +20,8 @@ from job.data.lock import alone, is_being_made
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import DataError
-from job.progress import Reporter
-from job.sealed import is_sealed
+from job.reporter import Reporter
+from job.store.sealed import is_sealed
 
 SHARD = "shard_{:05d}.parquet".format
 
@@ -45,7 +45,13 @@ def job(tmp_path, helpers) -> Job:
 
 
 def test_begun_is_what_training_starts_with(begun, hub):
-    assert not begun.is_whole and {path.name for path in begun.path.iterdir()} == {"split", "tokenizer", "val", "rows", "begun"}
+    assert not begun.is_whole and {path.name for path in begun.path.iterdir()} == {
+        "split",
+        "tokenizer",
+        "val",
+        "rows",
+        "begun",
+    }
     assert [path.parent.name for path in begun.row_files] == ["00000"] and begun.train_rows == 1000
     assert begun.held_out_documents() and len(begun.val) and begun.tokenizer.vocab_size == 400
     again = Prepared.open(begun.path)
@@ -66,7 +72,11 @@ def test_rows_wait_visibly_for_what_is_being_made(begun, job, tmp_path, helpers)
     whole = Prepared.open(begun.path)
     assert whole.is_whole and whole.id == begun.id and whole.train_rows >= 1000
     assert np.array_equal(np.concatenate(taken), Rows(whole, 1).take(0, 1000))
-    assert {shown[0] for shown in recorder.shown} == {"waiting for rows"} and recorder.shown[0][1:] == (first, 1000, "rows")
+    assert {shown[0] for shown in recorder.shown} == {"waiting for rows"} and recorder.shown[0][1:] == (
+        first,
+        1000,
+        "rows",
+    )
     assert [kind for kind, _ in recorder.events] == ["train.waited"] and recorder.events[0][1]["seconds"] > 0
     assert sum(map(len, rows.chunks(10**6))) == len(rows) == whole.train_rows
     expected = helpers.small_prepare(tmp_path / "at once", job.data, rows=1000)
@@ -121,7 +131,10 @@ def test_a_shorter_run_that_was_whole_is_begun_again_for_a_longer_one(hub, tmp_p
 
 def test_a_feeder_process(begun, job, hub, helpers):
     recorder = helpers.Recorder()
-    with training_rows(begun, job, recorder, feeds=True) as rows, training_rows(begun, job, recorder, feeds=False) as others:
+    with (
+        training_rows(begun, job, recorder, feeds=True) as rows,
+        training_rows(begun, job, recorder, feeds=False) as others,
+    ):
         taken = rows.take(0, 1000)
         assert np.array_equal(others.take(0, 1000), taken)
     whole = Prepared.open(begun.path)

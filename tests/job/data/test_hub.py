@@ -37,7 +37,9 @@ def test_the_whole_dataset(hub, tmp_path, helpers, prose, monkeypatch):
     reporter = helpers.Recorder()
     prepared = helpers.small_prepare(tmp_path, helpers.of_the_hub(), reporter=reporter)
     assert hub.fetched() == [NAMES[-1], *NAMES[:-1]]
-    assert [len(file) for file in map(np.load, prepared.row_files)] == [file["rows"] for file in prepared.facts["files"]]
+    assert [len(file) for file in map(np.load, prepared.row_files)] == [
+        file["rows"] for file in prepared.facts["files"]
+    ]
     assert prepared.facts["documents"] == 147 and len(prepared.facts["files"]) == 5 and prepared.is_whole
     assert prepared.held_out_documents() == prose[150:170] + prose[:3]
     assert {path.name for path in text_folder(tmp_path).iterdir()} == {*NAMES, "files.json"}
@@ -51,7 +53,9 @@ def test_only_the_shards_that_the_run_needs_by_name(hub, tmp_path, helpers):
     hub.requests.clear()
     data, out = helpers.of_the_hub(tokenizer_chars=20_000), tmp_path / "out"
     short = helpers.small_prepare(out, data, rows=files[0] + 1)
-    assert short.id == whole.id and short.facts["files"] == whole.facts["files"][:2] and short.train_rows == sum(files[:2])
+    assert (
+        short.id == whole.id and short.facts["files"] == whole.facts["files"][:2] and short.train_rows == sum(files[:2])
+    )
     assert set(hub.fetched()) <= {NAMES[-1], *NAMES[:3]}
     asked = [path for method, path, _ in hub.requests if method == "GET"]
     assert not any("tree" in path for path in asked)
@@ -87,7 +91,10 @@ def test_a_tenth_of_the_documents_of_validation_among_training_is_none(hub, tmp_
     prepared = helpers.small_prepare(tmp_path, helpers.of_the_hub())
     rows = Rows(prepared, 1).take(0, prepared.train_rows)
     text = prepared.tokenizer.decode(rows.ravel().tolist())
-    assert all(document[:30] not in text for document in prose[:3]) and sum(document[:30] in text for document in prose[3:150]) > 50
+    assert (
+        all(document[:30] not in text for document in prose[:3])
+        and sum(document[:30] in text for document in prose[3:150]) > 50
+    )
 
 
 def test_max_chars_is_refused(tmp_path, helpers):
@@ -98,7 +105,9 @@ def test_max_chars_is_refused(tmp_path, helpers):
 # ---- faults that pass
 
 
-@pytest.mark.parametrize(("fault", "seconds"), [("truncated", 0), ("stalled", 1), ("html", 0), ((429, 2), 2), (503, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("fault", "seconds"), [("truncated", 0), ("stalled", 1), ("html", 0), ((429, 2), 2), (503, 0)], ids=str
+)
 def test_a_passing_fault_costs_only_time(hub, tmp_path, helpers, fault, seconds):
     expected = helpers.small_prepare(tmp_path / "undisturbed", helpers.of_the_hub())
     hub.requests.clear()
@@ -108,7 +117,9 @@ def test_a_passing_fault_costs_only_time(hub, tmp_path, helpers, fault, seconds)
     prepared = helpers.small_prepare(tmp_path / "out", helpers.of_the_hub(), reporter=reporter)
     assert contents(prepared.path) == contents(expected.path)
     assert [done == total for stage, done, total, _ in reporter.shown if stage == "fetch"][-1]
-    tries = [(at, wanted) for at, (_, path, wanted) in zip(hub.times, hub.requests, strict=True) if path.endswith(NAMES[1])]
+    tries = [
+        (at, wanted) for at, (_, path, wanted) in zip(hub.times, hub.requests, strict=True) if path.endswith(NAMES[1])
+    ]
     assert len(tries) == 2 and tries[1][0] - tries[0][0] >= seconds
     resumed = {"truncated", "stalled"}
     assert (tries[1][1] is not None) == (fault in resumed)
@@ -132,7 +143,8 @@ def test_a_busy_hub_is_asked_again(hub, tmp_path, helpers, question):
 def test_another_sha256(hub, tmp_path, helpers):
     hub.serve(NAMES[2], hub.files[NAMES[2]], oid="0" * 64)
     with pytest.raises(
-        DataError, match=rf"{NAMES[2]} of \S+ cannot be fetched: its SHA-256 is not .* \(3 attempts\); check HF_ENDPOINT"
+        DataError,
+        match=rf"{NAMES[2]} of \S+ cannot be fetched: its SHA-256 is not .* \(3 attempts\); check HF_ENDPOINT",
     ):
         helpers.small_prepare(tmp_path, helpers.of_the_hub())
     assert hub.fetched().count(NAMES[2]) == 3 and not (text_folder(tmp_path) / NAMES[2]).exists()
@@ -146,13 +158,17 @@ def test_another_sha256(hub, tmp_path, helpers):
 
 def test_a_page_in_the_place_of_a_file(hub, tmp_path, helpers):
     hub.faults[NAMES[2]] = ["html"] * 9
-    with pytest.raises(DataError, match=rf"{NAMES[2]} of \S+ cannot be fetched: the answer has another size than the hub states"):
+    with pytest.raises(
+        DataError, match=rf"{NAMES[2]} of \S+ cannot be fetched: the answer has another size than the hub states"
+    ):
         helpers.small_prepare(tmp_path, helpers.of_the_hub())
 
 
 def test_a_page_in_the_place_of_an_answer(hub, tmp_path, helpers):
     hub.faults["main"] = ["html"] * 9
-    with pytest.raises(DataError, match="answered with something else than JSON; check HF_ENDPOINT and the proxy settings"):
+    with pytest.raises(
+        DataError, match="answered with something else than JSON; check HF_ENDPOINT and the proxy settings"
+    ):
         helpers.small_prepare(tmp_path, helpers.of_the_hub())
 
 
@@ -164,7 +180,9 @@ def test_a_shard_that_the_hub_does_not_know(hub, tmp_path, helpers):
 
 def test_404_for_one_shard(hub, tmp_path, helpers):
     del hub.files[NAMES[3]]
-    with pytest.raises(DataError, match=rf"{NAMES[3]} of \S+ cannot be fetched: HTTP 404; check HF_ENDPOINT \(http://127"):
+    with pytest.raises(
+        DataError, match=rf"{NAMES[3]} of \S+ cannot be fetched: HTTP 404; check HF_ENDPOINT \(http://127"
+    ):
         helpers.small_prepare(tmp_path, helpers.of_the_hub(), workers=2)
     assert hub.fetched().count(NAMES[3]) == 1
 
@@ -173,7 +191,8 @@ def test_no_hub_at_all(tmp_path, helpers, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("job.data.hub.ATTEMPTS", 1)
     with pytest.raises(
-        DataError, match=r"the hub cannot be asked about karpathy/climbmix-400b-shuffle \(.*refused.*\); check the network"
+        DataError,
+        match=r"the hub cannot be asked about karpathy/climbmix-400b-shuffle \(.*refused.*\); check the network",
     ):
         helpers.small_prepare(tmp_path, helpers.of_the_hub())
 
@@ -181,7 +200,9 @@ def test_no_hub_at_all(tmp_path, helpers, monkeypatch):
 def test_offline_is_said_and_what_is_here_is_used(hub, tmp_path, helpers, monkeypatch):
     helpers.small_prepare(tmp_path / "out", helpers.of_the_hub(), rows=1)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"the hub cannot be asked about karpathy/climbmix-400b-shuffle \(HF_HUB_OFFLINE is set\)"):
+    with pytest.raises(
+        DataError, match=r"the hub cannot be asked about karpathy/climbmix-400b-shuffle \(HF_HUB_OFFLINE is set\)"
+    ):
         helpers.small_prepare(tmp_path / "new", helpers.of_the_hub())
     (text_folder(tmp_path / "out") / NAMES[0]).unlink()
     with pytest.raises(DataError, match=rf"{NAMES[0]} of \S+ cannot be fetched: HF_HUB_OFFLINE is set"):
@@ -191,7 +212,8 @@ def test_offline_is_said_and_what_is_here_is_used(hub, tmp_path, helpers, monkey
 def test_too_small_a_disk_is_said_before_anything_is_fetched(hub, tmp_path, helpers):
     hub.serve(NAMES[0], hub.files[NAMES[0]], size=10**16)
     with pytest.raises(
-        StorageError, match=r"needs 10000000\.\d GB more on the disk of .*climbmix.*; free some space or choose another --out"
+        StorageError,
+        match=r"needs 10000000\.\d GB more on the disk of .*climbmix.*; free some space or choose another --out",
     ):
         helpers.small_prepare(tmp_path, helpers.of_the_hub())
     assert hub.fetched() == []
@@ -214,7 +236,8 @@ def test_a_shard_damaged_on_disk(hub, tmp_path, helpers):
     good = file.read_bytes()
     file.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
     with pytest.raises(
-        DataError, match=rf"{NAMES[0]} is not what the hub states for it \(size or SHA-256 differs\); delete it and run again"
+        DataError,
+        match=rf"{NAMES[0]} is not what the hub states for it \(size or SHA-256 differs\); delete it and run again",
     ):
         helpers.small_prepare(tmp_path, helpers.of_the_hub(vocab_size=401), rows=1)
     file.unlink()
@@ -233,10 +256,10 @@ def test_a_damaged_record_of_the_commit(hub, tmp_path, helpers, record):
 
 SCRIPT = """
 import pathlib, sys
-from job.config import DataConfig
+from job.recipe.config import DataConfig
 from huggingface_hub import constants
 from job.data import hub, prepare, tokenizer
-from job.progress import Reporter
+from job.reporter import Reporter
 
 constants.DOWNLOAD_CHUNK_SIZE = 1024
 tokenizer.SAMPLE_CHARS = 10_000
@@ -271,7 +294,13 @@ def test_killed_in_a_download_that_shard_begins_again(hub, tmp_path, helpers):
 
 
 def test_disk_full_in_a_download(hub, tmp_path, helpers):
-    process = start(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000)), stderr=subprocess.PIPE)
+    process = start(
+        tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000)), stderr=subprocess.PIPE
+    )
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "StorageError: the disk is full: writing" in errors and ".parquet.part failed" in errors
+    assert (
+        process.returncode == 1
+        and "StorageError: the disk is full: writing" in errors
+        and ".parquet.part failed" in errors
+    )
     helpers.small_prepare(tmp_path, helpers.of_the_hub())

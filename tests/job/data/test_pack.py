@@ -16,7 +16,11 @@ BOS = 60_000
 
 lengths = st.lists(st.integers(0, 40), max_size=60)
 long_lengths = st.lists(st.integers(0, 400), max_size=20)
-settings_of_pack = {"row_tokens": st.integers(2, 33), "split_long": st.booleans(), "buffer_documents": st.integers(1, 12)}
+settings_of_pack = {
+    "row_tokens": st.integers(2, 33),
+    "split_long": st.booleans(),
+    "buffer_documents": st.integers(1, 12),
+}
 
 
 def numbered(lengths) -> list[np.ndarray]:
@@ -64,10 +68,19 @@ def test_same_rows_as_the_linear_reference(lengths, row_tokens, split_long, buff
 def test_rows_are_full_and_nothing_is_lost_unsaid(lengths, row_tokens, split_long, buffer_documents):
     documents, counts = numbered(lengths), PackCounts()
     rows = list(
-        pack(documents, row_tokens=row_tokens, bos=BOS, split_long=split_long, counts=counts, buffer_documents=buffer_documents)
+        pack(
+            documents,
+            row_tokens=row_tokens,
+            bos=BOS,
+            split_long=split_long,
+            counts=counts,
+            buffer_documents=buffer_documents,
+        )
     )
     assert all(row.shape == (row_tokens,) and row.dtype == np.uint16 and row[0] == BOS for row in rows)
-    assert counts.documents == len(documents) and counts.tokens == sum(lengths) + len(lengths) and counts.rows == len(rows)
+    assert (
+        counts.documents == len(documents) and counts.tokens == sum(lengths) + len(lengths) and counts.rows == len(rows)
+    )
     assert counts.tokens + counts.split_bos == counts.rows * row_tokens + counts.cropped_tokens
     assert split_long or counts.split_bos == 0
     assert not split_long or counts.cropped_tokens < row_tokens  # only the row that could not be filled
@@ -80,7 +93,9 @@ def test_a_document_is_whole_or_cropped_at_a_rows_end(lengths, row_tokens):
     documents = numbered(lengths)
     pieces: dict[int, list[list[int]]] = {int(document[0]): [] for document in documents}
     ends: dict[int, bool] = {}
-    for row in pack(documents, row_tokens=row_tokens, bos=BOS, split_long=False, counts=PackCounts(), buffer_documents=10):
+    for row in pack(
+        documents, row_tokens=row_tokens, bos=BOS, split_long=False, counts=PackCounts(), buffer_documents=10
+    ):
         starts = np.flatnonzero(row == BOS)
         for part in np.split(row, starts[1:]):
             if len(part) > 1:

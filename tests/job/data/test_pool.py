@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job import prepare as stage
-from job.config import resolve
-from job.core_eval.bundle import open_bundle
-from job.core_eval.items import seal_items
-from job.core_eval.smoke_bundle import write_smoke_bundle
 from job.data.feed import Job, training_rows
 from job.data.hub import DATASETS, Dataset
-from job.data.leaks import seal_leaks
-from job.data.pool import Pool
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import StorageError
-from job.sealed import MANIFEST
-from job.store import VARIABLE, FolderStore, push_sealed
+from job.evaluation.bundle import open_bundle
+from job.evaluation.items import seal_items
+from job.evaluation.leaks import seal_leaks
+from job.evaluation.smoke_bundle import write_smoke_bundle
+from job.recipe.config import resolve
+from job.run import prepare as stage
+from job.store.artifact_cache import Pool
+from job.store.sealed import MANIFEST
+from job.store.stores import VARIABLE, FolderStore, push_sealed
 
 SHARD = "shard_{:05d}.parquet".format
 ROWS = 1000
@@ -88,7 +88,9 @@ def test_a_shorter_run_pulls_only_its_rows_and_a_longer_one_makes_the_rest(first
     assert hub.requests == [] and [path.parent.name for path in begun.row_files] == ["00000"]
     recorder = helpers.Recorder()
     longer = helpers.small_prepare(tmp_path / "long", data, rows=0, store=store, reporter=recorder)
-    there = len(list((first.path / "rows").iterdir()))  # 3, or 4 where the first files' rows let too few be expected of the next
+    there = len(
+        list((first.path / "rows").iterdir())
+    )  # 3, or 4 where the first files' rows let too few be expected of the next
     assert there < 5 and sorted(hub.fetched()) == [SHARD(shard) for shard in range(there, 5)]
     assert longer.id == first.id and len(pulled(recorder)) == 2 + there
     assert np.array_equal(Rows(longer, 1).take(0, first.train_rows), Rows(first, 1).take(0, first.train_rows))
@@ -104,7 +106,9 @@ def test_what_is_missing_or_damaged_there_is_made_here(first, store, hub, tmp_pa
     recorder = helpers.Recorder()
     second = helpers.small_prepare(tmp_path / "second", data, rows=ROWS, store=store, reporter=recorder)
     assert contents(second.path) == contents(first.path) and set(hub.fetched()) == {SHARD(1), SHARD(2)}
-    assert [text.endswith(f"prepared/{first.id}/rows/00002 is made here instead") for text in warnings(recorder)] == [True]
+    assert [text.endswith(f"prepared/{first.id}/rows/00002 is made here instead") for text in warnings(recorder)] == [
+        True
+    ]
 
 
 def test_a_part_of_other_inputs_is_not_taken(first, store, tmp_path, helpers, data):
@@ -123,7 +127,9 @@ def test_a_store_that_cannot_be_listed_is_a_warning(hub, tmp_path, helpers, data
             raise StorageError("the bucket does not answer")
 
     recorder = helpers.Recorder()
-    prepared = helpers.small_prepare(tmp_path / "out", data, rows=10, store=Broken(tmp_path / "store"), reporter=recorder)
+    prepared = helpers.small_prepare(
+        tmp_path / "out", data, rows=10, store=Broken(tmp_path / "store"), reporter=recorder
+    )
     assert prepared.is_whole
     assert warnings(recorder) == ["the bucket does not answer; what is prepared there cannot be listed"]
 
@@ -186,7 +192,10 @@ def test_leaks_are_pulled_with_the_rows_or_left_out(first, store, hub, tmp_path,
     counted = seal_leaks(first, tmp_path / "first", data, bundle, helpers.Recorder(), 1)
     push_all(store, tmp_path / "first", first)
     taken = seal_leaks(second, tmp_path / "second", data, bundle, recorder, 1, Pool(store, second.path, recorder))
-    assert taken.facts == counted.facts and recorder.events[-1] == ("prepare.leaks", {"bundle": bundle.id, **counted.facts})
+    assert taken.facts == counted.facts and recorder.events[-1] == (
+        "prepare.leaks",
+        {"bundle": bundle.id, **counted.facts},
+    )
 
 
 def test_the_stage_counts_leaks_of_a_set_that_is_whole_and_of_core_alone(prepared, tmp_path, helpers, monkeypatch):

@@ -62,12 +62,15 @@ def test_what_is_made(prepared):
 
 @settings(max_examples=10, deadline=None, phases=[Phase.generate])
 @given(st.integers(0, 2**32), st.floats(0.1, 0.6), st.booleans(), st.sampled_from([16, 48]))
-def test_validation_documents_never_occur_among_training_rows(tmp_path_factory, helpers, seed, val_fraction, split_long, seq_len):
+def test_validation_documents_never_occur_among_training_rows(
+    tmp_path_factory, helpers, seed, val_fraction, split_long, seq_len
+):
     """Every document carries its number throughout; no number is seen on both sides, however often its document occurs."""
     draw = random.Random(seed)
     numbers = [draw.randrange(200) for _ in range(150)]
     texts = {
-        number: " ".join(f"<{number:03d}> {draw.choice(WORDS)}" for _ in range(draw.choice([8, 30, 90]))) for number in numbers
+        number: " ".join(f"<{number:03d}> {draw.choice(WORDS)}" for _ in range(draw.choice([8, 30, 90])))
+        for number in numbers
     }
     folder = tmp_path_factory.mktemp("numbered")
     helpers.write_jsonl(folder / "a.jsonl", [texts[number] for number in numbers[:70]])
@@ -116,7 +119,13 @@ def test_same_bytes_with_two_workers(corpus, tmp_path, helpers, one_file_shards)
 def test_the_id_follows_what_decides_the_bytes(corpus, tmp_path, helpers):
     base = helpers.config(corpus)
     ids = {helpers.small_prepare(tmp_path, base).id, helpers.small_prepare(tmp_path, base, seq_len=48).id}
-    for change in ({"vocab_size": 401}, {"val_fraction": 0.2}, {"split_long": False}, {"seed": 1}, {"max_chars": 90_000}):
+    for change in (
+        {"vocab_size": 401},
+        {"val_fraction": 0.2},
+        {"split_long": False},
+        {"seed": 1},
+        {"max_chars": 90_000},
+    ):
         ids.add(helpers.small_prepare(tmp_path, dataclasses.replace(base, **change)).id)
     assert len(ids) == 7
 
@@ -144,10 +153,10 @@ def test_special_tokens_in_a_document_stay_text(tmp_path, prose, helpers):
 
 SCRIPT = """
 import pathlib, sys, time
-from job.config import DataConfig
+from job.recipe.config import DataConfig
 from job.data import sources
 from job.data.prepare import prepare
-from job.progress import Reporter
+from job.reporter import Reporter
 
 class Stopping(Reporter):
     left = int(sys.argv[4])
@@ -177,7 +186,9 @@ def start(corpus: Path, out: Path, workers: int, stop: int = 0, **options) -> su
     ("workers", "stop", "half_written"),
     [(1, 4, ".tokenizer.tmp-*"), (1, 6, ".val.tmp-*"), (1, 10, "rows/.00001.tmp-*"), (2, 9, "")],
 )
-def test_killed_and_run_again_gives_the_same_bytes(corpus, tmp_path, helpers, one_file_shards, workers, stop, half_written):
+def test_killed_and_run_again_gives_the_same_bytes(
+    corpus, tmp_path, helpers, one_file_shards, workers, stop, half_written
+):
     expected = helpers.small_prepare(tmp_path / "undisturbed", helpers.config(corpus))
     process = start(corpus, tmp_path / "out", workers, stop, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "here\n"
@@ -220,7 +231,9 @@ def test_a_flipped_byte_is_refused_and_made_again_when_removed(corpus, tmp_path,
     file = prepared.row_files[0]
     good = file.read_bytes()
     file.write_bytes(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
-    with pytest.raises(DataError, match=r"rows.npy is not the file that was sealed .*; delete .*rows/00000 and run again"):
+    with pytest.raises(
+        DataError, match=r"rows.npy is not the file that was sealed .*; delete .*rows/00000 and run again"
+    ):
         helpers.small_prepare(tmp_path, helpers.config(corpus))
     file.unlink()
     (file.parent / "manifest.json").unlink()
@@ -233,7 +246,9 @@ def test_a_manifest_of_another_version_is_refused(corpus, tmp_path, helpers, par
     prepared = helpers.small_prepare(tmp_path, helpers.config(corpus))
     manifest = prepared.path / part / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"schema": 1,', '"schema": 2,'))
-    with pytest.raises(DataError, match=rf"{part} was sealed by another version \(not schema 1\); delete it and run again"):
+    with pytest.raises(
+        DataError, match=rf"{part} was sealed by another version \(not schema 1\); delete it and run again"
+    ):
         helpers.small_prepare(tmp_path, helpers.config(corpus))
 
 
@@ -248,8 +263,16 @@ def test_a_manifest_of_another_version_is_refused(corpus, tmp_path, helpers, par
             32,
             r"too small for data.vocab_size=60000: only \d+ of 59735 merges are possible; give more text or",
         ),
-        ({}, 50_000, r"held-out text \(\d+ documents, \d+ tokens\) does not fill one row of 50001 tokens; give more text"),
-        ({"val_fraction": 0.97}, 20_000, r"training text \(\d+ tokens\) does not fill one row of 20001 tokens; give more text"),
+        (
+            {},
+            50_000,
+            r"held-out text \(\d+ documents, \d+ tokens\) does not fill one row of 50001 tokens; give more text",
+        ),
+        (
+            {"val_fraction": 0.97},
+            20_000,
+            r"training text \(\d+ tokens\) does not fill one row of 20001 tokens; give more text",
+        ),
         ({"max_chars": 30}, 32, "too small for data.vocab_size=400"),
     ],
 )
@@ -306,9 +329,9 @@ def test_disk_full_in_mid_write(corpus, tmp_path, helpers, workers):
 
 BOUNDED = """
 import pathlib, re, sys
-from job.config import DataConfig
+from job.recipe.config import DataConfig
 from job.data.prepare import prepare
-from job.progress import Reporter
+from job.reporter import Reporter
 
 data = DataConfig(source="local", paths=(sys.argv[1],), vocab_size=400, tokenizer_chars=200_000, val_fraction=0.01, split_long=False)
 prepared = prepare(pathlib.Path(sys.argv[2]), data, 256, Reporter(), 1)
@@ -320,7 +343,9 @@ print(prepared.facts["documents"], prepared.train_rows, int(re.search(r"VmHWM:\\
 def megabytes(folder: Path, out: Path) -> tuple[int, int, int]:
     """Documents, rows and peak memory of a prepare in a process of its own."""
     command = [sys.executable, "-c", BOUNDED, str(folder), str(out)]
-    answer = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True).stdout
+    answer = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True
+    ).stdout
     documents, rows, peak = map(int, answer.split())
     return documents, rows, peak
 
@@ -334,7 +359,9 @@ def test_a_million_tiny_documents_in_a_shard(tmp_path, prose, helpers):
         folder = tmp_path / str(count)
         folder.mkdir()
         pq.write_table(
-            pa.table({"text": [f"{prose[i % 400][:20]} {i}" for i in range(count)]}), folder / "a.parquet", row_group_size=count
+            pa.table({"text": [f"{prose[i % 400][:20]} {i}" for i in range(count)]}),
+            folder / "a.parquet",
+            row_group_size=count,
         )
     small, many = (megabytes(tmp_path / str(count), tmp_path / "out") for count in (20_000, 1_000_000))
     assert many[0] > 980_000 and many[1] > 40 * small[1]
@@ -359,7 +386,9 @@ def test_a_document_of_50_megabytes_in_a_shard(tmp_path, prose, helpers):
 
 @pytest.mark.skipif(not REAL_CORPUS.is_dir(), reason="the corpus of real text is not beside this repository")
 def test_real_parquet_shards(tmp_path, helpers):
-    prepared = helpers.small_prepare(tmp_path, helpers.config(REAL_CORPUS, vocab_size=1000, max_chars=1_000_000), seq_len=256)
+    prepared = helpers.small_prepare(
+        tmp_path, helpers.config(REAL_CORPUS, vocab_size=1000, max_chars=1_000_000), seq_len=256
+    )
     assert prepared.train_rows > 1000 and prepared.facts["crop_share"] < 0.001
     texts = "".join(decoded_documents(prepared, Rows(prepared, 0).take(0, 50)))
     assert " the " in texts and "�" not in texts[:100]

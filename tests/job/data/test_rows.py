@@ -40,7 +40,9 @@ def test_epoch_0_is_the_files_as_stored(rows):
 def test_every_epoch_is_a_permutation(rows, epoch):
     taken = rows.take(epoch * 25, 25)
     assert sorted(map(tuple, taken.tolist())) == sorted(map(tuple, rows.take(0, 25).tolist()))
-    assert {rows.order(epoch, index) for index in range(25)} == {(f, r) for f, n in enumerate([7, 1, 12, 5]) for r in range(n)}
+    assert {rows.order(epoch, index) for index in range(25)} == {
+        (f, r) for f, n in enumerate([7, 1, 12, 5]) for r in range(n)
+    }
     assert epoch == 0 or taken.tolist() != rows.take(0, 25).tolist()
 
 
@@ -64,7 +66,9 @@ def test_the_same_however_it_is_asked(rows, start, count, step):
 
 def test_seed_decides_later_epochs(rows, tmp_path):
     other = Rows(Stored(tmp_path, [7, 1, 12, 5]), seed=4)
-    assert np.array_equal(other.take(0, 25), rows.take(0, 25)) and not np.array_equal(other.take(25, 25), rows.take(25, 25))
+    assert np.array_equal(other.take(0, 25), rows.take(0, 25)) and not np.array_equal(
+        other.take(25, 25), rows.take(25, 25)
+    )
 
 
 def test_chunks_are_the_distinct_rows_consumed(rows):

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.config import DataConfig
 from job.data import embedded, local
 from job.data.sources import ByHash, Counts, documents, group, open_source
 from job.errors import DataError
+from job.recipe.config import DataConfig
 
 
 def local_source(*paths, max_chars=0):
@@ -88,7 +88,8 @@ def test_the_split_depends_on_the_document_alone(document, one, other):
 def test_both_sides_are_all_documents_and_share_none(corpus):
     shards = local_source(corpus).shards
     sides = [
-        [t for shard in shards for t in documents(shard, ByHash(0.2), held_out=side, counts=Counts())] for side in (False, True)
+        [t for shard in shards for t in documents(shard, ByHash(0.2), held_out=side, counts=Counts())]
+        for side in (False, True)
     ]
     assert set(sides[0]).isdisjoint(sides[1]) and len(sides[0]) + len(sides[1]) == 400
     assert 0.1 < len(sides[1]) / 400 < 0.3

@@ -43,7 +43,9 @@ def merged(symbols: tuple[int, ...], pair: tuple[int, int], new: int) -> tuple[i
 
 def test_every_merge_is_a_most_frequent_pair(tokenizer, prose):
     """The trainer against the definition: recount all pairs before each merge."""
-    words = collections.Counter(tuple(piece.encode()) for text in prose[:80] for piece in regex.findall(SPLIT_PATTERN, text))
+    words = collections.Counter(
+        tuple(piece.encode()) for text in prose[:80] for piece in regex.findall(SPLIT_PATTERN, text)
+    )
     for new in range(256, VOCAB - len(SPECIALS)):
         pairs: collections.Counter[tuple[int, int]] = collections.Counter()
         for word, count in words.items():
@@ -51,7 +53,9 @@ def test_every_merge_is_a_most_frequent_pair(tokenizer, prose):
                 pairs[pair] += count
         most = max(pairs.values())
         pair = next(
-            p for p, n in pairs.items() if n == most and tokenizer.ranks[p[0]] + tokenizer.ranks[p[1]] == tokenizer.ranks[new]
+            p
+            for p, n in pairs.items()
+            if n == most and tokenizer.ranks[p[0]] + tokenizer.ranks[p[1]] == tokenizer.ranks[new]
         )
         changed: collections.Counter[tuple[int, ...]] = collections.Counter()
         for word, count in words.items():
@@ -108,7 +112,11 @@ def test_token_bytes_are_exact(tokenizer):
 def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = Tokenizer.load(tmp_path)
-    assert again.ranks == tokenizer.ranks and again.special_ids == tokenizer.special_ids and again.pattern == tokenizer.pattern
+    assert (
+        again.ranks == tokenizer.ranks
+        and again.special_ids == tokenizer.special_ids
+        and again.pattern == tokenizer.pattern
+    )
     assert not [file for file in tmp_path.iterdir() if file.read_bytes()[:1] == b"\x80"]  # no pickle
 
 
@@ -147,6 +155,8 @@ def test_same_ranks_on_any_number_of_threads(tmp_path, prose):
     for threads in ("1", "3"):
         environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
         outputs.append(
-            subprocess.run([sys.executable, "-c", code, str(file)], env=environment, check=True, capture_output=True).stdout
+            subprocess.run(
+                [sys.executable, "-c", code, str(file)], env=environment, check=True, capture_output=True
+            ).stdout
         )
     assert outputs[0] == outputs[1] and outputs[0]

@@ -58,7 +58,9 @@ def test_an_expected_failure_arrives_as_it_was_raised(workers):
 
 
 def test_a_process_that_was_killed_is_named():
-    with pytest.raises(OutOfMemoryError, match=r"packing 99 was ended by SIGKILL, usually for lack of memory; .* fewer workers"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"packing 99 was ended by SIGKILL, usually for lack of memory; .* fewer workers"
+    ):
         list(run_tasks(squares(1, 99), 2, lambda _: None))
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from job import attempt as attempts
-from job.attempt import Attempt
-from job.core_eval.bundle import Task
-from job.core_eval.ledger import Answer, make_ledger, seal_ledger
-from job.sealed import sealing
+from job.evaluation.bundle import Task
+from job.evaluation.ledger import Answer, make_ledger, seal_ledger
+from job.store import attempt as attempts
+from job.store.attempt import Attempt
+from job.store.sealed import sealing
 
 SEQ_LEN, BATCH_ROWS = 256, 32
 VERSIONS = {"python": "3.11.2", "torch": "2.13.0+cpu"}
@@ -78,10 +78,14 @@ class SyntheticRun:
         self.clock.pass_(seconds)
         attempt.emit("prepare.done", id="feedc0de", train_rows=5000, val_rows=250, vocab_size=4096, seq_len=SEQ_LEN)
         attempt.emit("stage.done", stage="prepare", seconds=seconds)
-        with sealing(self.out / "prepared" / "feedc0de" / "tokenizer", kind="tokenizer", made_from={"text": "x"}) as folder:
+        with sealing(
+            self.out / "prepared" / "feedc0de" / "tokenizer", kind="tokenizer", made_from={"text": "x"}
+        ) as folder:
             (folder.path / "tokenizer.json").write_text("{}")
 
-    def pretrain(self, attempt: Attempt, first: int = 0, last: int | None = None, every: int = 50, ms: float = 500.0) -> None:
+    def pretrain(
+        self, attempt: Attempt, first: int = 0, last: int | None = None, every: int = 50, ms: float = 500.0
+    ) -> None:
         """Steps `first` ... `last` - 1 (to the end, sealing the final checkpoint, when `last` is None)."""
         stop = self.steps if last is None else last
         attempt.emit("stage.started", stage="pretrain")
@@ -91,9 +95,19 @@ class SyntheticRun:
         for step in range(first, stop):
             self.clock.pass_(ms / 1000)
             done = {"rows": (step + 1) * BATCH_ROWS}
-            attempt.emit("train.step", step=step, **done, loss=self.loss_at(step), lr_mult=1.0, ms=ms, tokens=BATCH_ROWS * SEQ_LEN)
+            attempt.emit(
+                "train.step",
+                step=step,
+                **done,
+                loss=self.loss_at(step),
+                lr_mult=1.0,
+                ms=ms,
+                tokens=BATCH_ROWS * SEQ_LEN,
+            )
             if (step + 1) % every == 0 and step + 1 < self.steps:
-                attempt.emit("train.val", step=step + 1, **done, bpb=self.bpb_at(step + 1), nats=1.0, bytes=1, tokens=65536)
+                attempt.emit(
+                    "train.val", step=step + 1, **done, bpb=self.bpb_at(step + 1), nats=1.0, bytes=1, tokens=65536
+                )
         if last is None:
             self.checkpoint(attempt, stop)
             attempt.emit("stage.done", stage="pretrain", seconds=1.0)
@@ -105,7 +119,13 @@ class SyntheticRun:
         attempt.emit("checkpoint.sealed", step=step, rows=rows, folder=f"{rows:015d}", bytes=7, seconds=0.1)
 
     def evaluate(
-        self, attempt: Attempt, *, bpb: float = 1.7, bigram: float | None = 2.25, core: bool = False, cap: int | None = None
+        self,
+        attempt: Attempt,
+        *,
+        bpb: float = 1.7,
+        bigram: float | None = 2.25,
+        core: bool = False,
+        cap: int | None = None,
     ) -> None:
         attempt.emit("stage.started", stage="evaluate")
         with sealing(self.path / "eval" / "bpb", kind="bpb", made_from={"weights": "w"}) as folder:

@@ -14,7 +14,7 @@ import pytest
 from job.report.render import write_report
 from job.report.result import build_result
 from job.report.words import short, summary_lines
-from job.sealed import open_sealed
+from job.store.sealed import open_sealed
 
 EVIL = "<script>alert('x')</script> & | `tick` \x1b[31m"
 
@@ -98,7 +98,9 @@ def test_ids_are_unique_and_every_reference_has_one(run, clock):
     page = page_of(run.whole())
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    references = [attrs["href"] for attrs in page.all("use")] + [attrs["aria-labelledby"] for attrs in page.all("section")]
+    references = [attrs["href"] for attrs in page.all("use")] + [
+        attrs["aria-labelledby"] for attrs in page.all("section")
+    ]
     clips = [attrs["clip-path"][len("url(") : -1] for _, attrs in page.tags if "clip-path" in attrs]
     assert references and clips
     assert {reference.lstrip("#") for reference in references + clips} <= set(ids)
@@ -162,7 +164,11 @@ def test_a_core_score_is_called_core_and_beats_nothing(run):
     page = page_of(run)
     markdown = (run.path / "report" / "report.md").read_text()
     for text in (page.text, markdown):
-        assert "CORE is 0.0944 ± " in text and "at most 20 items each" in text and "0.256525 is published for GPT-2 XL" in text
+        assert (
+            "CORE is 0.0944 ± " in text
+            and "at most 20 items each" in text
+            and "0.256525 is published for GPT-2 XL" in text
+        )
         assert "smoke score" not in text.lower() and "beats" not in text
 
 
@@ -241,8 +247,8 @@ def test_continuing_repeats_what_was_asked_for(run):
 
 
 def test_the_recipe_that_a_run_really_writes(run):
-    from job.config import resolve
-    from job.launch import recipe_document
+    from job.recipe.config import resolve
+    from job.run.launch import recipe_document
 
     recipe = resolve(
         "smoke", {"data.source": ("--data", "local"), "data.paths": ("--data", ("my texts", "more"))}, ["train.seed=7"]
@@ -267,9 +273,13 @@ def test_summary_lines(run):
         "  time            2 min 30 s   (prepare 20 s, pretrain 1 min 40 s, evaluate 30 s)",
         "  page            out/runs/smoke/report/report.html",
     ]
-    on_gpu = result | {"machine": result["machine"] | {"device": "cuda:0"}, "clocks": result["clocks"] | {"training_s": 18.9}}
+    on_gpu = result | {
+        "machine": result["machine"] | {"device": "cuda:0"},
+        "clocks": result["clocks"] | {"training_s": 18.9},
+    }
     assert (
-        summary_lines(on_gpu, Path("p"))[-1] == "  step            100 ms, 81,920 tokens a second (measured, by the training clock)"
+        summary_lines(on_gpu, Path("p"))[-1]
+        == "  step            100 ms, 81,920 tokens a second (measured, by the training clock)"
     )
 
 

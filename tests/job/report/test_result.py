@@ -46,9 +46,18 @@ def test_whole_run_exactly(run):
             "cap": None,
             "baselines": {"word_choice": 0.25, "which_subject": 0.5, "next_word": 0.0},
             "tasks": [
-                task("word_choice", "multiple_choice", shots=3, accuracy=0.5, centered=1 / 3, se=math.sqrt(0.25 / 20) / 0.75),
+                task(
+                    "word_choice",
+                    "multiple_choice",
+                    shots=3,
+                    accuracy=0.5,
+                    centered=1 / 3,
+                    se=math.sqrt(0.25 / 20) / 0.75,
+                ),
                 task("which_subject", "schema", shots=0, accuracy=0.4, centered=-0.2, se=math.sqrt(0.24 / 20) / 0.5),
-                task("next_word", "language_modeling", shots=0, accuracy=0.15, centered=0.15, se=math.sqrt(0.1275 / 20)),
+                task(
+                    "next_word", "language_modeling", shots=0, accuracy=0.15, centered=0.15, se=math.sqrt(0.1275 / 20)
+                ),
             ],
         },
         "leaks": None,

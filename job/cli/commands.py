@@ -1,0 +1,417 @@
+"""The command line: thin commands over `job.run.launch`.
+
+Nothing heavy is imported before a command runs: `--help` answers without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from job.cli.options import (
+    bucket_options,
+    json_option,
+    machine_options,
+    out_option,
+    ranks_option,
+    recipe_options,
+    run_options,
+    talk_options,
+)
+from job.cli.published_line import scored_at_the_end
+from job.console import Console
+from job.errors import MEANING, ExitCode, SpeedrunError, UsageError
+
+STAGES = ("prepare", "pretrain", "evaluate", "report")
+
+
+def exit_code_table() -> str:
+    return "\b\nExit codes:\n" + "\n".join(f"  {int(code):>2}  {meaning}" for code, meaning in MEANING.items())
+
+
+class Commands(click.Group):
+    """Prints expected failures as one sentence, with the exit code of the table."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SpeedrunError as error:
+            click.echo(f"speedrun: {error}", err=True)
+            ctx.exit(int(error.exit_code))
+        except KeyboardInterrupt:
+            click.echo("speedrun: interrupted; the same command goes on from what is sealed", err=True)
+            ctx.exit(int(ExitCode.RESUME))
+
+
+@click.group(cls=Commands, epilog=exit_code_table(), context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gpt2-speedrun", prog_name="speedrun")
+def main() -> None:
+    """Train a GPT-2-grade model and score it: prepare, pretrain, evaluate, report, or `run` for all of it.
+
+    \b
+    Example:
+      speedrun smoke          the whole pipeline on a CPU, in minutes
+    """
+
+
+@main.command()
+@recipe_options("smoke")
+@run_options
+@machine_options
+def run(**options: Any) -> None:
+    """All stages, one after the other; what is sealed is not done again.
+
+    \b
+    Example:
+      speedrun run --preset smoke --data my-texts/ --run-id mine
+    """
+    _run(STAGES, **options)
+
+
+@main.command()
+@recipe_options("smoke")
+@run_options
+def smoke(**options: Any) -> None:
+    """The whole pipeline on a CPU in minutes, from text that Python itself carries.
+
+    \b
+    Example:
+      speedrun smoke --fresh
+    """
+    _run(STAGES, **options)
+
+
+@main.command()
+@recipe_options("smoke")
+@out_option
+@bucket_options
+@talk_options
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
+def prepare(recipe: Any, out: Path, bucket: Any, quiet: bool, verbose: bool, dry_run: bool) -> None:
+    """Tokenizer and packed rows, sealed below OUT/prepared; runs with the same data share them.
+
+    \b
+    Example:
+      speedrun prepare --preset smoke --data my-texts/
+    """
+    from job.run import launch
+
+    if dry_run:
+        click.echo(launch.describe_plan(out, None, recipe, ("prepare",), ranks=1))
+        return
+    launch.prepare_alone(out, recipe, console=Console(_verbosity(quiet, verbose)), bucket=bucket)
+
+
+@main.command()
+@recipe_options("smoke", published_line=True)
+@run_options
+@machine_options
+def pretrain(
+    core_every: int | None, run_id: str | None, run_name: str | None, model_tag: str | None, **options: Any
+) -> None:
+    """Train the model (preparing its data first where that is not done). Takes the leaderboard's own flags; with
+    --core-metric-every the model is scored when it is trained.
+
+    \b
+    Example:
+      speedrun pretrain --preset smoke -o train.steps=100
+      speedrun pretrain --generation run2 --depth=26 --target-param-data-ratio=8.5 --device-batch-size=16 --fp8 --dry-run
+    """
+    scoring = scored_at_the_end(core_every, options["recipe"])
+    stages = STAGES if scoring else STAGES[:2]
+    _run(stages, run_id=run_id or model_tag or run_name, note=scoring, **options)
+
+
+@main.command()
+@recipe_options("run6")
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    help="h100, h200, a100-80gb, or cpu for a plan without a GPU.  [default: what the preset is made for]",
+)
+@click.option("--gpus", type=int, metavar="N", help="How many, in one node.  [default: what the preset is made for]")
+@click.option(
+    "--price",
+    type=float,
+    metavar="DOLLARS",
+    help="What the whole node costs an hour.  [default: the leaderboard's $3 an H100]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, and nothing else, on stdout.")
+def plan(recipe: Any, gpu: str | None, gpus: int | None, price: float | None, as_json: bool) -> None:
+    """What a run would need and cost, before anything is rented: steps, text, memory, minutes, dollars. Computes, and does nothing else.
+
+    \b
+    Example:
+      speedrun plan --preset run6 --price 24
+    """
+    from job.plan.page import page
+    from job.plan.quote import make_plan
+
+    made = make_plan(recipe, gpu, gpus, price)
+    click.echo(json.dumps(made.document(), indent=1) if as_json else page(made))
+
+
+@main.command()
+@recipe_options("run6")
+@out_option
+@bucket_options
+@machine_options
+@click.option(
+    "--deep",
+    is_flag=True,
+    help="Compute and compare on the GPU as well: attention, fp8's products and loss (a minute).",
+)
+@click.option(
+    "--run-id",
+    metavar="ID",
+    help="With --bucket: the run beside whose record doctor.json is put.  [default: the preset's name]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, and nothing else, on stdout.")
+def doctor(
+    recipe: Any, out: Path, bucket: Any, strict: bool, allow_fa2: bool, deep: bool, run_id: str | None, as_json: bool
+) -> None:
+    """What this machine is and whether a run could be trusted to it; ends with 10 where it could not.
+
+    \b
+    Example:
+      speedrun doctor --preset run6 --deep
+    """
+    from job.machine import container
+
+    container.check_temporary_folder()  # torch wants one as it is imported
+    from job.errors import PreflightError
+    from job.run import doctor as examination
+    from job.run.launch import run_folder
+    from job.store.fence import run_key
+
+    run_id = run_folder(out, run_id or recipe.preset).name
+    document = examination.examine(recipe, out, strict=strict, allow_fa2=allow_fa2, deep=deep)
+    text = json.dumps(document, indent=1)
+    click.echo(text if as_json else examination.page(document))
+    if bucket is not None:
+        bucket.store.put(f"{run_key(run_id)}/doctor.json", text.encode() + b"\n", "application/json")
+    if document["refused"]:
+        raise PreflightError(document["refused"])
+
+
+@main.command()
+@out_option
+@bucket_options
+@click.option("--run-id", metavar="ID", help="The run whose finished model is scored.")
+@click.option(
+    "--hf",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Score this local Hugging Face model instead of a run's.",
+)
+@click.option(
+    "--core-bundle",
+    metavar="PATH",
+    help="The CORE bundle: folder, .zip, .tar.zst, or the address of one.  [default: what the run's recipe says; with --hf, the published one]",
+)
+@click.option(
+    "-o", "overrides", multiple=True, metavar="eval.KEY=VALUE", help="Override one value of the recipe's eval section."
+)
+@ranks_option
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
+@json_option
+@talk_options
+def evaluate(
+    out: Path,
+    bucket: Any,
+    run_id: str | None,
+    hf: Path | None,
+    core_bundle: str | None,
+    overrides: tuple[str, ...],
+    ranks: int | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Score a finished model: bits per byte, tasks, samples; then its report. Where the run has a score that says more (CORE before a
+    smoke score, more items before fewer), that one and the report stay, and this one goes beside it.
+
+    \b
+    Example:
+      speedrun evaluate --run-id smoke --core-bundle core_bundle.zip -o eval.cap=20
+      speedrun evaluate --hf models/gpt2 -o eval.cap=1000
+    """
+    from job.evaluation import rescore
+    from job.run import launch
+    from job.run.nodes import nodes_here
+
+    if (run_id is None) == (hf is None):
+        raise UsageError("say what is scored: --run-id ID for a run's model, or --hf DIR for another")
+    console = Console(_verbosity(quiet, verbose))
+    nodes = nodes_here(ranks, run_id or "hf")
+    if not nodes.is_first:
+        console.say("the first node evaluates; there is nothing to do on this one")
+        return
+    nodes = nodes.alone()
+    if hf is not None:
+        _evaluate_hf(out, hf, core_bundle, overrides, nodes.ranks, dry_run, as_json, console)
+        return
+
+    run_path = launch.existing_run(out, run_id, bucket)
+    if bucket:
+        bucket.pull_results(run_path)
+    recipe = rescore.recipe_for_evaluation(run_path, core_bundle, overrides)
+    stages = (
+        STAGES[2:] if bucket is None else ("prepare", *STAGES[2:])
+    )  # what this machine may not have, the bucket has
+    with rescore.asking(run_path, recipe, launch.recipe_document(recipe, run_id)) as asked:
+        kept = (
+            f"the run has a fuller score, which stays as it is; this one is in {asked.folder}"
+            if asked.is_lesser
+            else ""
+        )
+        if dry_run:
+            plan = launch.describe_plan(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks)
+            click.echo(f"{plan}\n{kept}".rstrip())
+            return
+        launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, asked=asked, bucket=bucket)
+    if asked.is_lesser:
+        _show_lesser(run_path, asked.folder, kept, as_json, quiet)
+    else:
+        _show_result(run_path, as_json, quiet)
+
+
+@main.command()
+@out_option
+@bucket_options
+@click.option("--run-id", required=True, metavar="ID", help="The run that is reported.")
+@json_option
+@talk_options
+def report(out: Path, bucket: Any, run_id: str, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Write the page and result.json of a run, finished or not.
+
+    \b
+    Example:
+      speedrun report --run-id smoke --json
+    """
+    from job.report.render import write_report
+    from job.run import launch
+
+    run_path = launch.existing_run(out, run_id, bucket)
+    if bucket:
+        bucket.pull_results(run_path)
+    write_report(run_path)
+    _show_result(run_path, as_json, quiet)
+
+
+@main.command("wandb-sync")
+@out_option
+@click.option("--run-id", required=True, metavar="ID", help="The run that wandb is to have, finished or not.")
+def wandb_sync(out: Path, run_id: str) -> None:
+    """Send wandb what it has not got yet of a run that was offline, or that lost wandb on the way.
+
+    \b
+    Example:
+      speedrun wandb-sync --run-id mine
+    """
+    from job.run import launch, wandb_client
+
+    wandb_client.sync(launch.existing_run(out, run_id), Console())
+
+
+def _run(
+    stages: tuple[str, ...],
+    recipe: Any,
+    out: Path,
+    bucket: Any,
+    run_id: str | None,
+    ranks: int | None,
+    fresh: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    strict: bool = False,
+    allow_fa2: bool = False,
+    note: str | None = None,
+) -> None:
+    """`note`: a sentence to say first of all."""
+    from job.machine import container
+
+    container.check_temporary_folder()  # torch wants one as it is imported
+    from job.run import launch, preflight
+    from job.run.follow import join
+    from job.run.nodes import nodes_here
+
+    run_id = run_id or recipe.preset
+    console = Console(_verbosity(quiet, verbose))
+    nodes = nodes_here(ranks, run_id, recipe.preset)
+    notes = [*([note] if note else []), *preflight.about_comm(recipe, nodes.world_size)]
+    if dry_run:
+        plan = launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size)
+        click.echo("\n".join([plan, *notes]))
+        return
+    for sentence in [*notes, *preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2)]:
+        console.say(sentence)
+    if strict and bucket is None:
+        raise UsageError(
+            "--strict is for machines that go away, and what is on this one would go with it: give --bucket s3://bucket/prefix"
+        )
+    if not nodes.is_first:
+        join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)
+        return
+    run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=nodes.world_size, bucket=bucket)
+    launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, bucket=bucket, fresh=fresh)
+    if "report" in stages:
+        _show_result(run_path, as_json, quiet)
+
+
+def _evaluate_hf(
+    out: Path,
+    folder: Path,
+    core_bundle: str | None,
+    overrides: tuple[str, ...],
+    ranks: int,
+    dry_run: bool,
+    as_json: bool,
+    console: Console,
+) -> None:
+    from job.evaluation.ledger import table_lines
+    from job.run import hf_launch
+
+    asked = hf_launch.options(core_bundle, overrides)
+    hf_launch.check(folder)
+    if dry_run:
+        items = f"at most {asked.cap:,} items a task" if asked.cap else "all items"
+        click.echo(f"{folder}: {items} of {asked.core_bundle}; answers below {hf_launch.folder_of(out, folder)}")
+        return
+    ledger = hf_launch.evaluate(out, folder, asked, ranks=ranks, console=console)
+    if as_json:
+        click.echo(json.dumps(ledger.as_dict(), indent=1))
+    elif console.verbosity >= 0:
+        click.echo("\n".join(table_lines(ledger)))
+
+
+def _show_result(run_path: Path, as_json: bool, quiet: bool) -> None:
+    from job.report.words import summary_lines
+
+    text = (run_path / "report" / "result.json").read_text(encoding="utf-8")
+    if as_json:
+        click.echo(text, nl=False)
+    elif not quiet:
+        click.echo("\n".join(summary_lines(json.loads(text), run_path / "report" / "report.html")))
+
+
+def _show_lesser(run_path: Path, answers: Path, kept: str, as_json: bool, quiet: bool) -> None:
+    from job.evaluation.ledger import Ledger, table_lines
+    from job.report.result import build_result
+
+    if as_json:
+        click.echo(json.dumps(build_result(run_path, answers), indent=1))
+    elif not quiet:
+        click.echo("\n".join([*table_lines(Ledger.open(answers)), kept]))
+
+
+def _verbosity(quiet: bool, verbose: bool) -> int:
+    if quiet and verbose:
+        raise UsageError("-q and -v contradict each other; give one of them")
+    return -1 if quiet else int(verbose)

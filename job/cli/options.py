@@ -1,0 +1,147 @@
+"""The options that several commands share, as decorators. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from job.cli.published_line import line_options, recipe_flags
+
+
+def out_option(command: Callable) -> Callable:
+    return click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        default=Path("out"),
+        show_default=True,
+        metavar="DIR",
+        help="Where everything is written.",
+    )(command)
+
+
+def bucket_options(command: Callable) -> Callable:
+    """Options of the commands that work with a bucket; the command is given `bucket` (ready to be used, or None) instead of them."""
+
+    @click.option(
+        "--bucket",
+        "url",
+        envvar="SPEEDRUN_BUCKET",
+        metavar="URL",
+        help="Mirror everything to s3://bucket/prefix (or a folder: /x, ./x), and go on from what is there.  [env: SPEEDRUN_BUCKET]",
+    )
+    @click.option(
+        "--bucket-wait",
+        type=click.FloatRange(min=0),
+        default=10.0,
+        show_default=True,
+        metavar="MINUTES",
+        help="How long the end of a run waits for its uploads.",
+    )
+    @functools.wraps(command)
+    def wrapped(url: str | None, bucket_wait: float, **others: Any) -> Any:
+        from job.run.bucket import Bucket, check_place
+
+        wanted = url is not None and not others.get("hf")
+        if wanted:
+            check_place(url, others["out"], strict=others.get("strict", False))
+        bucket = Bucket.at(url, 60 * bucket_wait) if wanted and not others.get("dry_run") else None
+        return command(bucket=bucket, **others)
+
+    return wrapped
+
+
+def talk_options(command: Callable) -> Callable:
+    quiet = click.option("-q", "--quiet", is_flag=True, help="Say errors only.")
+    verbose = click.option("-v", "--verbose", is_flag=True, help="Say every event as well.")
+    return verbose(quiet(command))
+
+
+def json_option(command: Callable) -> Callable:
+    return click.option("--json", "as_json", is_flag=True, help="Print result.json, and nothing else, on stdout.")(
+        command
+    )
+
+
+def recipe_options(default_preset: str, *, published_line: bool = False) -> Callable[[Callable], Callable]:
+    """The options that make a recipe; the command is given `recipe` instead of them. `published_line`: the leaderboard's flags too."""
+
+    def decorate(command: Callable) -> Callable:
+        @(line_options if published_line else lambda command: command)
+        @click.option("--preset", metavar="NAME", help=f"Named recipe.  [default: {default_preset}]")
+        @click.option(
+            "-o",
+            "overrides",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Override one value of the recipe; may be repeated.",
+        )
+        @click.option(
+            "--data",
+            multiple=True,
+            metavar="PATH",
+            help="Your text: a folder (without its subfolders) or a file; parquet, jsonl or txt; may be repeated.",
+        )
+        @click.option(
+            "--core-bundle", metavar="PATH", help="The CORE bundle: folder, .zip, .tar.zst, or the address of one."
+        )
+        @functools.wraps(command)
+        def wrapped(
+            preset: str | None,
+            overrides: tuple[str, ...],
+            data: tuple[str, ...],
+            core_bundle: str | None,
+            **others: Any,
+        ) -> Any:
+            from job.recipe.config import resolve
+
+            flags: dict[str, tuple[str, Any]] = {}
+            if published_line:
+                preset, flags = recipe_flags(preset, others)
+            if data:
+                flags["data.source"] = ("--data", "local")
+                flags["data.paths"] = ("--data", data)
+            if core_bundle is not None:
+                flags["eval.core_bundle"] = ("--core-bundle", core_bundle)
+            return command(recipe=resolve(preset or default_preset, flags, overrides), **others)
+
+        return wrapped
+
+    return decorate
+
+
+def ranks_option(command: Callable) -> Callable:
+    words = "Processes on each machine.  [default: one a GPU, else 1]"
+    return click.option("--ranks", type=click.IntRange(1, 64), metavar="N", help=words)(command)
+
+
+def run_options(command: Callable) -> Callable:
+    """Options of the commands that make or continue a run."""
+    run_id = click.option(
+        "--run-id",
+        metavar="ID",
+        help="Name of the run; the same name goes on where it stopped.  [default: the preset's name]",
+    )
+    fresh = click.option(
+        "--fresh", is_flag=True, help="Discard what this run id has and start anew; prepared data are kept."
+    )
+    dry = click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
+    for option in (talk_options, json_option, dry, fresh, ranks_option, run_id, bucket_options, out_option):
+        command = option(command)
+    return command
+
+
+def machine_options(command: Callable) -> Callable:
+    """Options of the commands that train on rented machines (job/run/preflight.py)."""
+    strict = click.option(
+        "--strict",
+        is_flag=True,
+        help="Refuse a machine that would train slowly, and a run without s3://; for machines that cost money.",
+    )
+    fa2 = click.option(
+        "--allow-fa2", is_flag=True, help="With --strict, accept FlashAttention 2 where a faster kernel is missing."
+    )
+    return strict(fa2(command))

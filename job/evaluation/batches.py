@@ -1,0 +1,158 @@
+"""Items into batches: which rows go through the model together, and what they look like.
+
+An item's options share a long prefix (ten shots and the question) and differ in a short tail. Where the model can (`Fork` of
+model/fork.py), a row holds the prefix once and then all tails:
+
+    fork    [ prefix of item 1 ........ | tail A | tail B | tail C | tail D ]     one row per item
+    plain   [ prefix of item 1 ........ | tail A ]  [ prefix ........ | tail B ]  ...     one row per option
+
+A fork pays when it saves a quarter of the tokens; else every option is a row of its own. Either way a batch's rows are padded to the
+same widths. On a GPU these come from a short grid (eight per octave), so that a compiler or an allocator meets few shapes. A CPU does
+not mind shapes and pays for every token that is padding: its grid is fine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from job.evaluation.prompts import Item
+from model.fork import Fork
+
+SHORTEST = 16
+FINE = 8
+FORK_PAYS = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Some of a task's items as `rows` rows of `prefix` + `tails` columns; prefix 0: plain rows, one per option.
+
+    `cost` is the tokens of the forward pass, padding included.
+    """
+
+    items: tuple[int, ...]
+    rows: int
+    prefix: int
+    tails: int
+
+    @property
+    def cost(self) -> int:
+        return self.rows * (self.prefix + self.tails)
+
+
+def plain_shape(item: Item) -> tuple[int, int, int]:
+    """Rows, prefix columns and tail columns of the item in plain rows; the last token of a row predicts nothing and stays out."""
+    return len(item.tails), 0, item.longest - 1
+
+
+def fork_shape(item: Item) -> tuple[int, int, int]:
+    return 1, len(item.prefix), sum(len(tail) - 1 for tail in item.tails)
+
+
+def shape_of(item: Item, forks: bool) -> tuple[int, int, int]:
+    """The shape that is run: a fork where the model can and where it pays."""
+    plain, fork = plain_shape(item), fork_shape(item)
+    pays = fork[1] > 0 and fork[1] + fork[2] <= FORK_PAYS * plain[0] * plain[2]
+    return fork if forks and pays else plain
+
+
+def padded_length(tokens: int, fine: bool = False) -> int:
+    """The next width of the grid: multiples of an eighth of the power of two below, at least SHORTEST; 0 stays 0. Fine: multiples of 8."""
+    if fine:
+        return -(-tokens // FINE) * FINE
+    if tokens <= SHORTEST:
+        return SHORTEST if tokens else 0
+    step = max(1 << (tokens - 1).bit_length() - 4, 1)
+    return -(-tokens // step) * step
+
+
+def plan_batches(items: Sequence[Item], token_budget: int, forks: bool = False, fine: bool = False) -> list[Batch]:
+    """Every item in exactly one batch, forks and plain rows apart, the longest first; `fine` widths or few.
+
+    A batch ends where the next item would make it exceed the budget, or so unequal that more than an eighth of the budget would be
+    padding (with fine widths a sixty-fourth). An item larger than the budget is a batch of its own.
+    """
+    shapes = [shape_of(item, forks) for item in items]
+    of_forks = [i for i, (_, prefix, _) in enumerate(shapes) if prefix]
+    of_plain = [i for i, (_, prefix, _) in enumerate(shapes) if not prefix]
+    return _cut(of_forks, shapes, token_budget, fine) + _cut(of_plain, shapes, token_budget, fine)
+
+
+def _cut(order: Sequence[int], shapes: Sequence[tuple[int, int, int]], token_budget: int, fine: bool) -> list[Batch]:
+    batches: list[Batch] = []
+    chosen: list[int] = []
+    padding = token_budget // (64 if fine else 8)
+    batch, own = Batch((), 0, 0, 0), 0
+    for i in sorted(order, key=lambda i: (-shapes[i][1] - shapes[i][2], i)):
+        alone = Batch((i,), shapes[i][0], *(padded_length(tokens, fine) for tokens in shapes[i][1:]))
+        grown = Batch((), batch.rows + alone.rows, max(batch.prefix, alone.prefix), max(batch.tails, alone.tails))
+        if chosen and (grown.cost > token_budget or grown.cost - own - alone.cost > padding):
+            batches.append(dataclasses.replace(batch, items=tuple(chosen)))
+            chosen, own, grown = [], 0, alone
+        chosen.append(i)
+        batch, own = grown, own + alone.cost
+    return [*batches, dataclasses.replace(batch, items=tuple(chosen))] if chosen else batches
+
+
+def share(batches: Sequence[Batch], size: int) -> list[list[Batch]]:
+    """The batches of each of `size` ranks: the costliest first, each to the rank with the least work so far."""
+    shares: list[list[Batch]] = [[] for _ in range(size)]
+    load = [0] * size
+    for batch in sorted(batches, key=lambda batch: (-batch.cost, batch.items)):
+        rank = load.index(min(load))
+        shares[rank].append(batch)
+        load[rank] += batch.cost
+    return shares
+
+
+def tensors_of(
+    items: Sequence[Item], batch: Batch, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Fork | None]:
+    """ids (rows, prefix + tails), places (N,), words (N,), all int64, and the fork if the rows are forks; `items` are the batch's.
+
+    Each scored token in order, option by option: `places` has the position that predicts it, counted row by row through `ids`, and
+    `words` the token. Worked out here, on the host, because asking a GPU where something stands means waiting for it.
+    """
+    ids = np.zeros((batch.rows, batch.prefix + batch.tails), dtype=np.int64)
+    targets = np.full_like(ids, -1)
+    position, branch, previous = np.zeros_like(ids), np.full_like(ids, -1), np.zeros_like(ids)
+    b = 0
+    for item in items:
+        shared = len(item.prefix) if batch.prefix else 0
+        ids[b, :shared] = item.prefix[:shared]
+        position[b, :shared] = np.arange(shared)
+        previous[b, :shared] = np.arange(shared) - 1
+        branch[b, :shared] = 0
+        at = batch.prefix
+        for r, (tail, start) in enumerate(zip(item.tails, item.starts, strict=True)):
+            row = tail if batch.prefix else np.concatenate([item.prefix, tail])
+            span = slice(at, at + len(row) - 1)
+            ids[b, span] = row[:-1]
+            targets[b, span] = np.where(np.arange(shared + 1, shared + len(row)) >= start, row[1:], -1)
+            position[b, span] = np.arange(shared, shared + len(row) - 1)
+            previous[b, span] = np.arange(at - 1, at + len(row) - 2)
+            previous[b, at] = shared - 1
+            branch[b, span] = r + 1
+            at = span.stop if batch.prefix else 0
+            b += not batch.prefix
+        b += batch.prefix > 0
+    fork = (
+        Fork(batch.prefix, *(_to(array, device) for array in (position, branch, previous.clip(min=0))))
+        if batch.prefix
+        else None
+    )
+    places = np.flatnonzero(targets >= 0)
+    return _to(ids, device), _to(places, device), _to(targets.ravel()[places], device), fork
+
+
+def _to(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """On a GPU from pinned memory, whose copy does not wait for the queue."""
+    tensor = torch.from_numpy(array)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    )

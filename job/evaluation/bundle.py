@@ -1,0 +1,183 @@
+"""An evaluation bundle: tasks, their examples and their random baselines, from a folder, a .zip or a .tar.zst.
+
+    core.yaml                 icl_tasks: label, dataset_uri, num_fewshot, icl_task_type, continuation_delimiter (a space when absent)
+    eval_meta_data.csv        "Eval Task" and "Random baseline" (per cent) of each label
+    eval_data/<dataset_uri>   one JSON example a line
+
+Archives are read in memory (CORE is 48 MB), never unpacked, and may hold everything below a folder `eval_bundle/`. Only two bundles are
+ever read: CORE itself, each of whose files must have the SHA-256 of `core_v1.py` before a line of it is parsed, and the smoke bundle that
+this program has written. So the parser is a plain one.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from job.errors import DataError
+from job.evaluation.core_v1 import CORE_SHA256
+from job.store.sealed import canonical_json
+
+MULTIPLE_CHOICE = "multiple_choice"
+SCHEMA = "schema"
+LANGUAGE_MODELING = "language_modeling"
+OPTIONS_KEY = {MULTIPLE_CHOICE: "choices", SCHEMA: "context_options"}
+
+TOP_FOLDER = "eval_bundle/"
+MAX_UNPACKED_BYTES = 2 << 30
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+Files = Callable[[str], bytes | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task. `examples[i]` is line i + 1 of `file`; `baseline` is the accuracy of a random guesser, between 0 and 1."""
+
+    label: str
+    kind: str
+    shots: int
+    delimiter: str
+    baseline: float
+    file: str
+    examples: tuple[dict[str, Any], ...] = dataclasses.field(repr=False)
+    origin: str = ""
+
+    def where(self, index: int) -> str:
+        """How messages name example `index`: the bundle, the file, the line."""
+        return f"{self.origin}: {self.file}, line {index + 1}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """The tasks in core.yaml's order; `files` maps each file that the answers depend on to its SHA-256."""
+
+    path: Path
+    tasks: tuple[Task, ...]
+    files: Mapping[str, str]
+
+    @property
+    def id(self) -> str:
+        """16 hex digits; the same for a folder, a zip and a tar.zst of the same files."""
+        return hashlib.sha256(canonical_json(dict(self.files)).encode()).hexdigest()[:16]
+
+    @property
+    def is_core(self) -> bool:
+        return dict(self.files) == CORE_SHA256
+
+    @property
+    def metric_name(self) -> str:
+        """What the score of this bundle may be called: "core" for CORE's own files, "smoke_score" for anything else."""
+        return "core" if self.is_core else "smoke_score"
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        return {task.label: task.baseline for task in self.tasks}
+
+
+def open_bundle(path: Path | str, *, only_core: bool = False) -> Bundle:
+    """Read a whole bundle; with `only_core`, DataError for any file that is not the one CORE's published scores were made with.
+
+    Raises DataError (exit 11) for what is missing, damaged or no bundle.
+    """
+    path = Path(path)
+    read, hashes = _rooted(_reader(path)), {}
+
+    def need(name: str) -> bytes:
+        data = read(name)
+        if data is None:
+            raise DataError(f"{path}: {name} is missing; a bundle has core.yaml, eval_meta_data.csv and eval_data/")
+        hashes[name] = hashlib.sha256(data).hexdigest()
+        if only_core and hashes[name] != CORE_SHA256.get(name):
+            raise DataError(
+                f"{path} is another version than the published CORE bundle ({name} differs); get eval_bundle.zip"
+            )
+        return data
+
+    try:
+        tasks = _parse(path, need)
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"{path} is no evaluation bundle ({reason}); get the bundle again") from error
+    return Bundle(path, tasks, dict(sorted(hashes.items())))
+
+
+def _parse(path: Path, need: Callable[[str], bytes]) -> tuple[Task, ...]:
+    entries = yaml.safe_load(need("core.yaml"))["icl_tasks"]
+    rows = csv.DictReader(io.StringIO(need("eval_meta_data.csv").decode()))
+    percent = {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
+    files = dict.fromkeys(f"eval_data/{entry['dataset_uri']}" for entry in entries)
+    examples = {file: tuple(map(json.loads, need(file).splitlines())) for file in files}
+    return tuple(
+        Task(
+            label=entry["label"],
+            kind=entry["icl_task_type"],
+            shots=entry["num_fewshot"][0],
+            delimiter=entry.get("continuation_delimiter", " "),
+            baseline=percent[entry["label"]] / 100,
+            file=(file := f"eval_data/{entry['dataset_uri']}"),
+            examples=examples[file],
+            origin=str(path),
+        )
+        for entry in entries
+    )
+
+
+def _reader(path: Path) -> Files:
+    """What gives a file's bytes by its name, or None."""
+    if path.is_dir():
+        return lambda name: (path / name).read_bytes() if (path / name).is_file() else None
+    if not path.is_file():
+        raise DataError(f"{path} is not there; a bundle is a folder, a .zip or a .tar.zst")
+    try:
+        return _read_archive(path).get
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{path} is neither a folder nor a readable .zip or .tar.zst ({error}); get the bundle again"
+        ) from error
+
+
+def _rooted(read: Files) -> Files:
+    """`read` below eval_bundle/ where core.yaml is there and not at the top."""
+    if read("core.yaml") is None and read(TOP_FOLDER + "core.yaml") is not None:
+        return lambda name: read(TOP_FOLDER + name)
+    return read
+
+
+def _read_archive(path: Path) -> dict[str, bytes]:
+    with open(path, "rb") as file:
+        if file.read(len(ZSTD_MAGIC)) == ZSTD_MAGIC:
+            return _read_tar_zst(path)
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        _check_size(path, sum(member.file_size for member in members))
+        return {member.filename: archive.read(member) for member in members}
+
+
+def _read_tar_zst(path: Path) -> dict[str, bytes]:
+    import pyarrow as pa
+
+    files, total = {}, 0
+    with pa.CompressedInputStream(path, "zstd") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            total += member.size
+            _check_size(path, total)
+            if member.isfile():
+                files[member.name.removeprefix("./")] = archive.extractfile(member).read()
+    return files
+
+
+def _check_size(path: Path, total: int) -> None:
+    if total > MAX_UNPACKED_BYTES:
+        raise DataError(f"{path} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB; this is not an evaluation bundle")

@@ -1,0 +1,108 @@
+"""The bundle that a recipe names: a folder or archive on disk, or an address it is published at.
+
+A fetched archive is kept below --out and used again. It is trusted file by file (`core_v1.py`), never as a whole: the SHA-256 of the
+published zip has been seen in public code and was not verified, so an archive of another one is reported and used, if all
+files in it are CORE's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from job.errors import DataError
+from job.evaluation.bundle import MAX_UNPACKED_BYTES, Bundle, open_bundle
+from job.evaluation.core_v1 import PUBLISHED_URL, ZIP_SHA256
+from job.reporter import Reporter
+from job.store.sealed import sha256_file, storage_errors
+
+ATTEMPTS = 4
+SILENCE_SECONDS = 30.0
+CHUNK = 1 << 18
+
+
+def is_address(where: str) -> bool:
+    return where.startswith(("http://", "https://"))
+
+
+def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
+    """CORE itself, from the folder, archive or http(s) address `where`; what is fetched is kept in `cache`.
+
+    Raises DataError when it cannot be had, is damaged, or is another bundle than CORE.
+    """
+    return fetch_core(where, cache, reporter) if is_address(where) else open_bundle(where, only_core=True)
+
+
+def fetch_core(url: str, cache: Path, reporter: Reporter) -> Bundle:
+    """CORE from `url`, or from `cache` where an earlier fetch left it whole."""
+    name = PurePosixPath(urlsplit(url).path).name or "bundle"
+    file = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    if file.is_file():
+        return open_bundle(file, only_core=True)
+    part = file.with_name(f".{name}.part-{os.getpid()}")
+    with storage_errors(part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _download(url, part, reporter)
+            try:
+                open_bundle(part, only_core=True)
+            except DataError as error:
+                raise DataError(f"what {url} gave is not the CORE bundle: {error}") from error
+            _compare_archive(url, part, reporter)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
+    return open_bundle(file, only_core=True)
+
+
+def _compare_archive(url: str, part: Path, reporter: Reporter) -> None:
+    if PurePosixPath(urlsplit(url).path).name == PurePosixPath(urlsplit(PUBLISHED_URL).path).name:
+        found = sha256_file(part)
+        if found != ZIP_SHA256:
+            text = f"{url} is not the archive seen before (SHA-256 {found}); every file in it is CORE's, so it is used"
+            reporter.emit("warning", text=text)
+
+
+def _download(url: str, part: Path, reporter: Reporter) -> None:
+    """Write what `url` gives to `part`, whole; DataError after ATTEMPTS or where another one is no use."""
+    problem = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(2.0 ** (attempt - 1))
+        try:
+            with open(part, "wb") as file:
+                for piece in _pieces(url, reporter):
+                    file.write(piece)
+            return
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP {error.code}"
+            if error.code < 500 and error.code not in (408, 429):
+                break
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+            problem = str(getattr(error, "reason", error)) or type(error).__name__
+    raise DataError(
+        f"the CORE bundle cannot be fetched from {url} ({problem}); check the network, or get the file and name it with --core-bundle"
+    )
+
+
+def _pieces(url: str, reporter: Reporter) -> Iterator[bytes]:
+    """The answer's body; ConnectionError when it ends before the length that the server stated."""
+    with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as answer:
+        total, done = int(answer.headers.get("Content-Length") or 0), 0
+        while piece := answer.read(CHUNK):
+            done += len(piece)
+            if done > MAX_UNPACKED_BYTES:
+                raise DataError(
+                    f"{url} gives more than {MAX_UNPACKED_BYTES >> 30} GiB; this is not an evaluation bundle"
+                )
+            yield piece
+            reporter.progress("fetch", done, max(total, done), "bytes")
+        if done < total:
+            raise ConnectionError(f"the answer ended after {done} of {total} bytes")

@@ -1,0 +1,103 @@
+"""Any causal language model of the Hugging Face format, as the scorer sees it: a local folder with its own tokenizer.
+
+Needs the extra `[hf]` (transformers). Weights are taken in the precision they are stored in; no code from the folder is run.
+
+A model of fixed positions (GPT-2: 1,024) is shown the last `max_positions` tokens of a prompt, as the published scores were made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from job.errors import DataError
+from job.store.sealed import canonical_json, sha256_file
+
+WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+FALLBACK_BOS = "<|endoftext|>"
+
+
+class CausalLM:
+    """A transformers model with what the scorer asks for: hidden states for plain rows, and fp32 logits of some of them.
+
+    Some models do more to their logits than one matrix product (a softcap, a scale). Whether this one does is tried out once; if so
+    the whole model is run for all positions, which takes more memory and gives the same answers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        self._head = None
+        if self._head_alone_gives_the_logits():
+            self._head = model.get_output_embeddings()
+
+    @torch.no_grad()
+    def _head_alone_gives_the_logits(self) -> bool:
+        head, body = self._model.get_output_embeddings(), self._model.base_model
+        if head is None or body is self._model:
+            return False
+        ids = torch.arange(8, device=self._model.device).unsqueeze(0)
+        return torch.equal(
+            head(body(input_ids=ids, use_cache=False)[0]), self._model(input_ids=ids, use_cache=False).logits
+        )
+
+    @property
+    def dtype(self) -> str:
+        return str(self._model.dtype).removeprefix("torch.")
+
+    def hidden(self, idx: Tensor, fork: None = None, only: Tensor | None = None) -> Tensor:
+        """(B, T) -> the places `only` of it, (N, D), or the logits themselves, (N, V); without `only`, of all, (B, T, ...).
+
+        Columns beyond the model's positions, all padding, are zeros.
+        """
+        model = self._model if self._head is None else self._model.base_model
+        states = model(input_ids=idx[:, : self.max_positions], use_cache=False)[0]
+        states = F.pad(states, (0, 0, 0, idx.size(1) - states.size(1)))
+        return states if only is None else states.flatten(0, 1)[only]
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V) fp32."""
+        return (hidden if self._head is None else self._head(hidden)).float()
+
+
+class HFTokenizer:
+    """A transformers tokenizer as an Encoder: special tokens are never read out of text, and BOS is its own or <|endoftext|>."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.bos_id: int | None = tokenizer.bos_token_id
+        if self.bos_id is None:
+            self.bos_id = tokenizer.get_vocab().get(FALLBACK_BOS)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def load(folder: Path, device: torch.device | str) -> tuple[CausalLM, HFTokenizer]:
+    """The model and tokenizer in `folder`; DataError when it does not hold them."""
+    import transformers
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{folder} cannot be loaded as a causal language model ({reason}); give a folder with config, weights and tokenizer"
+        ) from error
+    return CausalLM(model.eval().to(device)), HFTokenizer(tokenizer)
+
+
+def identity(folder: Path, patterns: tuple[str, ...]) -> str:
+    """16 hex digits over names and contents of the files in `folder` that match; DataError where none does."""
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    if not files:
+        raise DataError(f"{folder} has none of {', '.join(patterns)}; give a folder with config, weights and tokenizer")
+    return hashlib.sha256(canonical_json({file.name: sha256_file(file) for file in files}).encode()).hexdigest()[:16]

@@ -1,0 +1,46 @@
+"""Scoring a Hugging Face model by CORE, outside of any run: the ranks' side. `job/run/hf_launch.py` starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from job.evaluation import hf
+from job.evaluation.fetch import open_core
+from job.evaluation.score import Forward, evaluate
+from job.machine import host
+from job.reporter import Reporter
+from job.run.rank import RankContext
+from job.train.ranks import joined
+
+
+def main(context: RankContext) -> None:
+    """One rank's share. The recipe file is {"model", "core_bundle", "cap"}; the ledger goes to `context.run`."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    asked = json.loads(context.recipe_file.read_text(encoding="utf-8"))
+    folder, cache = Path(asked["model"]), context.out / "bundles"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    with joined(context.rank, context.world_size) as ranks:
+        first = None
+        if ranks.rank == 0:
+            open_core(asked["core_bundle"], cache, context.reporter)  # fetched by one rank, found by the others
+            first = hf.identity(folder, hf.WEIGHT_FILES), hf.identity(folder, hf.TOKENIZER_FILES)
+        weights, tokenizer_id = ranks.all_gather(first)[0]
+        bundle = open_core(asked["core_bundle"], cache, Reporter())
+        model, tokenizer = hf.load(folder, device)
+        evaluate(
+            Forward(model, forks=False),
+            tokenizer,
+            bundle,
+            context.run,
+            cap=asked["cap"],
+            reporter=context.reporter,
+            made_from={"weights": weights, "tokenizer": tokenizer_id, "dtype": model.dtype, "backend": device.type},
+            device=device,
+            max_tokens=model.max_positions,
+            workers=host.usable_cores(),
+            ranks=ranks,
+        )

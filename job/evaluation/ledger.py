@@ -1,0 +1,215 @@
+"""The ledger: every answer kept, and what follows from the answers.
+
+    out/<label>/answers.csv    sealed; one line per item: line, gold, chosen, right, margin
+    out/ledger/ledger.json     sealed; the metric, its error, one entry per task, and what it was made from
+
+`line` is the item's line in the task's file. `margin` is in nats and positive exactly when the answer is right (0 on a tie): for
+multiple_choice and schema the lowest mean token loss among the wrong options minus that of the right one; for language_modeling the
+smallest lead, over the continuation's tokens, of the right token's logit over the best other. It is empty where an option without a
+scored token decided. `chosen` and `gold` are empty for language_modeling.
+
+The mathematics (DCLM, arXiv:2406.11794): centred accuracy = (accuracy - baseline) / (1 - baseline); the metric is the plain mean of
+the tasks' centred accuracies. Its error is that of item sampling alone: binomial, tasks taken as independent, so
+
+    se(accuracy) = sqrt(a (1 - a) / n)      se(centred) = se(accuracy) / (1 - baseline)      se(metric) = sqrt(sum se(centred)^2) / tasks
+
+and a task's `error_share` is its part of that sum. Training noise (about 0.006 from run to run, published) comes on top.
+This module needs no torch: reports read ledgers.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from job.errors import DataError
+from job.evaluation.bundle import Task
+from job.store.sealed import content_id, is_sealed, open_sealed, sealing
+
+ANSWERS = "eval_answers"
+LEDGER = "eval_ledger"
+COLUMNS = ("line", "gold", "chosen", "right", "margin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model answered to one item; fields as in the module's docstring."""
+
+    line: int
+    gold: int | None
+    chosen: int | None
+    right: bool
+    margin: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """One task's row. `se` and `error_share` as in the module's docstring; `seconds` of scoring, on all ranks together's clock."""
+
+    label: str
+    kind: str
+    n: int
+    shots: int
+    accuracy: float
+    baseline: float
+    centered: float
+    se: float
+    error_share: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """The score of one model on one bundle. `name` is "core" or "smoke_score"; `made_from` says weights, bundle, cap, dtype, backend."""
+
+    name: str
+    metric: float
+    se: float
+    tasks: tuple[TaskResult, ...]
+    made_from: dict[str, Any]
+
+    @property
+    def cap(self) -> int | None:
+        """Items per task at most; None = all."""
+        return self.made_from.get("cap")
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def open(cls, out: Path) -> Ledger:
+        """The ledger sealed below `out`; DataError when it is not there or damaged."""
+        folder = open_sealed(Path(out) / "ledger", kind=LEDGER)
+        document = json.loads((folder.path / "ledger.json").read_text(encoding="utf-8"))
+        return cls(**{**document, "tasks": tuple(TaskResult(**task) for task in document["tasks"])})
+
+
+def centered_accuracy(accuracy: float, baseline: float) -> float:
+    """1 for all right, 0 for a guesser at the baseline; both arguments between 0 and 1."""
+    return (accuracy - baseline) / (1 - baseline)
+
+
+def metric_of(centered: Iterable[float]) -> float:
+    """The plain mean."""
+    values = list(centered)
+    return math.fsum(values) / len(values)
+
+
+def make_ledger(name: str, tasks: Sequence[tuple[Task, Sequence[Answer], float]], made_from: dict[str, Any]) -> Ledger:
+    """The ledger of (task, its answers, seconds) in the bundle's order."""
+    variances = [_centered_variance(task, answers) for task, answers, _ in tasks]
+    total = math.fsum(variances)
+    results = []
+    for (task, answers, seconds), variance in zip(tasks, variances, strict=True):
+        accuracy = _accuracy(answers)
+        results.append(
+            TaskResult(
+                label=task.label,
+                kind=task.kind,
+                n=len(answers),
+                shots=task.shots,
+                accuracy=accuracy,
+                baseline=task.baseline,
+                centered=centered_accuracy(accuracy, task.baseline),
+                se=math.sqrt(variance),
+                error_share=variance / total if total else 0.0,
+                seconds=seconds,
+            )
+        )
+    metric = metric_of(result.centered for result in results)
+    return Ledger(name, metric, math.sqrt(total) / len(results), tuple(results), made_from)
+
+
+def _accuracy(answers: Sequence[Answer]) -> float:
+    return sum(answer.right for answer in answers) / len(answers)
+
+
+def _centered_variance(task: Task, answers: Sequence[Answer]) -> float:
+    accuracy = _accuracy(answers)
+    return accuracy * (1 - accuracy) / len(answers) / (1 - task.baseline) ** 2
+
+
+def table_lines(ledger: Ledger) -> list[str]:
+    """The ledger as a table for a terminal: a line per task, then the metric."""
+    lines = [
+        f"{'task':<32} {'n':>6} {'shots':>5} {'accuracy':>8} {'baseline':>8} {'centred':>7} {'se':>6} {'of error':>8} {'seconds':>8}"
+    ]
+    for task in ledger.tasks:
+        lines.append(
+            f"{task.label:<32} {task.n:>6,} {task.shots:>5} {task.accuracy:>8.4f} {task.baseline:>8.3f} {task.centered:>7.4f}"
+            f" {task.se:>6.4f} {task.error_share:>8.1%} {task.seconds:>8.1f}"
+        )
+    name = "CORE" if ledger.name == "core" else "smoke score"
+    items = f"at most {ledger.cap:,} items a task" if ledger.cap else "all items"
+    how = ", ".join(str(ledger.made_from[key]) for key in ("dtype", "backend") if key in ledger.made_from)
+    return [
+        *lines,
+        f"{name} {ledger.metric:.4f} ± {ledger.se:.4f} ({items}; {how}); the error is that of item sampling alone",
+    ]
+
+
+# ---- on disk ------------------------------------------------------------------------------------------------------------------
+
+
+def sealed_answers(out: Path, label: str, made_from: dict[str, Any]) -> tuple[list[Answer], float] | None:
+    """The answers of a task and their seconds, if they are sealed and were made from exactly this; None otherwise."""
+    folder = Path(out) / label
+    if not is_sealed(folder):
+        return None
+    sealed = open_sealed(folder, kind=ANSWERS)
+    if sealed.id != content_id(ANSWERS, made_from):
+        return None
+    return read_answers(folder / "answers.csv"), float(sealed.facts["seconds"])
+
+
+def seal_answers(out: Path, label: str, made_from: dict[str, Any], answers: Sequence[Answer], seconds: float) -> None:
+    with sealing(Path(out) / label, kind=ANSWERS, made_from=made_from) as folder:
+        folder.facts |= {"n": len(answers), "accuracy": _accuracy(answers), "seconds": seconds}
+        (folder.path / "answers.csv").write_text(_answers_csv(answers), encoding="utf-8", newline="")
+
+
+def seal_ledger(out: Path, ledger: Ledger) -> None:
+    with sealing(Path(out) / "ledger", kind=LEDGER, made_from=ledger.made_from) as folder:
+        folder.facts |= {"name": ledger.name, "metric": ledger.metric}
+        (folder.path / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=1), encoding="utf-8")
+
+
+def _answers_csv(answers: Sequence[Answer]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for a in answers:
+        margin = "" if a.margin is None else f"{a.margin:.6g}"
+        writer.writerow(
+            [a.line, "" if a.gold is None else a.gold, "" if a.chosen is None else a.chosen, int(a.right), margin]
+        )
+    return text.getvalue()
+
+
+def read_answers(file: Path) -> list[Answer]:
+    """The answers of an answers.csv, in scoring order; DataError naming the line that is not one."""
+    answers = []
+    with open(file, encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            try:
+                gold, chosen, margin = (row[key] for key in ("gold", "chosen", "margin"))
+                answers.append(
+                    Answer(
+                        line=int(row["line"]),
+                        gold=int(gold) if gold else None,
+                        chosen=int(chosen) if chosen else None,
+                        right=row["right"] == "1",
+                        margin=float(margin) if margin else None,
+                    )
+                )
+            except (KeyError, ValueError):
+                raise DataError(
+                    f"{file}, answer {len(answers) + 1} cannot be read; delete {file.parent} and evaluate again"
+                ) from None
+    return answers

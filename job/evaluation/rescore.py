@@ -1,0 +1,90 @@
+"""`speedrun evaluate --run-id`: what is asked of a run's finished model, and where the answer goes.
+
+The run's own record is never worth less afterwards. Its recipe stays what it was begun with, so that the run's own command goes on being
+accepted. What says no more than the score that the run has already (a smaller cap, or the smoke score where CORE is known) goes to a
+folder of its own, and report and result.json stay as they are:
+
+    eval/<task>/ ...  eval/ledger/                    the run's score, the fullest that there was
+    eval/lesser/core-20/{<task>/ ..., ledger/}        CORE with at most 20 items a task, asked for later
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from job.errors import UsageError
+from job.evaluation.ledger import LEDGER
+from job.recipe.config import EvalConfig, Recipe, from_document, resolve
+from job.store.checkpoint_folder import KIND, folder_of
+from job.store.sealed import atomic_write, is_sealed, open_sealed
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """An evaluation: by which recipe, the file with its document (for the ranks), and the folder of its answers."""
+
+    recipe: Recipe
+    document: Path
+    folder: Path
+    is_lesser: bool
+    """whether the run's own score says more"""
+
+
+def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequence[str]) -> Recipe:
+    """The run's recipe with another `eval` section; UsageError for a key of any other section."""
+    recipe = from_document(json.loads((run / "recipe.json").read_text(encoding="utf-8")))
+    foreign = [o for o in overrides if not o.startswith("eval.")]
+    if foreign:
+        raise UsageError(
+            f"-o {foreign[0]} cannot be used: the run is trained, only keys of the eval section can change, e.g. -o eval.cap=20"
+        )
+    values = {
+        f"{section}.{key}": value for section, entries in recipe.values().items() for key, value in entries.items()
+    }
+    flags = {key: (recipe.sources[key], value) for key, value in values.items()}
+    if core_bundle is not None:
+        flags["eval.core_bundle"] = ("--core-bundle", core_bundle)
+    return resolve(recipe.preset, flags, overrides)
+
+
+@contextlib.contextmanager
+def asking(run: Path, recipe: Recipe, document: dict) -> Iterator[Asked]:
+    """The evaluation of `run` by `recipe`; `document` is its recipe.json, which the ranks are given in a file of its own."""
+    from job.recipe.derive import derive
+
+    lesser = fullness(recipe.eval) < fullness_of_score(run, derive(recipe).rows)
+    folder = run / "eval"
+    if lesser:
+        folder /= f"lesser/{'core' if recipe.eval.core_bundle else 'smoke'}-{recipe.eval.cap or 'all'}"
+    with tempfile.TemporaryDirectory(prefix="speedrun-") as scratch:
+        file = Path(scratch) / "recipe.json"
+        atomic_write(file, json.dumps(document | {"answers": folder.relative_to(run).as_posix()}).encode())
+        yield Asked(recipe, file, folder, lesser)
+
+
+def fullness(asked: EvalConfig) -> tuple[bool, float]:
+    """Of two evaluations the one with the greater says more: CORE more than the smoke score, then the one with more items a task."""
+    return bool(asked.core_bundle), asked.cap or math.inf
+
+
+def fullness_of_score(run: Path, rows: int) -> tuple[bool, float]:
+    """`fullness` of the score that the run has of its finished model, which trained on `rows`; (False, 0) where it has none."""
+    if not is_sealed(run / "eval" / "ledger"):
+        return False, 0.0
+    sealed = open_sealed(run / "eval" / "ledger", kind=LEDGER)
+    final = folder_of(run, rows)
+    if is_sealed(final) and open_sealed(final, kind=KIND, verify=False).id != sealed.made_from["weights"]:
+        return False, 0.0
+    return fullness_of_ledger(sealed.facts, sealed.made_from)
+
+
+def fullness_of_ledger(facts: Mapping[str, Any], made_from: Mapping[str, Any]) -> tuple[bool, float]:
+    """`fullness` of the score of which a sealed ledger says this."""
+    return facts["name"] == "core", made_from["cap"] or math.inf

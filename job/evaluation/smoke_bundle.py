@@ -1,0 +1,262 @@
+"""A bundle in CORE's format, made from held-out text: what a model that has trained for a minute can be asked.
+
+CORE asks for knowledge that no minute of training gives; a model of that age scores what a guesser scores, and a broken evaluator
+would look just the same. These 22 tasks ask for what it has seen instead: how text goes on. All are made from passages, places in a
+document with words before and words after, joined by a single space there:
+
+- multiple_choice: which of several continuations is the true one? The wrong ones come from another document, or are the true one with
+  its words in another order, or with the letters of its words in another order;
+- schema: which of two contexts does the continuation belong to? The wrong one is changed in the same three ways;
+- language_modeling: the next words, where the passage runs into one of the text's most frequent phrases, or repeats itself.
+
+The score over them is the smoke score: a sign of life and of progress on one text, comparable only between models on the same bundle.
+It is never CORE. Equal documents and seed give equal bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import io
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from job.errors import DataError
+from job.evaluation.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA
+
+ITEMS = 28
+LEAST_CONTEXT = 4
+LONGEST_WORD = 40
+MAX_CHARACTERS = 1_000_000
+TRIES = 40 * ITEMS
+
+OTHER, ORDER, LETTERS = "other document", "word order", "letters"
+PHRASE, REPEAT = "frequent phrase", "repeat"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One task: `context` and `continuation` in words, `source` of the wrong options (or, for language_modeling, of the passages)."""
+
+    label: str
+    kind: str
+    source: str
+    context: int
+    continuation: int
+    options: int = 2
+    shots: int = 0
+
+
+RECIPES = (
+    Recipe("continue_2", MULTIPLE_CHOICE, OTHER, context=24, continuation=8),
+    Recipe("continue_4", MULTIPLE_CHOICE, OTHER, context=24, continuation=8, options=4),
+    Recipe("continue_long_context", MULTIPLE_CHOICE, OTHER, context=80, continuation=8, options=4),
+    Recipe("continue_long", MULTIPLE_CHOICE, OTHER, context=24, continuation=24),
+    Recipe("continue_shots", MULTIPLE_CHOICE, OTHER, context=12, continuation=6, shots=2),
+    Recipe("word_order_2", MULTIPLE_CHOICE, ORDER, context=16, continuation=8),
+    Recipe("word_order_4", MULTIPLE_CHOICE, ORDER, context=16, continuation=8, options=4),
+    Recipe("word_order_shots", MULTIPLE_CHOICE, ORDER, context=12, continuation=6, shots=2),
+    Recipe("letters_2", MULTIPLE_CHOICE, LETTERS, context=16, continuation=4),
+    Recipe("letters_4", MULTIPLE_CHOICE, LETTERS, context=16, continuation=4, options=4),
+    Recipe("letters_shots", MULTIPLE_CHOICE, LETTERS, context=8, continuation=4, shots=3),
+    Recipe("context_short", SCHEMA, OTHER, context=6, continuation=8),
+    Recipe("context_long", SCHEMA, OTHER, context=40, continuation=12),
+    Recipe("context_shots", SCHEMA, OTHER, context=8, continuation=8, shots=2),
+    Recipe("context_order", SCHEMA, ORDER, context=8, continuation=8),
+    Recipe("context_letters", SCHEMA, LETTERS, context=6, continuation=8),
+    Recipe("phrase_short_context", LANGUAGE_MODELING, PHRASE, context=6, continuation=1),
+    Recipe("phrase", LANGUAGE_MODELING, PHRASE, context=20, continuation=1),
+    Recipe("phrase_long_context", LANGUAGE_MODELING, PHRASE, context=60, continuation=1),
+    Recipe("phrase_shots", LANGUAGE_MODELING, PHRASE, context=8, continuation=1, shots=2),
+    Recipe("phrase_two_words", LANGUAGE_MODELING, PHRASE, context=20, continuation=2),
+    Recipe("repeat", LANGUAGE_MODELING, REPEAT, context=10, continuation=1),
+)
+
+
+def write_smoke_bundle(documents: Sequence[str], folder: Path, seed: int) -> None:
+    """Write core.yaml, eval_meta_data.csv and eval_data/*.jsonl into `folder`, which exists and is empty.
+
+    Of `documents` the first million characters are used. Raises DataError when they are too few for 22 tasks of 28 items.
+    """
+    text = Text(documents)
+    (folder / "eval_data").mkdir()
+    for recipe in RECIPES:
+        examples = make_examples(recipe, text, random.Random(f"{seed} {recipe.label}"))
+        lines = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+        (folder / "eval_data" / f"{recipe.label}.jsonl").write_text(lines, encoding="utf-8", newline="")
+    (folder / "core.yaml").write_text(_core_yaml(), encoding="utf-8", newline="")
+    (folder / "eval_meta_data.csv").write_text(_baselines_csv(), encoding="utf-8", newline="")
+
+
+def _core_yaml() -> str:
+    tasks = [
+        {"label": r.label, "dataset_uri": f"{r.label}.jsonl", "num_fewshot": [r.shots], "icl_task_type": r.kind}
+        for r in RECIPES
+    ]
+    return yaml.safe_dump({"icl_tasks": tasks}, sort_keys=False)
+
+
+def _baselines_csv() -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["Eval Task", "Task Category", "Task Type", "#shots", "#datapoints", "Random baseline", "Description"]
+    )
+    for r in RECIPES:
+        baseline = 0 if r.kind == LANGUAGE_MODELING else 100 / r.options
+        writer.writerow(
+            [r.label, "smoke", r.kind.replace("_", " "), r.shots, ITEMS, baseline, f"held-out text: {r.source}"]
+        )
+    return text.getvalue()
+
+
+# ---- passages -----------------------------------------------------------------------------------------------------------------
+
+
+class Text:
+    """Documents as words; a place (document, i) is a word that one single space divides from the word before it."""
+
+    def __init__(self, documents: Sequence[str]) -> None:
+        self.documents: list[str] = []
+        self.words: list[list[tuple[int, int]]] = []
+        self.places: list[tuple[int, int]] = []
+        self._frequent: dict[int, list[tuple[int, int]]] = {}
+        left = MAX_CHARACTERS
+        for document in documents:
+            document, left = document[:left], left - len(document)
+            self._add(document)
+            if left <= 0:
+                break
+
+        self.is_one_document = len({document for document, _ in self.places}) == 1
+
+    def _add(self, document: str) -> None:
+        words = [match.span() for match in re.finditer(r"\S+", document)]
+        for i in range(LEAST_CONTEXT, len(words)):
+            if document[words[i - 1][1] : words[i][0]] == " ":
+                self.places.append((len(self.documents), i))
+        self.documents.append(document)
+        self.words.append(words)
+
+    def before(self, place: tuple[int, int], count: int) -> str:
+        """The text of at most `count` words before the place."""
+        document, i = place
+        words = self.words[document]
+        return self.documents[document][words[max(i - count, 0)][0] : words[i - 1][1]]
+
+    def after(self, place: tuple[int, int], count: int) -> str | None:
+        """The text of `count` words from the place on; None where the document ends before or a word is no word of a language."""
+        document, i = place
+        words = self.words[document][i : i + count]
+        if len(words) < count or any(end - start > LONGEST_WORD for start, end in words):
+            return None
+        return self.documents[document][words[0][0] : words[-1][1]]
+
+    def frequent_places(self, count: int) -> list[tuple[int, int]]:
+        """One place for each phrase (two words before the place, `count` from it on), the most frequent phrases first."""
+        if count not in self._frequent:
+            phrases: dict[tuple[str, str | None], list[tuple[int, int]]] = collections.defaultdict(list)
+            for place in self.places:
+                phrases[(self.before(place, 2), self.after(place, count))].append(place)
+            ranked = sorted(phrases.values(), key=lambda places: (-len(places), places[0]))
+            self._frequent[count] = [places[len(places) // 2] for places in ranked]
+        return self._frequent[count]
+
+
+def make_examples(recipe: Recipe, text: Text, rng: random.Random) -> list[dict[str, object]]:
+    """ITEMS examples of the task, no two of one place."""
+    make = {MULTIPLE_CHOICE: _multiple_choice, SCHEMA: _schema, LANGUAGE_MODELING: _language_modeling}[recipe.kind]
+    if recipe.source == PHRASE:
+        places = text.frequent_places(recipe.continuation)
+    else:
+        places = rng.sample(text.places, min(len(text.places), TRIES))
+    examples = []
+    for place in places:
+        example = make(recipe, text, place, rng)
+        if example is not None:
+            examples.append(example)
+        if len(examples) == ITEMS:
+            rng.shuffle(examples)
+            return examples
+    raise DataError(
+        f"the held-out text gives {len(examples)} of the {ITEMS} items of the smoke task {recipe.label};"
+        " give more text or hold more of it out (data.val_fraction)"
+    )
+
+
+def _multiple_choice(
+    recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random
+) -> dict[str, object] | None:
+    right = text.after(place, recipe.continuation)
+    if right is None:
+        return None
+    wrong = _wrong(recipe, right, place, text, rng, lambda other: text.after(other, recipe.continuation))
+    if wrong is None:
+        return None
+    choices, gold = _mixed(right, wrong, rng)
+    return {"query": text.before(place, recipe.context), "choices": choices, "gold": gold}
+
+
+def _schema(recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random) -> dict[str, object] | None:
+    right, continuation = text.before(place, recipe.context), text.after(place, recipe.continuation)
+    if continuation is None:
+        return None
+    wrong = _wrong(recipe, right, place, text, rng, lambda other: text.before(other, recipe.context))
+    if wrong is None:
+        return None
+    contexts, gold = _mixed(right, wrong, rng)
+    return {"context_options": contexts, "continuation": continuation, "gold": gold}
+
+
+def _language_modeling(
+    recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random
+) -> dict[str, object] | None:
+    context, continuation = text.before(place, recipe.context), text.after(place, recipe.continuation)
+    if continuation is None:
+        return None
+    if recipe.source == REPEAT:
+        context = f"{context} {continuation} {context}"
+    return {"context": context, "continuation": continuation}
+
+
+def _mixed(right: str, wrong: list[str], rng: random.Random) -> tuple[list[str], int]:
+    gold = rng.randrange(len(wrong) + 1)
+    return [*wrong[:gold], right, *wrong[gold:]], gold
+
+
+def _wrong(
+    recipe: Recipe,
+    right: str,
+    place: tuple[int, int],
+    text: Text,
+    rng: random.Random,
+    at: Callable[[tuple[int, int]], str | None],
+) -> list[str] | None:
+    """`options - 1` different wrong options for `right`, or None when this passage does not give so many."""
+    wrong: list[str] = []
+    for _ in range(20 * recipe.options):
+        if recipe.source == OTHER:
+            other = rng.choice(text.places)
+            option = at(other) if other[0] != place[0] or text.is_one_document else None
+        else:
+            option = _disordered(right, rng, words=recipe.source == ORDER)
+        if option is not None and option != right and option not in wrong:
+            wrong.append(option)
+        if len(wrong) == recipe.options - 1:
+            return wrong
+    return None
+
+
+def _disordered(text: str, rng: random.Random, words: bool) -> str:
+    """`text` with its words, or the letters of each word, in another order; its spaces and line ends stay where they are."""
+    parts = re.findall(r"\S+", text)
+    shuffled = iter(
+        rng.sample(parts, len(parts)) if words else ["".join(rng.sample(part, len(part))) for part in parts]
+    )
+    return re.sub(r"\S+", lambda _: next(shuffled), text)

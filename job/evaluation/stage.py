@@ -1,0 +1,159 @@
+"""The evaluate stage: bits per byte, the tasks of a bundle, and a few samples of the finished model. fp8 is off here, always.
+
+Each rank has its GPU and the whole model on it, in the dtype it was trained in; what the ranks exchange goes through gloo and the host.
+The model runs as it stands, uncompiled: the tasks' rows come in many shapes, each of which a compiler would work on for longer than
+the model does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from job.data.bigram import bigram_bpb
+from job.data.prepare import Prepared
+from job.data.rows import Rows
+from job.evaluation.score import Forward
+from job.evaluation.score import evaluate as score_bundle
+from job.machine import host
+from job.recipe.config import Recipe
+from job.reporter import Reporter
+from job.run import preflight
+from job.run.prepare import eval_bundle, items_folder
+from job.run.rank import RankContext
+from job.store.checkpoint_folder import final_checkpoint
+from job.store.sealed import Sealed, is_sealed, open_sealed, sealing
+from job.train import checkpoint, validation
+from job.train.loop import device_of
+from job.train.ranks import Ranks, joined
+from model.generate import generate
+from model.gpt import GPT, GPTConfig
+
+
+def main(context: RankContext) -> None:
+    """Bits per byte, the tasks, and a few samples of the finished model; the ranks share the first two.
+
+    The first rank hashes the checkpoint for all: nothing is sealed before it has met the others.
+    """
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    recipe, derived, prepared = context.load()
+    final = final_checkpoint(context.run, derived.rows, verify=context.rank == 0)
+    device = device_of(context)
+    backend = choose_backend(device, recipe)
+    model = load(derived.config, final, device, recipe.train.dtype)
+    with joined(context.rank, context.world_size) as ranks:
+        if context.answers() != context.run / "eval":  # beside the run's own score, which has the rest
+            score(
+                context,
+                model,
+                prepared,
+                final,
+                ranks,
+                backend,
+                LesserReporter(context.reporter, context.answers().name),
+            )
+            return
+        seal_bits_per_byte(context, model, prepared, final, ranks)
+        score(context, model, prepared, final, ranks, backend, context.reporter)
+        if ranks.rank == 0:
+            write_samples(context, model, prepared)
+
+
+class LesserReporter(Reporter):
+    """Marks every event as one of a lesser evaluation, which the run's record leaves out (job/evaluation/rescore.py)."""
+
+    def __init__(self, reporter: Reporter, name: str) -> None:
+        self._reporter, self._name = reporter, name
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        self._reporter.emit(kind, lesser=self._name, **fields)
+
+    def progress(self, stage: str, done: float, total: float, unit: str) -> None:
+        self._reporter.progress(stage, done, total, unit)
+
+
+def choose_backend(device: torch.device, recipe: Recipe) -> str:
+    """Put the attention kernel in place; what computes, in words. A GPU without fp8 will do, whatever the model was trained with."""
+    without_fp8 = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, fp8=False))
+    kernels = preflight.choose_kernels(without_fp8, preflight.machine_of(device), prove_on=device)
+    return device.type if device.type == "cpu" else f"{device.type}, {kernels['attention']}"
+
+
+def load(config: GPTConfig, final: Sealed, device: torch.device, dtype: str) -> GPT:
+    """The trained model of a checkpoint on `device`, not to be trained further."""
+    with device:
+        model = GPT(config, compute_dtype=host.compute_dtype(dtype, gpu=device.type == "cuda"))
+    checkpoint.load_weights(model, final)
+    model.freeze()
+    return model
+
+
+def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks) -> None:
+    """`eval/bpb`: the model's and the bigram's bits per byte on the same held-out rows."""
+    folder = context.run / "eval" / "bpb"
+    recipe = context.recipe()
+    made_from = {"weights": final.id, "prepared": prepared.id, "val_tokens": recipe.train.val_tokens}
+    missing = not is_sealed(folder) or open_sealed(folder, kind="bpb").made_from != made_from
+    if ranks.all_gather(missing)[0]:
+        measured = validation.validate(model, prepared, recipe, context.reporter)
+        if ranks.rank == 0:
+            with sealing(folder, kind="bpb", made_from=made_from) as unsealed:
+                unsealed.facts |= measured | {"bigram_bpb": fit_bigram(prepared, recipe, final)}
+    if ranks.rank == 0:
+        facts = open_sealed(folder, kind="bpb").facts
+        context.reporter.emit("eval.bpb", step=final.facts["step"], rows=final.facts["rows"], **facts)
+
+
+def fit_bigram(prepared: Prepared, recipe: Recipe, final: Sealed) -> float | None:
+    """Bits per byte, on the model's validation rows, of a bigram model of the rows that the model was trained on."""
+    tokenizer = prepared.tokenizer
+    trained = Rows(prepared, seed=recipe.data.seed).chunks(final.facts["rows"])
+    return bigram_bpb(
+        trained, validation.validation_rows(prepared, recipe), tokenizer.token_bytes, tokenizer.vocab_size
+    )
+
+
+def score(
+    context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks, backend: str, reporter: Reporter
+) -> None:
+    """CORE from the recipe's bundle, or the smoke score from the bundle made of held-out text."""
+    recipe = context.recipe()
+    cap = recipe.eval.cap or None
+    if ranks.rank == 0:
+        eval_bundle(context.out, recipe, prepared, reporter)  # fetched by one rank, found by the others
+    ranks.all_gather(None)
+    bundle = eval_bundle(context.out, recipe, prepared, Reporter())
+    answered_by = {
+        "weights": final.id,
+        "tokenizer": prepared.id,
+        "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
+        "backend": backend,
+    }
+    score_bundle(
+        Forward(model),
+        prepared.tokenizer,
+        bundle,
+        context.answers(),
+        cap=cap,
+        reporter=reporter,
+        made_from=answered_by,
+        items=items_folder(prepared, bundle, cap),
+        device=model.wte.weight.device,
+        workers=host.usable_cores(),
+        ranks=ranks,
+    )
+
+
+def write_samples(context: RankContext, model: GPT, prepared: Prepared) -> None:
+    """Continuations of the beginnings of held-out documents."""
+    recipe, tokenizer = context.recipe(), prepared.tokenizer
+    documents = [d for d in prepared.held_out_documents() if len(d) > 200][: recipe.eval.samples]
+    for number, document in enumerate(documents):
+        prompt = document[:80].rsplit(None, 1)[0]
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        continuation = generate(model, ids, recipe.eval.sample_tokens, temperature=0.8, seed=recipe.train.seed + number)
+        context.reporter.emit("sample", prompt=prompt, text=tokenizer.decode(continuation[len(ids) :]))
+        context.reporter.progress("samples", number + 1, len(documents), "texts")

@@ -1,0 +1,100 @@
+"""What this machine is: processor, cores, and the precision it computes fast in."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job.machine import cgroup
+
+if TYPE_CHECKING:
+    import torch
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, or the whole ones of a smaller quota (a container's --cpus)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup.cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or what this control group may use of it if that is less."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(whole, cgroup.memory_limit() or whole)
+
+
+def gpus() -> int:
+    """GPUs that this process sees, at least 1: a machine without one computes on its CPU."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU has bf16 matrix instructions (AMX or AVX512-BF16)."""
+    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
+
+
+def compute_dtype(wanted: str, gpu: bool = False) -> torch.dtype:
+    """The dtype of activations: what the recipe says, or for "auto" bf16 where it is fast (`gpu`: on any) and fp32 elsewhere."""
+    import torch
+
+    bf16 = wanted == "bf16" or (wanted == "auto" and (gpu or has_fast_bf16()))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def gpu_names() -> str:
+    """Names, compute capabilities and driver of the GPUs as nvidia-smi lists them, each kind once; empty without a GPU, or without it."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return "; ".join(sorted(set(listed.splitlines())))
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of those `packages` that are installed."""
+    from importlib.metadata import version
+
+    return {"python": platform.python_version()} | {name: version(name) for name in packages if _installed(name)}
+
+
+def describe() -> dict[str, Any]:
+    """Fields of the event attempt.started: host, versions and CPU."""
+    cpu = {"model": cpu_name(), "cores": usable_cores(), "bf16": has_fast_bf16()}
+    known = versions("torch", "torchao", "numpy", "rustbpe", "tiktoken", "gpt2-speedrun")
+    return {"host": platform.node(), "versions": known, "cpu": cpu}
+
+
+def _installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,82 @@
+"""What a measurement was made on: card, driver, versions, revision, and whether these are the versions that the CUDA lock pins.
+
+Nothing but the standard library and torch: measurements are also made where the rest of the project's packages are not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LOCKED = {"torch": "2.13.0", "triton": "3.7.1", "torchao": "0.18.0", "flash-attn-4": "4.0.0b12"}
+"""what requirements-cuda.lock pins of the packages that compute"""
+REVISION = "SPEEDRUN_REVISION"
+"""the environment variable in which an image names the commit it was built from"""
+
+
+def describe_stack() -> dict[str, Any]:
+    """gpu, driver, cuda, python, revision, and the versions of LOCKED's packages; None for what is not there."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name(0) if on_gpu else None,
+        "gpus": torch.cuda.device_count(),
+        "driver": _driver() if on_gpu else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        **{name: _version(name) for name in LOCKED},
+        "python": platform.python_version(),
+        "revision": _revision(),
+    }
+
+
+def differences(stack: dict[str, Any]) -> list[str]:
+    """What of `stack` is not as locked, e.g. "torch 2.11.0 instead of 2.13.0"; without a GPU only what a CPU needs is looked at."""
+    wanted = LOCKED if stack["gpu"] else {name: LOCKED[name] for name in ("torch", "torchao")}
+    found = {name: (stack[name] or "missing").partition("+")[0] for name in wanted}
+    return [f"{name} {found[name]} instead of {version}" for name, version in wanted.items() if found[name] != version]
+
+
+def lines(stack: dict[str, Any]) -> list[str]:
+    """For people: the card, the versions, and whether a pass here says something of the image."""
+    driver = f", driver {stack['driver']}" if stack["driver"] else ""
+    card = f"{stack['gpus']} x {stack['gpu']}{driver}" if stack["gpu"] else "none, the CPU computes"
+    versions = ", ".join(f"{name} {stack[name]}" for name in (*LOCKED, "cuda", "cudnn", "python") if stack[name])
+    other = differences(stack)
+    verdict = (
+        f"not the lock's ({', '.join(other)}): a pass here is none of the image's" if other else "the lock's versions"
+    )
+    return [f"card: {card}", f"stack: {versions}; {verdict}", f"revision: {stack['revision'] or 'unknown'}"]
+
+
+def _version(name: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return torch.__version__ if name == "torch" else importlib.metadata.version(name)
+    return None
+
+
+def _driver() -> str | None:
+    """As nvidia-smi says, or as the kernel module does where there is no such program."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    with contextlib.suppress(OSError, TypeError):
+        return re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
+    return None
+
+
+def _revision() -> str | None:
+    if name := os.environ.get(REVISION):
+        return name
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        here = Path(__file__).resolve().parent
+        return subprocess.run(asked, cwd=here, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return None

@@ -1,0 +1,187 @@
+"""The plan as a page of plain text, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from job.plan.memory import RESERVE
+from job.plan.published_runs import GPT2_CORE
+from job.plan.quote import OnNode, Plan
+
+WIDTH = 100
+GIGA = 1e9
+TOO_FAR = 4
+"""differences beyond which a published run is no comparison"""
+
+
+def page(plan: Plan) -> str:
+    """All sections, without a newline at the end."""
+    return "\n".join(
+        line.rstrip() for section in (_head, _model, _training, _text, _node, _notes) for line in section(plan)
+    )
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    recipe, on_node = plan.recipe, plan.on_node
+    where = f"{on_node.node.gpus} x {on_node.node.gpu.title}" if on_node else "a CPU"
+    yield _ends(f"{recipe.preset} on {where}", "a published recipe" if plan.is_published else "not a published recipe")
+    yield "=" * WIDTH
+    if on_node:
+        low, high = on_node.minutes
+        training = next(stage for stage in on_node.stages if stage.name.startswith("training"))
+        yield f"{_span(training.low, training.high)} minutes of training, {_span(low, high)} minutes on the node{_bill(on_node)}"
+    else:
+        speeds = ", ".join(f"{minutes:.1f} minutes on {where}" for where, minutes in plan.cpu_minutes.items())
+        yield from _paragraph(f"free, on your own machine; training, at assumed speeds: {speeds}")
+    yield from _paragraph(_published(plan))
+
+
+def _bill(on_node: OnNode) -> str:
+    if on_node.dollars is None:
+        return ", dollars unknown: --price"
+    low, high = (minutes / 60 for minutes in on_node.minutes)
+    price, spot = on_node.node.price, on_node.node.spot
+    words = f", ${low * price:.2f} to ${high * price:.2f} at ${price:.2f}/h"
+    return words + (
+        f"\nas spot at ${spot:.2f}/h: ${low * spot:.2f} to ${high * spot:.2f}, without preemptions" if spot else ""
+    )
+
+
+def _published(plan: Plan) -> str:
+    run, differences = plan.run, plan.differences
+    if len(differences) > TOO_FAR:
+        return "No published recipe is near it."
+    score = f"CORE {run.core:.4f}" + (f" (mean of {run.core_runs})" if run.core_runs > 1 else " (one run)")
+    result = (
+        f"{run.name} ({run.when}): {run.seconds / 60:.1f} minutes on 8xH100, {score} against GPT-2 XL's {GPT2_CORE}, {run.bpb:.4f} bits"
+        f" per byte on {run.dataset}."
+    )
+    return f"It is {result}" if not differences else f"Closest published recipe ({'; '.join(differences)}): {result}"
+
+
+def _model(plan: Plan) -> Iterator[str]:
+    config, scaling = plan.derived.config, plan.derived.scaling
+    yield from _title("Model")
+    yield (
+        f"depth {config.depth}, width {config.width:,}, {config.heads} heads of {config.head_dim}, context {config.seq_len:,},"
+        f" vocabulary {config.vocab_size:,}, short window {min(config.windows):,}"
+    )
+    for name, value in scaling.parameters.items():
+        yield from _row(name, f"{value.value:,}", value.why)
+    yield from _row("all parameters", f"{scaling.total_parameters.value:,}", "")
+    yield from _row(
+        "scaling parameters",
+        f"{scaling.scaling_parameters.value:,}",
+        "matrices and head: what tokens are counted against",
+    )
+
+
+def _training(plan: Plan) -> Iterator[str]:
+    scaling, train = plan.derived.scaling, plan.recipe.train
+    yield from _title("Training")
+    yield from _row("tokens", f"{scaling.tokens.value:,}", f"{scaling.ratio.value:.2f} a scaling parameter")
+    yield from _row("batch", f"{scaling.batch_tokens.value:,}", "tokens a step: " + scaling.batch_tokens.why)
+    yield from _row("steps", f"{scaling.steps.value:,}", scaling.steps.why)
+    yield from _row("FLOPs a token", f"{scaling.flops_per_token.value:,}", scaling.flops_per_token.why)
+    yield from _row(
+        "FLOPs",
+        f"{scaling.flops.value:.4e}",
+        "fp8 for the large products" if train.fp8 else "bf16" if plan.on_node else "",
+    )
+    yield from _row("weight decay", f"{scaling.weight_decay.value:.4f}", scaling.weight_decay.why)
+    rates = ", ".join(f"{name} {value.value:.5f}" for name, value in scaling.learning_rates.items())
+    yield from _paragraph(f"learning rates: {rates} (why: any command's --dry-run)")
+
+
+def _text(plan: Plan) -> Iterator[str]:
+    text = plan.text
+    yield from _title(f"Text: {text.source}")
+    yield from _row(
+        "rows",
+        f"{text.rows:,}",
+        f"of {plan.recipe.model.seq_len + 1:,} tokens to train on; {text.val_rows:,} to validate on",
+    )
+    dropped = (
+        f"{text.crop_share:.1%} of them dropped by packing"
+        if text.crop_share
+        else "none dropped: long documents are split"
+    )
+    yield from _row("tokens before packing", f"{text.raw_tokens:,}", dropped)
+    yield from _row("characters", f"{text.characters / 1e6:,.0f} million", "")
+    if text.shards is not None:
+        yield from _row("shards", f"{text.shards:,}", f"of {text.available:,}, and the validation shard")
+
+
+def _node(plan: Plan) -> Iterator[str]:
+    on_node = plan.on_node
+    if on_node is None:
+        return
+    card = on_node.node.gpu.memory
+    yield from _title(f"Memory of one GPU, 10^9 bytes ({card * (1 - RESERVE) / GIGA:.1f} of {card / GIGA:.1f} usable)")
+    yield f"{'device batch':<14}{'parameters':>11}{'gradients':>11}{'states':>8}{'copies':>8}{'activations':>13}{'loss':>7}{'total':>8}"
+    for memory, divides in on_node.memory:
+        numbers = (
+            memory.parameters,
+            memory.gradients,
+            memory.states,
+            memory.weight_copies,
+            memory.activations,
+            memory.loss,
+            memory.total,
+        )
+        cells = "".join(f"{n / GIGA:>{width}.1f}" for n, width in zip(numbers, (11, 11, 8, 8, 13, 7, 8), strict=True))
+        rows = f"{memory.rows} (recipe)" if memory.rows == plan.recipe.train.device_batch_size else str(memory.rows)
+        verdict = "does not divide" if not divides else "fits" if memory.fits(card) else "does not fit"
+        yield f"{rows:<14}{cells}  {verdict}"
+    largest = f"{on_node.largest.rows} rows" if on_node.largest else "none"
+    temporaries = on_node.memory[0][0].temporaries / GIGA
+    yield f"largest that fits: {largest}. The optimizer's {temporaries:.1f} come when the activations are gone."
+    host = on_node.host
+    yield from _paragraph(
+        f"Of the machine's own memory all ranks together take {host.total / GIGA:.1f} beside their processes: {host.pinned / GIGA:.1f} pinned"
+        f" for checkpoints, in blocks of powers of two, and {host.rehearsal / GIGA:.1f} for the warm-up's copy of the state."
+    )
+    yield from _title("Time and money, minutes")
+    published = f"; published for 8xH100: {plan.run.step_seconds * 1e3:,.0f} ms" if plan.is_published else ""
+    yield from _paragraph(
+        f"step {on_node.step_seconds * 1e3:,.0f} ms in {on_node.micro_steps} micro-steps a GPU,"
+        f" {plan.derived.batch_tokens / on_node.step_seconds:,.0f} tokens a second, by the fit{published}"
+    )
+    for stage in on_node.stages:
+        yield from _row(stage.name, _span(stage.low, stage.high), stage.basis)
+    yield from _row("minutes on the node", _span(*on_node.minutes), "")
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    for title, notes in (("To know before", plan.warnings), ("Assumptions", plan.assumptions)):
+        if notes:
+            yield from _title(title)
+            for note in notes:
+                yield from _paragraph(note, "- ")
+
+
+def _title(title: str) -> list[str]:
+    return ["", title, "-" * len(title)]
+
+
+def _ends(left: str, right: str) -> str:
+    return left + right.rjust(WIDTH - len(left))
+
+
+def _row(name: str, value: str, why: str) -> list[str]:
+    """Name, value, explanation; a long explanation goes on in its own column."""
+    indent = 43
+    head = f"{name:<26}{value:>15}"
+    lines = textwrap.wrap(why, WIDTH - indent) or [""]
+    return [f"{head}  {lines[0]}", *(" " * indent + line for line in lines[1:])]
+
+
+def _paragraph(text: str, mark: str = "") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark))
+
+
+def _span(low: float, high: float) -> str:
+    """Minutes, as one number where both ends round to the same."""
+    ends = [f"{minutes:.1f}" for minutes in (low, high)]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)

@@ -1,0 +1,305 @@
+"""`speedrun plan`: what a recipe needs and costs, computed before anything is rented.
+
+    Recipe --derive--> steps, tokens, FLOPs --+--> text        rows, characters, shards
+                                              +--> memory      per GPU, by device batch     (job.plan.memory)
+                                              +--> step time   fitted to published runs     (job.plan.steptime)
+                                              +--> stages      minutes, dollars             (job.plan.money)
+
+Where the recipe is a published run on the published machine, its published seconds stand for the training; elsewhere the fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from job.errors import UsageError
+from job.machine.gpus import GPU, PRICE_SOURCE, check_count, check_price, find_gpu
+from job.plan import money, published_runs
+from job.plan.memory import RESERVE, HostMemory, Memory, host_memory, largest_batch, step_memory
+from job.plan.steptime import BEYOND, expected_error, optimizer_seconds, published_fit, step_seconds
+from job.recipe.config import DataConfig, Recipe, preset_header
+from job.recipe.derive import Derived, derive, micro_steps
+
+CROP_SHARE = 0.346
+"""tokens that packing drops, published for FineWeb-Edu in rows of 2048; ClimbMix's was never published"""
+CHARS_PER_TOKEN = 4.11
+"""characters a token, from Run 6's 147 shards for its 8.9e9 tokens, vocabulary 32,768"""
+SHARD_CHARS = 250e6
+SHARDS = {"climbmix": 6542, "fineweb-edu": 1822}
+"""training shards that there are; one more is validation"""
+TRAINING = "training, timed"
+DEVICE_BATCHES = (8, 16, 32)
+CPU_SPEEDS = {"a laptop (0.1 TFLOP/s)": 1e11, "a server with bf16 matrix instructions (1 TFLOP/s)": 1e12}
+"""assumed: what the matrix products of a small model reach on a CPU"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What the run reads. `shards` is None where the text is not a published dataset."""
+
+    source: str
+    rows: int
+    val_rows: int
+    crop_share: float
+    raw_tokens: int
+    characters: int
+    shards: int | None
+    available: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """The GPUs and what they cost an hour, None where no price is known."""
+
+    gpu: GPU
+    gpus: int
+    price: float | None
+    spot: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OnNode:
+    """What follows from recipe and node: seconds, bytes, minutes."""
+
+    node: Node
+    micro_steps: int
+    step_seconds: float
+    memory: list[tuple[Memory, bool]]
+    """by device batch; and whether it divides the batch"""
+    largest: Memory | None
+    host: HostMemory
+    stages: list[money.Stage]
+
+    @property
+    def minutes(self) -> tuple[float, float]:
+        return money.total(self.stages)
+
+    @property
+    def training(self) -> tuple[float, float]:
+        """Minutes of the timed steps, least and most."""
+        return next((stage.low, stage.high) for stage in self.stages if stage.name == TRAINING)
+
+    @property
+    def dollars(self) -> tuple[float, float] | None:
+        price = self.node.price
+        return None if price is None else tuple(minutes / 60 * price for minutes in self.minutes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that the page says. `on_node` is None for a plan without a GPU."""
+
+    recipe: Recipe
+    derived: Derived
+    text: Text
+    run: published_runs.Run
+    """the published run closest to it"""
+    differences: list[str]
+    """in what the recipe differs from it"""
+    on_node: OnNode | None
+    cpu_minutes: dict[str, float]
+    warnings: list[str]
+    assumptions: list[str]
+
+    @property
+    def is_published(self) -> bool:
+        return not self.differences
+
+    def document(self) -> dict[str, Any]:
+        """The plan as plain JSON values; bytes, seconds, minutes and dollars as the names say."""
+        return {
+            "schema": 1,
+            "preset": self.recipe.preset,
+            "evidence": self.recipe.evidence,
+            "recipe": self.recipe.values(),
+            "derived": self.derived.explained(),
+            "text": dataclasses.asdict(self.text),
+            "published_run": {"name": self.run.name, "differences": self.differences, "core": self.run.core, "bpb": self.run.bpb,
+                              "seconds": self.run.seconds, "step_seconds": self.run.step_seconds},
+            "node": None if self.on_node is None else _node_document(self.on_node),
+            "cpu_minutes": self.cpu_minutes,
+            "step_time_error": published_fit().errors,
+            "warnings": self.warnings,
+            "assumptions": self.assumptions,
+        }  # fmt: skip
+
+
+def make_plan(recipe: Recipe, gpu: str | None = None, gpus: int | None = None, price: float | None = None) -> Plan:
+    """The plan of `recipe` on `gpus` GPUs called `gpu`, or what its preset is made for; `price` in dollars an hour and node.
+
+    Raises UsageError for an unknown GPU, a price that is not positive, fp8 on a GPU without it, a batch that does not divide.
+    """
+    derived = derive(recipe)
+    node = find_node(recipe.preset, gpu, gpus, price)
+    run, differences = published_runs.closest(
+        derived.config, derived.batch_tokens, derived.steps, recipe.train.fp8, recipe.data.source
+    )
+    on_node = None if node is None else place(recipe, derived, node, None if differences else run)
+    flops = derived.scaling.flops.value
+    plan = Plan(
+        recipe=recipe,
+        derived=derived,
+        text=text_needed(recipe.data, derived.rows, recipe.model.seq_len, recipe.train.val_tokens),
+        run=run,
+        differences=differences,
+        on_node=on_node,
+        cpu_minutes={} if on_node else {where: flops / speed / 60 for where, speed in CPU_SPEEDS.items()},
+        warnings=[],
+        assumptions=[],
+    )
+    return dataclasses.replace(plan, warnings=_warnings(plan), assumptions=_assumptions(plan))
+
+
+def find_node(preset: str, gpu: str | None, gpus: int | None, price: float | None) -> Node | None:
+    """The node asked for, completed by what `preset` is made for; None without a GPU."""
+    if price is not None:
+        check_price(price)
+    count, _, name = preset_header(preset).machine.rpartition("x")
+    gpu = gpu or name
+    if gpu.lower() == "cpu":
+        if gpus is not None or price is not None:
+            raise UsageError("--gpus and --price are for a plan with GPUs: add --gpu h100")
+        return None
+    found, number = find_gpu(gpu), check_count(int(count or 1) if gpus is None else gpus)
+    if price is None and found.dollars is not None:
+        price = found.dollars * number
+    return Node(found, number, price, None if found.spot is None else found.spot * number)
+
+
+def place(recipe: Recipe, derived: Derived, node: Node, published: published_runs.Run | None) -> OnNode:
+    """Seconds, memory and minutes of the recipe on `node`; `published` is the run that it repeats exactly, if any."""
+    config, train, gpu, gpus = derived.config, recipe.train, node.gpu, node.gpus
+    if train.fp8 and not gpu.fp8:
+        raise UsageError(f"the {gpu.title} has no fp8 (Ada, Hopper or newer have): plan bf16 with -o train.fp8=false")
+    micro = micro_steps(recipe, derived, gpus)
+    seconds = step_seconds(config, derived.batch_tokens, gpu, gpus, train.fp8)
+    per_rank = derived.rows_per_step // gpus
+    batches = sorted({*DEVICE_BATCHES, train.device_batch_size})
+    work = money.Work(
+        config=config,
+        fp8=train.fp8,
+        steps=derived.steps,
+        step_seconds=seconds,
+        tokenizer_chars=recipe.data.tokenizer_chars,
+        checkpoints=1 + _before_the_end(derived.steps, train.checkpoint_every),
+        validations=1 + _before_the_end(derived.steps, train.val_every),
+        val_tokens=train.val_tokens,
+        core_cap=recipe.eval.cap,
+    )
+    return OnNode(
+        node=node,
+        micro_steps=micro,
+        step_seconds=seconds,
+        memory=[(step_memory(config, rows, gpus, train.fp8), per_rank % rows == 0) for rows in batches],
+        largest=largest_batch(config, per_rank * gpus, gpus, train.fp8, gpu.memory),
+        host=host_memory(config, gpus),
+        stages=money.stages(work, gpu, gpus, _training(derived, seconds, node, published)),
+    )
+
+
+def _before_the_end(steps: int, every: int) -> int:
+    return (steps - 1) // every if every else 0
+
+
+def _training(derived: Derived, seconds: float, node: Node, published: published_runs.Run | None) -> money.Stage:
+    if published is not None and (node.gpu.name, node.gpus) == ("h100", published_runs.GPUS):
+        minutes = published.seconds / 60
+        return money.Stage(TRAINING, minutes, minutes, f"published: {published.name}")
+    minutes = max(0, derived.steps - published_runs.UNTIMED_STEPS) * seconds / 60
+    error = expected_error(derived.config, node.gpu)
+    return money.Stage(TRAINING, minutes * (1 - error), minutes * (1 + error), f"step time, {error:.1%} either way")
+
+
+def text_needed(data: DataConfig, rows: int, seq_len: int, val_tokens: int) -> Text:
+    """Rows, tokens before packing, characters and shards for `rows` training rows."""
+    crop = 0.0 if data.split_long else CROP_SHARE
+    raw = math.ceil(rows * seq_len / (1 - crop))
+    characters = math.ceil(raw * CHARS_PER_TOKEN)
+    available = SHARDS.get(data.source)
+    shards = None if available is None else math.ceil(characters / SHARD_CHARS)
+    return Text(data.source, rows, math.ceil(val_tokens / seq_len), crop, raw, characters, shards, available)
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """What somebody should know before going on."""
+    depth, width = plan.derived.config.depth, plan.derived.config.width
+    said = list(preset_header(plan.recipe.preset).notes)
+    if depth % 2:
+        said.append(
+            f"depth {depth} is odd: its width is rounded up to {width}, that of depth {depth + 1}, so it is wider for its depth than"
+            " the models that every rule here was tuned on; an even depth is the safer choice"
+        )
+    if plan.text.available is not None and plan.text.shards > plan.text.available:
+        said.append(
+            f"{plan.text.shards:,} shards are more than {plan.text.source} has ({plan.text.available:,}): rows will repeat"
+        )
+    if plan.on_node is None:
+        return said
+    rows, card = plan.recipe.train.device_batch_size, plan.on_node.node.gpu
+    asked = next(memory for memory, _ in plan.on_node.memory if memory.rows == rows)
+    if not asked.fits(card.memory):
+        best = plan.on_node.largest
+        remedy = f"-o train.device_batch_size={best.rows}" if best else "a smaller model or a larger card"
+        said.append(
+            f"{rows} rows at once need {asked.total / 1e9:.1f}e9 bytes and do not fit the {card.title}: take {remedy}"
+        )
+    return said
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    if plan.on_node is None:
+        return [
+            "the speeds are guesses: small models reach less, and the minutes are of training alone",
+            f"{CHARS_PER_TOKEN} characters a token; where the text is shorter, rows repeat",
+        ]
+    said, node, fit = [], plan.on_node.node, published_fit()
+    said.append(
+        f"step time: E = {fit.flops / 1e12:.0f} TFLOP/s and P = {fit.passes:.0f} passes, fitted to {len(fit.errors)} published fp8 runs;"
+        f" a run left out of the fit is missed by at most {fit.worst:.1%}. Of it"
+        f" {optimizer_seconds(plan.derived.config, node.gpu, node.gpus) * 1e3:.0f} ms are the optimizer, not fitted."
+    )
+    if not plan.recipe.train.fp8:
+        said.append(f"bf16 takes {published_runs.FP8_OVER_BF16:.2f} times as long as fp8, as published for a d26")
+    if node.gpu.name != "h100":
+        said.append(f"nobody published such a run on the {node.gpu.title}: the H100's times, scaled by the data sheets")
+    if expected_error(plan.derived.config, node.gpu) > fit.worst:
+        said.append(
+            f"{BEYOND:.0%} either way is assumed for what lies beyond the published runs (another GPU, another depth)"
+        )
+    said.append(
+        f"memory: parameters to copies from the shapes; activations by a model calibrated on which published batches fit; {RESERVE:.0%} of"
+        " the card is kept free"
+    )
+    if plan.text.crop_share:
+        said.append(
+            f"packing drops {plan.text.crop_share:.1%} of the tokens (published for FineWeb-Edu, rows of 2048; ClimbMix's is unknown);"
+            f" {CHARS_PER_TOKEN} characters a token, {SHARD_CHARS / 1e6:.0f} million characters a shard"
+        )
+    said.append(
+        PRICE_SOURCE if node.spot is not None else f"no price of the {node.gpu.title} is known here: give --price"
+    )
+    said.append("not in the bill: the controller, traffic out of the cloud, storage, repeated steps after a preemption")
+    return said
+
+
+def _node_document(on_node: OnNode) -> dict[str, Any]:
+    node = on_node.node
+    return {
+        "gpu": dataclasses.asdict(node.gpu),
+        "gpus": node.gpus,
+        "dollars_per_hour": node.price,
+        "spot_dollars_per_hour": node.spot,
+        "micro_steps": on_node.micro_steps,
+        "step_seconds": on_node.step_seconds,
+        "memory_bytes": [
+            {**dataclasses.asdict(m), "total": m.total, "fits": m.fits(node.gpu.memory), "divides": divides}
+            for m, divides in on_node.memory
+        ],
+        "host_memory_bytes": {**dataclasses.asdict(on_node.host), "total": on_node.host.total},
+        "largest_device_batch": on_node.largest and on_node.largest.rows,
+        "stages_minutes": [dataclasses.asdict(stage) for stage in on_node.stages],
+        "minutes": on_node.minutes,
+        "dollars": on_node.dollars,
+    }

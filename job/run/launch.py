@@ -1,0 +1,360 @@
+"""A command becomes a run: its folder, its recipe, and the stages that are not yet done.
+
+    open_run  ->  execute(stages)  ->  exit code
+                    claim an attempt, then for each stage: done already? skip; else supervise its ranks
+
+The same command with the same run id goes on after what is sealed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from job.console import Console
+from job.errors import ExitCode, SpeedrunError, UsageError
+from job.evaluation.rescore import Asked, fullness, fullness_of_score
+from job.machine import container, host
+from job.recipe.config import SCHEMA, Recipe, differing_keys
+from job.report.render import write_report
+from job.reporter import Reporter
+from job.run.bucket import Bucket
+from job.run.crew import Crew, crew_of
+from job.run.fruitless import RankDied, judged, without_attempts
+from job.run.nodes import Nodes, same_command
+from job.run.processes import start_ranks
+from job.run.site import Site
+from job.run.supervise import Interrupts, supervise
+from job.run.uploader_client import Told, Uploads, uploading
+from job.run.wandb_client import mirrored
+from job.store.attempt import Attempt, fold
+from job.store.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
+from job.store.sealed import MANIFEST, atomic_write, is_sealed
+from job.train.compile_cache import Caches
+from job.train.split_checkpoint import SplitKeeper, fetch, share
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_writable(out: Path) -> None:
+    """UsageError unless `out` is a folder we can write in, or can become one; PreflightError in a container without temporary files."""
+    container.check_temporary_folder()
+    probe = out / f".writable-{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        remedy = f"choose another folder or give user {os.getuid()} write permission"
+        if container.inside():
+            remedy = container.remedy_for(out)
+        raise UsageError(f"--out {out} cannot be written ({error.strerror}); {remedy}") from None
+
+
+def recipe_document(recipe: Recipe, run_id: str) -> dict:
+    """What `recipe.json` holds: the values, where each came from, and what follows from them."""
+    from job.recipe.derive import derive
+
+    return {
+        "schema": SCHEMA,
+        "run_id": run_id,
+        "preset": recipe.preset,
+        "evidence": recipe.evidence,
+        "recipe": recipe.values(),
+        "sources": dict(recipe.sources),
+        "derived": derive(recipe).explained(),
+    }
+
+
+def run_folder(out: Path, run_id: str) -> Path:
+    if not RUN_ID.fullmatch(run_id):
+        raise UsageError(
+            f"--run-id {run_id!r} cannot be used: write letters, digits, dots, dashes and underscores, at most 100"
+        )
+    return out / "runs" / run_id
+
+
+def open_run(
+    out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int = 1, bucket: Bucket | None = None
+) -> Path:
+    """The folder of `run_id`, its recipe written; UsageError when it was begun with another recipe, here or in the bucket."""
+    run = run_folder(out, run_id)
+    check_writable(out)
+    container.check(recipe, ranks)
+    from job.recipe.derive import derive, micro_steps
+
+    document = recipe_document(recipe, run_id)
+    micro_steps(recipe, derive(recipe), ranks)
+    if fresh and run.exists():
+        shutil.rmtree(run)
+    if bucket and not fresh:
+        bucket.check_history(run)
+    here = (run / "recipe.json").read_bytes() if (run / "recipe.json").is_file() else None
+    stored = bucket.recipe(run_id) if bucket and not fresh else None
+    for begun in filter(None, (here, stored)):
+        if changed := differing_keys(json.loads(begun)["recipe"], document["recipe"]):
+            raise UsageError(
+                f"run {run_id} was begun with another recipe ({'; '.join(changed)}); take another --run-id, or --fresh to discard the old run"
+            )
+    begun = here or stored
+    if begun is None or differing_keys(json.loads(begun)["recipe"], document["recipe"], free=True):
+        begun = json.dumps(document, indent=1).encode()
+    if begun != here:
+        atomic_write(run / "recipe.json", begun)
+    return run
+
+
+def existing_run(out: Path, run_id: str, bucket: Bucket | None = None) -> Path:
+    """The folder of a run that was begun, here or in the bucket; UsageError naming those there are here otherwise."""
+    run = run_folder(out, run_id)
+    if bucket:
+        check_writable(out)
+        bucket.check_history(run)
+        if not (run / "recipe.json").is_file() and (stored := bucket.recipe(run_id)):
+            atomic_write(run / "recipe.json", stored)
+    if not (run / "recipe.json").is_file():
+        parent = out / "runs"
+        known = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
+        raise UsageError(
+            f"no run {run_id} below {parent}; "
+            + (f"there are: {', '.join(known)}" if known else "begin one with: speedrun run")
+        )
+    return run
+
+
+def is_done(stage: str, run: Path, recipe: Recipe) -> bool:
+    """Whether sealed folders say that `stage` has nothing left to do."""
+    from job.recipe.derive import derive
+
+    final = folder_of(run, derive(recipe).rows)
+    if stage == "pretrain":
+        return is_sealed(final)
+    if stage == "evaluate":
+        return is_sealed(final) and fullness_of_score(run, derive(recipe).rows) >= fullness(recipe.eval)
+    return False
+
+
+def execute(
+    out: Path,
+    run: Path,
+    recipe: Recipe,
+    stages: Sequence[str],
+    *,
+    console: Console,
+    nodes: Nodes,
+    asked: Asked | None = None,
+    bucket: Bucket | None = None,
+    fresh: bool = False,
+) -> None:
+    """On the first node: claim an attempt and bring every stage of `stages` to its end; with `asked`, that evaluation too if one is done.
+
+    With a `bucket` the run goes on from what is there, unless `fresh` discards that, and is mirrored there.
+    Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
+    """
+    from job.recipe.derive import derive
+
+    attempt = Attempt.claim(run, bucket and bucket.store, **({"fresh": True} if fresh else {}))
+    attempt.emit("attempt.started", argv=sys.argv[1:], nodes=nodes.count, **host.describe())
+    final = folder_of(run, derive(recipe).rows)
+    site = Site(out, run, recipe.train.threads, bucket and bucket.store, asked=asked and asked.document)
+    with (
+        Interrupts() as interrupts,
+        crew_of(nodes, interrupts, console) as crew,
+        uploading(bucket, out, run, attempt, int(final.name), console, interrupts) as uploads,
+        _last_word(attempt, uploads),
+    ):
+        crew.meet(same_command(recipe, nodes), site)
+        if bucket:
+            bucket.begin(run, attempt, int(final.name), console, fresh=fresh)
+        uploads.start()
+        start = _Start(site, recipe, attempt, console, interrupts, crew, uploads, bucket)
+        with mirrored(run, attempt, console):  # from here on: the mirror's names follow from the run's first event
+            for stage in stages:
+                interrupts.check(stage)
+                if not asked and is_done(stage, run, recipe):
+                    attempt.emit("stage.skipped", stage=stage, why="sealed")
+                    console.say(f"{stage}: done already")
+                    continue
+                attempt.check_newest()
+                started = time.monotonic()
+                attempt.emit("stage.started", stage=stage)
+                if stage == "report" and asked and asked.is_lesser and is_sealed(run / "report"):
+                    (
+                        run / "report" / MANIFEST
+                    ).touch()  # it says all that it said: the uploader takes it for this attempt's
+                elif stage == "report":
+                    write_report(run)
+                else:
+                    _run_ranks(stage, start)
+                attempt.emit("stage.done", stage=stage, seconds=time.monotonic() - started)
+                console.say(f"{stage}: done in {time.monotonic() - started:.1f} s")
+        if "report" in stages:
+            drop_optimizer(final)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What the stages of one attempt share."""
+
+    site: Site
+    recipe: Recipe
+    attempt: Attempt
+    console: Console
+    interrupts: Interrupts
+    crew: Crew
+    uploads: Uploads
+    bucket: Bucket | None
+
+
+def _run_ranks(stage: str, start: _Start) -> None:
+    """Start the ranks of `stage` on all nodes and see them to their end."""
+    from job.recipe.derive import derive
+
+    site, run, attempt, crew = start.site, start.site.run, start.attempt, start.crew
+    keeper, resume, final_rows = None, None, derive(start.recipe).rows
+    prepared = fold(run).prepared.get("id", "")
+    if stage == "pretrain":
+        keeper = _keeper(start, final_rows)
+        belongs_to = identity(start.recipe.values(), prepared)
+        resume = newest_usable(run, belongs_to, attempt, start.console, start.bucket)
+        if crew.split and resume:
+            share(site.fenced(attempt.number), run, int(resume.name))
+            crew.fetch(int(resume.name))
+    order = crew.order(stage, attempt=attempt.number, prepared=prepared, resume=int(resume.name) if resume else None)
+    reporter = Told(attempt, start.uploads)
+    caches = Caches(stage, site, start.recipe, crew.nodes, start.console, reporter, attempt.number)
+    ranks = crew.start(order, caches.site)
+    try:
+        supervise(
+            stage,
+            ranks,
+            reporter=caches,
+            console=start.console,
+            interrupts=start.interrupts,
+            keeper=keeper,
+            meanwhile=start.uploads.check,
+        )
+    except RankDied as died:
+        raise judged(run, attempt.number, died) from None
+    finally:
+        caches.end(interrupted=start.interrupts.count > 0)
+        if keeper:
+            keeper.end()
+    if stage == "pretrain" and crew.split:
+        fetch(site.store, run, final_rows)  # the evaluation is the first node's
+
+
+def _keeper(start: _Start, final_rows: int) -> Keeper:
+    run, attempt, crew = start.site.run, start.attempt, start.crew
+    given = {
+        "world_size": crew.nodes.world_size,
+        "final_rows": final_rows,
+        "minutes": start.recipe.train.checkpoint_minutes,
+    }
+    if crew.split:
+        return SplitKeeper(run, attempt, start.site.fenced(attempt.number), **given)
+    return Keeper(run, attempt, **given)
+
+
+@contextlib.contextmanager
+def _last_word(attempt: Attempt, uploads: Uploads) -> Iterator[None]:
+    """However the attempt ends, its last event says with which code and why, when what it sealed is in the bucket."""
+    try:
+        yield
+        uploads.flush()
+        attempt.emit("attempt.ended", exit_code=int(ExitCode.DONE), reason="done")
+        uploads.last()
+    except BaseException as error:
+        expected = isinstance(error, SpeedrunError)
+        uploads.flush(after=error)
+        code = error.exit_code if expected else ExitCode.BUG
+        noted = error.noted if expected else {}
+        attempt.emit("attempt.ended", exit_code=int(code), reason=str(error) if expected else repr(error), **noted)
+        uploads.last(after=error)
+        raise
+    finally:
+        attempt.close()
+
+
+def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket | None = None) -> None:
+    """The prepare stage without a run: its sealed folders are shared by every run with the same data, through the bucket too."""
+    check_writable(out)
+    with (
+        tempfile.TemporaryDirectory(prefix="speedrun-") as scratch,
+        Interrupts() as interrupts,
+        uploading(bucket, out, None, None, 0, console, interrupts, logs=Path(scratch)) as uploads,
+    ):
+        uploads.start()
+        if bucket:
+            console.say(f"mirroring what is prepared to {bucket.place}")
+        recipe_file = Path(scratch) / "recipe.json"
+        atomic_write(recipe_file, json.dumps(recipe_document(recipe, "prepare")).encode())
+        ranks = start_ranks(
+            ["prepare", str(out), str(recipe_file), ""], world_size=1, threads=0, logs=Path(scratch), label="prepare"
+        )
+        said = Told(Said(console), uploads)
+        try:
+            supervise("prepare", ranks, reporter=said, console=console, interrupts=interrupts, meanwhile=uploads.check)
+        except RankDied as died:
+            raise without_attempts(died) from None
+        uploads.flush()
+
+
+class Said(Reporter):
+    """A reporter without a record: says where the prepared set is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        if kind == "prepare.done":
+            self._console.say(
+                f"prepared {fields['id']}: {fields['train_rows']:,} rows to train on, {fields['val_rows']:,} held out"
+            )
+
+
+def describe_plan(out: Path, run: Path | None, recipe: Recipe, stages: Sequence[str], *, ranks: int) -> str:
+    """What a command would do: the recipe with the origin of each value, what follows, and which stages are left."""
+    from job.recipe.derive import derive, micro_steps
+
+    derived = derive(recipe)
+    lines = [f"preset {recipe.preset} ({recipe.evidence})", ""]
+    lines += [f"  {key:<24} {_short(value):<16} {recipe.sources[key]}" for key, value in _flat(recipe)]
+    lines += ["", "what follows:"]
+    lines += [
+        f"  {name:<34} {_short(value['value']):<16} {value['why']}" for name, value in derived.explained().items()
+    ]
+    lines += [f"  {'micro_steps':<34} {micro_steps(recipe, derived, ranks):<16} on {ranks} rank{'s' * (ranks > 1)}", ""]
+    lines += [f"run folder: {run}" if run else f"prepared below: {out / 'prepared'}"]
+    for stage in stages:
+        done = run is not None and run.exists() and is_done(stage, run, recipe)
+        lines.append(f"  {stage}: {'done already' if done else 'to do'}")
+    return "\n".join(lines)
+
+
+def _flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    for section, entries in recipe.values().items():
+        for key, value in entries.items():
+            yield f"{section}.{key}", value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else json.dumps(value)
+        if not isinstance(value, str)
+        else value or '""'
+    )

@@ -1,0 +1,94 @@
+"""The prepare stage: tokenizer, training rows, held-out rows, the smoke bundle and the evaluation's items, each sealed.
+
+Needs no torch and no GPU: what a machine with GPUs would wait for is done before one is needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from job.data import prepare as data
+from job.data.prepare import Prepared
+from job.evaluation.bundle import Bundle, open_bundle
+from job.evaluation.fetch import open_core
+from job.evaluation.items import seal_items
+from job.evaluation.leaks import seal_leaks
+from job.evaluation.smoke_bundle import write_smoke_bundle
+from job.machine import host
+from job.recipe.config import Recipe
+from job.reporter import Reporter
+from job.run.rank import RankContext
+from job.store.artifact_cache import Pool
+from job.store.checkpoint_folder import folder_of
+from job.store.sealed import is_sealed, sealing
+from job.store.stores import store_of_environment
+
+SMOKE_BUNDLE = "smoke_bundle"
+
+
+def main(context: RankContext) -> None:
+    """The prepare stage, in one process that starts its own packers."""
+    recipe, rows = context.recipe(), context.rows_of_the_run()
+    nothing_follows = context.run is None or is_sealed(
+        folder_of(context.run, rows)
+    )  # no training that would make the rest
+    prepared = data.prepare(
+        context.out,
+        recipe.data,
+        recipe.model.seq_len,
+        context.reporter,
+        workers=host.usable_cores(),
+        rows=rows,
+        whole=nothing_follows,
+        store=store_of_environment(),
+    )
+    seal_smoke_bundle(prepared, recipe.data.seed)
+    seal_eval_items(context.out, recipe, prepared, context.reporter)
+    if prepared.is_whole:
+        count_leaks(context.out, recipe, prepared, context.reporter, from_text=context.run is None)
+
+
+def count_leaks(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter, *, from_text: bool = True) -> None:
+    """Documents of the whole set that share text with CORE, where the recipe names CORE: noted beside the rows.
+
+    Counting reads all of the text again, so where a run waits (not `from_text`) only a count that was made before is reported.
+    """
+    if recipe.eval.core_bundle:
+        bundle = eval_bundle(out, recipe, prepared, reporter)
+        pool = Pool(store_of_environment(), prepared.path, reporter)
+        seal_leaks(prepared, out, recipe.data, bundle, reporter, host.usable_cores() if from_text else 0, pool)
+
+
+def seal_smoke_bundle(prepared: Prepared, seed: int) -> None:
+    """22 small tasks made from the held-out documents, in CORE's format."""
+    folder = prepared.path / SMOKE_BUNDLE
+    if not is_sealed(folder):
+        with sealing(folder, kind=SMOKE_BUNDLE, made_from={"prepared": prepared.id, "seed": seed}) as unsealed:
+            write_smoke_bundle(prepared.held_out_documents(), unsealed.path, seed=seed)
+
+
+def seal_eval_items(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter) -> None:
+    """The tokens of the bundle that the recipe names, where the evaluation will look for them."""
+    bundle, cap = eval_bundle(out, recipe, prepared, reporter), recipe.eval.cap or None
+    seal_items(
+        bundle,
+        prepared.tokenizer,
+        items_folder(prepared, bundle, cap),
+        tokenizer_id=prepared.id,
+        cap=cap,
+        workers=host.usable_cores(),
+        reporter=reporter,
+        pool=Pool(store_of_environment(), prepared.path, reporter),
+    )
+
+
+def eval_bundle(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter) -> Bundle:
+    """CORE where the recipe's eval.core_bundle says it is (an address is fetched once), or else the smoke bundle."""
+    if recipe.eval.core_bundle:
+        return open_core(recipe.eval.core_bundle, out / "bundles", reporter)
+    return open_bundle(prepared.path / SMOKE_BUNDLE)
+
+
+def items_folder(prepared: Prepared, bundle: Bundle, cap: int | None) -> Path:
+    """Where the tokens of this bundle's items are: runs on the same data share them."""
+    return prepared.path / "items" / f"{bundle.id}-{cap or 'all'}"

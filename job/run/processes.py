@@ -1,0 +1,194 @@
+"""The processes of a stage: how the supervisor sees a rank, and how ranks of this machine are started, spoken to and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from job.machine.host import usable_cores
+
+GRACE = 15.0
+"""seconds that ranks have to reach the shared border and seal a checkpoint (the table allows 20 in all)"""
+
+RANK_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+"""What ranks are given unless the user's environment says otherwise. Threads that wait for each other sleep instead of spinning: on
+cores that others use too, spinning is 4 to 8 times slower. glibc keeps freed activations instead of returning them to the kernel page by
+page: a step's page faults cost 15 to 30 % of it. Both measured in LOG.md. On a GPU, segments that grow leave no holes between
+activations of changing sizes: what the plan says fits must not fail by fragmentation."""
+
+PACKAGES = str(Path(__file__).parents[2])
+"""the folder of this package and of `model`"""
+
+LOG_TAIL = 30
+"""lines of a rank's log that a failure shows"""
+
+
+def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` for a child that is Python: it finds this package wherever it is started, and nothing in the folder where it is.
+
+    `python -m` puts the working folder before everything else, and so does an empty entry of PYTHONPATH: a user's secrets.py or
+    model.py there would run inside the ranks, in the place of Python's or ours.
+    """
+    entries = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    return {**environment, "PYTHONPATH": os.pathsep.join([PACKAGES, *entries]), "PYTHONSAFEPATH": "1"}
+
+
+class Rank:
+    """One rank of a stage as `supervise` sees it, wherever it runs."""
+
+    name: str
+    """as a sentence calls it: "rank 3", "rank 3 on node 1" """
+    pipe: int
+    """readable when `messages` has something to give"""
+    log: str
+    """where what it printed stands"""
+    remote = False
+
+    def __init__(self) -> None:
+        self.error: tuple[int, str] | None = None
+        self.boundary: int | None = None
+        self.closed = False
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What has arrived; EOFError when the rank closed its end, BlockingIOError when there is nothing."""
+        raise NotImplementedError
+
+    def tell(self, message: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        raise NotImplementedError
+
+    def ended(self) -> int | None:
+        """The exit code; None when the process closed its pipe and still runs after GRACE seconds, or has a failed peer."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """End it and wait for that."""
+        raise NotImplementedError
+
+    def tail(self) -> str:
+        """The end of its log."""
+        raise NotImplementedError
+
+
+class LocalRank(Rank):
+    """A child process (of `module`) in a session of its own: its pipes, its log, and the last unfinished line it sent."""
+
+    def __init__(
+        self, name: str, arguments: list[str], environment: Mapping[str, str], log: Path, module: str = "job.run.rank"
+    ) -> None:
+        super().__init__()
+        read_end, write_end = os.pipe()
+        self.name, self.log = name, str(log)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env={**python_environment(environment), "SPEEDRUN_EVENTS_FD": str(write_end)},
+                pass_fds=[write_end],
+                start_new_session=True,
+            )
+        os.close(write_end)
+        os.set_blocking(read_end, False)
+        self.pipe = read_end
+        self._buffer = b""
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        data = os.read(self.pipe, 1 << 16)
+        if not data:
+            self.closed = True
+            raise EOFError
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            yield json.loads(line)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write((json.dumps(message) + "\n").encode())
+            self.process.stdin.flush()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def ended(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(timeout=GRACE if self.closed else 0)
+        return None
+
+    def tail(self) -> str:
+        return "\n".join(Path(self.log).read_text(errors="replace").splitlines()[-LOG_TAIL:])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def start_ranks(
+    arguments: list[str],
+    *,
+    world_size: int,
+    threads: int,
+    logs: Path,
+    label: str,
+    here: range | None = None,
+    node: int | None = None,
+    master: tuple[str, int] | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> list[LocalRank]:
+    """Start those of `world_size` ranks that are `here`: all, unless several nodes share them and this is number `node` of them.
+
+    They meet at `master`, an address and a port of the first node. `threads` CPU threads each (0: the cores, divided). `environment` is
+    given to them whatever this process's own says.
+    """
+    here = range(world_size) if here is None else here
+    address, port = master or ("127.0.0.1", free_port())
+    shared = (
+        RANK_ENVIRONMENT
+        | os.environ
+        | environment
+        | {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": str(threads or max(1, usable_cores() // len(here))),
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
+    where = "" if node is None else f" on node {node}"
+    log = label if node is None else f"{label}.node{node}"
+    return [
+        LocalRank(
+            f"rank {rank}{where}",
+            arguments,
+            shared | {"RANK": str(rank), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(len(here))},
+            logs / f"{log}.rank{rank}.log",
+        )
+        for local, rank in enumerate(here)
+    ]

@@ -1,0 +1,251 @@
+"""One start of a run, from the claim to the exit code: processes, signals, events.
+
+`supervise` starts a stage's ranks as children in sessions of their own (a terminal's Ctrl-C reaches the supervisor alone), writes
+down what they report, and ends with an exit code of the table or raises the exception that carries it.
+
+A first SIGINT or SIGTERM ends a training stage at a step border with a checkpoint (see job/run/rank.py) and any other stage at once:
+what is sealed stays, what is not is made again. After a second signal, or when a rank does not reach the border within GRACE seconds, the ranks
+are killed and the checkpoint before is the one that counts. Both exit 75: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from job.console import Console
+from job.errors import InterruptedRun, OutOfMemoryError, error_for
+from job.machine import cgroup, container
+from job.reporter import Reporter
+from job.run.fruitless import Death, RankDied, explained
+from job.run.processes import GRACE, Rank
+from job.store.checkpoint_folder import Keeper
+
+GOES_ON = "what is sealed is kept, and the same command goes on from there"
+
+HEARSAY = 5.0
+"""seconds that a rank's unexplained end waits for the word of other nodes: what ended it may have happened there"""
+
+
+class Interrupts:
+    """Counts SIGINT and SIGTERM while it is in force.
+
+    One wish is one signal: that every node of a run gets it, or that `timeout` and a shell pass it on to the process and again to its
+    group, makes it no second one, which would end the run at once.
+    """
+
+    TOGETHER = 0.3
+    """seconds within which two signals are one"""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._last = float("-inf")
+        self._own = 0
+        self._elsewhere: dict[int, int] = {}
+
+    @property
+    def count(self) -> int:
+        return max([self._own, *self._elsewhere.values()])
+
+    def heard(self, node: int, count: int, name: str) -> None:
+        """`node` has had `count` signals, the last of them `name`."""
+        self.name = self.name or name
+        self._elsewhere = self._elsewhere | {node: count}
+
+    def __enter__(self) -> Interrupts:
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def check(self, stage: str) -> None:
+        """Between stages: InterruptedRun when a signal has come."""
+        if self.count:
+            raise InterruptedRun(f"{self.name} came before {stage}; {GOES_ON}")
+
+    def _note(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if now - self._last > self.TOGETHER:
+            self._own += 1
+        self._last = now
+        self.name = signal.Signals(number).name
+
+
+def supervise(
+    stage: str,
+    ranks: Sequence[Rank],
+    *,
+    reporter: Reporter,
+    console: Console,
+    interrupts: Interrupts,
+    keeper: Keeper | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Write down what the ranks of `stage` report until all have ended; `keeper` seals their checkpoints and says when one is due.
+
+    `meanwhile` is called several times a second: what else the supervisor minds; it must not block, and what it raises ends the stage.
+    Raises InterruptedRun after a signal, RankDied when one ended a rank, the error that a rank named,
+    or RuntimeError (a bug of ours, exit 1) with the tail of its log.
+    """
+    selector = selectors.DefaultSelector()
+    for rank in ranks:
+        selector.register(rank.pipe, selectors.EVENT_READ, rank)
+    borders = _Borders(stage, ranks, interrupts, console, keeper)
+
+    def listen() -> None:
+        for key, _ in selector.select(timeout=0.2):
+            try:
+                for message in key.data.messages():
+                    _take(key.data, message, reporter, console, keeper)
+            except EOFError:
+                selector.unregister(key.fd)
+                os.close(key.fd)
+
+    kills = cgroup.oom_kills()
+    try:
+        while selector.get_map() and all(rank.poll() in (None, 0) for rank in ranks):
+            listen()
+            borders.advance()
+            meanwhile()
+        _hear_others(ranks, selector, listen)
+        codes = [rank.ended() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+        _drain(selector, reporter, console, keeper)
+        selector.close()
+    if cgroup.oom_kills() != kills and any(codes) and not any(rank.error for rank in ranks):
+        raise OutOfMemoryError(_memory_sentence(stage))
+    _raise_failure(stage, ranks, codes, signalled=interrupts.count > 0)
+
+
+class _Borders:
+    """Agreements on a shared border: for a checkpoint when one is due, for the end after a signal."""
+
+    def __init__(
+        self, stage: str, ranks: Sequence[Rank], interrupts: Interrupts, console: Console, keeper: Keeper | None
+    ) -> None:
+        self.stage, self.ranks, self.interrupts, self.console, self.keeper = stage, ranks, interrupts, console, keeper
+        self.stopping: float | None = None
+        self.asked = False
+        self.told_to_stop = False
+
+    def advance(self) -> None:
+        if self.keeper:
+            self.keeper.check()
+        if self.interrupts.count:
+            self._patience()
+        if self.asked:
+            self._agree()
+        elif self.interrupts.count and not self.told_to_stop:
+            self._ask()
+        elif self.keeper and self.keeper.due():
+            self.keeper.restart_clock()
+            self._ask()
+
+    def _patience(self) -> None:
+        if self.stopping is None:
+            self.stopping = time.monotonic()
+            self.console.say(f"{self.interrupts.name}: stopping {self.stage} ...")
+        if self.keeper is None or self.interrupts.count > 1 or time.monotonic() - self.stopping > GRACE:
+            raise _interrupted(self.stage)
+
+    def _ask(self) -> None:
+        self.asked = True
+        for rank in self.ranks:
+            rank.boundary = None
+            rank.tell({"do": "hold"})
+
+    def _agree(self) -> None:
+        if any(rank.boundary is None for rank in self.ranks):
+            return
+        self.asked, self.told_to_stop = False, bool(self.interrupts.count)
+        order = {
+            "do": "go",
+            "at": max(rank.boundary for rank in self.ranks),
+            "then": "stop" if self.told_to_stop else "checkpoint",
+        }
+        for rank in self.ranks:
+            rank.tell(order)
+
+
+def _take(rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, keeper: Keeper | None) -> None:
+    match message:
+        case {"progress": [stage, done, total, unit]}:
+            console.progress(stage, done, total, unit)
+        case {"error": [code, text]}:
+            rank.error = (code, text)
+        case {"part": part} if keeper:
+            keeper.take(part)
+        case {"boundary": step}:
+            rank.boundary = step
+        case {"kind": kind, **fields}:
+            reporter.emit(kind, **fields)
+            if kind == "train.start" and keeper:
+                keeper.restart_clock()
+            if kind == "warning":
+                console.say(f"warning: {fields['text']}")
+            if "proof" in fields:
+                console.say(f"{fields['device']}: {fields['proof']}")
+            console.detail(f"{kind} {json.dumps(fields)}")
+
+
+def _drain(selector: selectors.BaseSelector, reporter: Reporter, console: Console, keeper: Keeper | None) -> None:
+    """Take what dead ranks had still said: a pipe outlives its writer."""
+    for key in list(selector.get_map().values()):
+        with contextlib.suppress(EOFError, BlockingIOError):
+            while True:
+                for message in key.data.messages():
+                    _take(key.data, message, reporter, console, keeper)
+        os.close(key.fd)
+
+
+def _hear_others(ranks: Sequence[Rank], selector: selectors.BaseSelector, listen: Callable[[], None]) -> None:
+    """While no rank's end explains the others', and some of them are on other nodes: what those still have to say."""
+    until = time.monotonic() + HEARSAY
+
+    def unexplained() -> bool:
+        explained = any(rank.error or (rank.poll() or 0) < 0 for rank in ranks)
+        return not explained and any(rank.poll() for rank in ranks) and any(rank.remote for rank in ranks)
+
+    while unexplained() and selector.get_map() and time.monotonic() < until:
+        listen()
+
+
+def _interrupted(stage: str) -> InterruptedRun:
+    return InterruptedRun(f"{stage} was interrupted; {GOES_ON}")
+
+
+def _memory_sentence(stage: str) -> str:
+    limit = cgroup.memory_limit()
+    of = f" of {limit / 1e9:.2f} GB" if limit else ""
+    return (
+        f"{stage} ran out of memory: the kernel killed one of its processes at the limit{of}; {container.memory_remedy()}, or lower "
+        f"train.device_batch_size; {GOES_ON}"
+    )
+
+
+def _raise_failure(stage: str, ranks: Sequence[Rank], codes: list[int | None], *, signalled: bool) -> None:
+    """Raise what the first failed rank said, or what its exit code says; `codes` are from before the others were killed.
+
+    `signalled`: the supervisor was, so that a rank's death by a signal says nothing about the machine.
+    """
+    for rank in ranks:
+        if rank.error:
+            raise error_for(*rank.error)
+    for rank, code in zip(ranks, codes, strict=True):
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            sentence = f"{rank.name} of {stage} was killed by {explained(name)}; {GOES_ON}"
+            raise InterruptedRun(sentence) if signalled else RankDied(sentence, Death(stage, rank.name, name), rank.log)
+    for rank, code in zip(ranks, codes, strict=True):
+        if code:
+            raise RuntimeError(f"{rank.name} of {stage} failed; the end of {rank.log}:\n{rank.tail()}")

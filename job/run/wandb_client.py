@@ -1,0 +1,143 @@
+"""The mirror: a process beside the run that shows its folded events on wandb, and that the run can lose without a loss.
+
+    supervisor --(stdin: one JSON object, then the end)--> mirror     {"exit_code": 0, "seconds": 20}
+    mirror --(stdout: one JSON object a line)--> supervisor           {"said": ".."}  {"lost": ".."}
+
+wandb has threads, signal handlers, prompts and a network of its own. None of it may touch the process that owns the exit code, so the mirror
+(job/run/wandb_process.py) is a process in a session of its own, at a low priority, that reads nothing but the run's event files. Here is the
+supervisor's side: start it, say once what it says, and at the end wait for it no longer than `FINISH` seconds, then kill it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from job.console import Console
+from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
+from job.run.processes import python_environment
+from job.store.attempt import Attempt, fold
+
+COMMAND = [sys.executable, "-m", "job.run.wandb_process"]
+FINISH = 20.0
+"""seconds that wandb has for the rest once the stages have ended"""
+FINISH_INTERRUPTED = 3.0
+"""the same after a signal: the machine may be about to go away"""
+SYNC = 600.0
+"""seconds that `speedrun wandb-sync` has for a whole run"""
+
+
+@contextlib.contextmanager
+def mirrored(run: Path, attempt: Attempt, console: Console) -> Iterator[None]:
+    """Mirror the run's events while the block runs. Whatever becomes of the mirror, the block's outcome is the outcome."""
+    if is_off():
+        yield
+        return
+    try:
+        mirror = Mirror(run, attempt.number, console)
+    except OSError as error:
+        _regret(attempt, console, f"wandb was not started ({error.strerror})")
+        yield
+        return
+    code = int(ExitCode.BUG)
+    try:
+        yield
+        code = int(ExitCode.DONE)
+    except SpeedrunError as error:
+        code = int(error.exit_code)
+        raise
+    finally:
+        lost = mirror.finish(code, FINISH_INTERRUPTED if code == ExitCode.RESUME else FINISH)
+        if lost:
+            _regret(attempt, console, lost)
+
+
+def is_off() -> bool:
+    """Whether wandb's own variables say that nothing is to be written."""
+    return os.environ.get("WANDB_MODE", "") == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in (
+        "true",
+        "1",
+    )
+
+
+def sync(run: Path, console: Console) -> None:
+    """Bring what wandb has of `run` to what its events say; UsageError without a key, StorageError when wandb does not take it."""
+    attempts = fold(run).attempts
+    mirror = Mirror(run, 0, console)
+    lost = mirror.finish((attempts[-1].exit_code if attempts else None) or 0, SYNC)
+    if mirror.exit_code == ExitCode.USAGE:
+        raise UsageError(lost)
+    if lost:
+        raise StorageError(f"{lost}; nothing is lost: the events are in {run / 'events'}, give the command again")
+
+
+class Mirror:
+    """The process, and a thread that passes on what it says. `attempt` 0: not a live run, all is there already."""
+
+    def __init__(self, run: Path, attempt: int, console: Console) -> None:
+        log = run / "logs" / (f"{attempt}.wandb.log" if attempt else "wandb-sync.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            self._process = subprocess.Popen(
+                [*COMMAND, str(run.resolve()), str(attempt)],
+                cwd=run,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env=python_environment(os.environ),
+                start_new_session=True,
+            )
+        self._log, self._console = log, console
+        self._lost, self._ending = "", False
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def finish(self, exit_code: int, seconds: float) -> str | None:
+        """Let the mirror send the rest, for so long at most. Why it fell short, in words; None when wandb has everything."""
+        self._ending = True
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(json.dumps({"exit_code": exit_code, "seconds": seconds}).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        code = self.exit_code
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._listener.join(1)
+        if code == 0:
+            return None
+        if code is None:
+            return f"wandb did not take the rest within {seconds:.0f} s"
+        return self._lost or f"wandb's process ended with {code} (see {self._log})"
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the process works."""
+        return self._process.poll()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(ValueError, OSError):
+            for line in self._process.stdout:
+                message = json.loads(line)
+                if "lost" in message:
+                    self._lost = message["lost"]
+                    if not self._ending:
+                        self._console.say(f"warning: {self._lost}; the run goes on without")
+                else:
+                    self._console.say(message["said"])
+
+
+def _regret(attempt: Attempt, console: Console, lost: str) -> None:
+    text = f"{lost}; later: speedrun wandb-sync --run-id {attempt.run.name}"
+    console.say(f"warning: {text}")
+    with contextlib.suppress(StorageError):
+        attempt.emit("warning", text=text)

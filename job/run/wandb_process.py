@@ -1,0 +1,303 @@
+"""The process that mirrors a run to wandb (started by job/run/wandb_client.py, which describes how they talk).
+
+The events of all attempts are the truth; what stands on wandb is a copy that can be made again at any time:
+
+- **Online** (a key in WANDB_API_KEY, in netrc, or an identity token) the run is opened with `resume="allow"` under an id that follows from
+  the run id and the moment the run began, so that a run begun anew with `--fresh` is another one there too. wandb's server says after which
+  step it goes on; only later steps are sent. What an attempt that died left out is sent by the next one, and nothing is sent twice: steps done again
+  after a checkpoint give the same numbers, and are passed over.
+- **Offline** (no key, or WANDB_MODE=offline) the folder `wandb/offline-run-*` in the run's folder is wandb's own format. Each attempt writes all of the run's
+  events into a new one and removes the older, so there is one, with every step once.
+- A step is sent when it was measured, together with the validation before it; the row after the last step has the evaluation.
+
+The names of the numbers are those of the leaderboard's runs (facts of nanochat's training script), so curves lie over one another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import netrc
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from job.errors import ExitCode
+from job.store.attempt import UNTIMED_STEPS, Record, fold_event, newest_attempt
+
+POLL = 1.0
+"""seconds between two looks at the event files"""
+INIT_TIMEOUT = 30.0
+"""seconds that wandb's server has to open the run"""
+RETRY = 60.0
+"""seconds before a server that was lost is tried again"""
+PROJECT = "gpt2-speedrun"
+
+
+class Events:
+    """The run's events, folded as they are written."""
+
+    def __init__(self, run: Path) -> None:
+        self._folder = run / "events"
+        self._read: dict[int, int] = {}
+        self.record = Record()
+
+    def advance(self) -> None:
+        """Fold the whole lines that are new since the last call."""
+        for number in sorted(int(p.stem) for p in self._folder.glob("*.jsonl") if p.stem.isdigit()):
+            with open(self._folder / f"{number}.jsonl", "rb") as file:
+                file.seek(self._read.get(number, 0))
+                whole = file.read().rpartition(b"\n")[0]
+            self._read[number] = self._read.get(number, 0) + len(whole) + bool(whole)
+            for line in whole.splitlines():
+                with contextlib.suppress(ValueError):
+                    event = json.loads(line)
+                    if isinstance(event, dict) and "kind" in event:
+                        fold_event(self.record, event)
+
+    @property
+    def worth_showing(self) -> bool:
+        return bool(self.record.steps or self.record.score)
+
+
+def history(record: Record, after: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, numbers) of all steps above `after` that are complete, in order; the evaluation stands at the step after the last."""
+    seconds, newest = 0.0, max(record.steps, default=-1)
+    for step in sorted(record.steps):
+        event = record.steps[step]
+        seconds += event["ms"] / 1000 if step >= UNTIMED_STEPS else 0.0
+        if step > after:
+            yield step, _validation(record, step) | _training(record, event, seconds)
+    final = record.bpb.get("step", record.train.get("steps", -1))
+    if record.score and final > newest and final > after:
+        yield final, _evaluation(record)
+
+
+def _validation(record: Record, step: int) -> dict[str, Any]:
+    return {"val/bpb": record.validations[step]["bpb"]} if step in record.validations else {}
+
+
+def _training(record: Record, event: dict[str, Any], seconds: float) -> dict[str, Any]:
+    done = (event["step"] + 1) * event["tokens"]
+    return {
+        "step": event["step"],
+        "train/loss": event["loss"],
+        "train/lrm": event["lr_mult"],
+        "train/dt": event["ms"] / 1000,
+        "train/tok_per_sec": event["tokens"] / (event["ms"] / 1000) if event["ms"] else None,
+        "total_training_flops": done * record.train.get("flops_per_token", 0),
+        "total_training_time": seconds,
+    }
+
+
+def _evaluation(record: Record) -> dict[str, Any]:
+    metric = "core_metric" if record.score["name"] == "core" else "smoke_score"
+    bpb = {"val/bpb": record.bpb["bpb"]} if "bpb" in record.bpb else {}
+    return bpb | {
+        metric: record.score["metric"],
+        "centered_results": {t: e["centered"] for t, e in record.tasks.items()},
+    }
+
+
+def summary(record: Record) -> dict[str, Any]:
+    """The run in a line, under the leaderboard's names. A smoke score is not called CORE."""
+    if not record.steps:
+        return {}
+    newest = max(record.steps)
+    last = record.steps[newest]
+    fields = {
+        "step": newest + 1,
+        "total_training_flops": (newest + 1) * last["tokens"] * record.train.get("flops_per_token", 0),
+        "total_training_time": record.training_seconds,
+    }
+    if record.bpb:
+        fields["val_bpb"] = record.bpb["bpb"]
+    elif record.validations:
+        fields["val_bpb"] = record.validations[max(record.validations)]["bpb"]
+    if record.score:
+        fields |= {name: value for name, value in _evaluation(record).items() if name in ("core_metric", "smoke_score")}
+    return fields
+
+
+def wandb_id(run: Path, record: Record) -> str:
+    """wandb's name of the run: the run id, and when its first attempt began (UTC)."""
+    return f"{run.name}-{datetime.fromtimestamp(min(life.start for life in record.attempts), UTC):%Y%m%d-%H%M%S}"
+
+
+def has_key(base_url: str) -> bool:
+    """Whether wandb finds a key or a token for its server at `base_url` without asking for one."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(base_url).hostname or "") is not None
+    return False
+
+
+def mode() -> str:
+    """ "online" with a key; "offline" without one, or when WANDB_MODE says so."""
+    import wandb
+
+    asked = os.environ.get("WANDB_MODE", "online")
+    return "offline" if asked in ("offline", "dryrun") or not has_key(wandb.setup().settings.base_url) else "online"
+
+
+class End(threading.Thread):
+    """Waits for the supervisor's last word (or its death) and then ends this process in time, wherever it hangs."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        super().__init__(daemon=True)
+        self.come = threading.Event()
+        self.exit_code = int(ExitCode.RESUME)
+        self._mirror = mirror
+
+    def run(self) -> None:
+        seconds = 3.0
+        with contextlib.suppress(ValueError, KeyError):
+            word = json.loads(sys.stdin.readline())
+            self.exit_code, seconds = word["exit_code"], word["seconds"]
+        self.come.set()
+        timer = threading.Event()
+        timer.wait(max(seconds - 0.5, 0.5))
+        self._mirror.tell(lost=f"wandb did not take the rest within {seconds:.0f} s")
+        os._exit(1)
+
+
+class Mirror:
+    """The mirror of the run in folder `run` for one attempt of it."""
+
+    def __init__(self, run: Path, attempt: int, messages: IO[str]) -> None:
+        self.run, self.attempt, self._messages = run, attempt, messages
+        self.events = Events(run)
+        self.end = End(self)
+        self._told = False
+
+    def tell(self, **message: str) -> None:
+        with contextlib.suppress(OSError):
+            self._messages.write(json.dumps(message) + "\n")
+            self._messages.flush()
+
+    def work(self) -> int:
+        """0 when wandb has everything, 1 when it has not."""
+        self.end.start()
+        while not self.events.worth_showing:
+            last = self.over()
+            self.events.advance()
+            if last and not self.events.worth_showing:
+                return 0
+            self.end.come.wait(0 if self.events.worth_showing else POLL)
+        while True:
+            try:
+                chosen = mode()
+                if chosen == "offline" and not self.attempt:
+                    self.tell(lost="wandb has no key; set WANDB_API_KEY, or give the command `wandb login` once")
+                    return int(ExitCode.USAGE)
+                self.session(chosen)
+                return 0
+            except Exception as error:
+                self.tell(lost=f"wandb was lost ({_first_line(error)})")
+                with contextlib.suppress(Exception):
+                    import wandb
+
+                    wandb.teardown()
+                if self.over() or self.end.come.wait(RETRY):
+                    return 1
+
+    def over(self) -> bool:
+        """Whether nothing new will come: the supervisor has ended, or a newer attempt has the run."""
+        return self.end.come.is_set() or (self.attempt > 0 and newest_attempt(self.run) > self.attempt)
+
+    def session(self, mode: str) -> None:
+        """Open the run on wandb, send what is missing there, follow the events, close it."""
+        import wandb
+
+        identity = wandb_id(self.run, self.events.record)
+        stale = list((self.run / "wandb").glob(f"offline-run-*-{identity}")) if mode == "offline" else []
+        handle = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            id=identity,
+            name=os.environ.get("WANDB_NAME") or self.run.name,
+            resume="allow",
+            config=recipe_values(self.run),
+            settings=settings(wandb, self.run, mode),
+        )
+        for folder in stale:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not self._told and mode == "online":
+            self.tell(said=f"wandb: {handle.url}")
+            self._told = True
+        position = handle.step - 1 if handle.resumed else -1
+        while True:
+            last = self.over()
+            self.events.advance()
+            for step, numbers in history(self.events.record, position):
+                handle.log(numbers, step=step, commit=True)
+                position = step
+            if last:
+                break
+            self.end.come.wait(POLL)
+        handle.summary.update(summary(self.events.record))
+        if self.end.exit_code == ExitCode.RESUME:
+            handle.mark_preempting()
+        handle.finish(exit_code=self.end.exit_code)
+        wandb.teardown()
+
+
+def recipe_values(run: Path) -> dict[str, Any]:
+    document = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    values = {
+        f"{section}.{key}": value for section, entries in document["recipe"].items() for key, value in entries.items()
+    }
+    return {"preset": document["preset"]} | values
+
+
+def settings(wandb: Any, run: Path, mode: str) -> Any:
+    """Nothing but our numbers: no console, code, git, machine or package list; no question, and nothing outside the run's folder."""
+    return wandb.Settings(
+        mode=mode,
+        root_dir=str(run),
+        use_dot_wandb=False,
+        init_timeout=INIT_TIMEOUT,
+        console="off",
+        silent=True,
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        save_code=False,
+        symlink=False,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+        x_skip_transaction_log=mode == "online",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def main(run: str, attempt: str) -> int:
+    os.nice(10)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    if not int(attempt):
+        os.environ.pop("WANDB_MODE", None)  # to sync is to be online
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+        os.environ.setdefault(name, str(Path(run) / "wandb"))
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    code = Mirror(Path(run), int(attempt), messages).work()
+    messages.flush()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

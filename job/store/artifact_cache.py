@@ -1,0 +1,91 @@
+"""What others have prepared already: sealed parts of a set, taken from the store instead of made.
+
+A part's key is its path below `--out`, and the set's id stands in it, so that a part found there is the part that would be made here. It is
+verified byte for byte and must have been made from the same inputs. The store is a short cut and never a condition: what it
+lacks, gives damaged or does not give is made here, with a warning where something was wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from job.errors import DataError, StorageError
+from job.reporter import Reporter
+from job.store.sealed import MANIFEST, Sealed, is_sealed
+from job.store.stores import Store, pull_sealed
+
+AT_ONCE = 4
+"""parts that are on their way at once"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A sealed folder of a set: where it belongs, of which kind it is, and what it is made from."""
+
+    path: Path
+    kind: str
+    made_from: dict[str, Any]
+
+
+class Pool:
+    """The parts of the prepared set at `root` that `store` has; with no store, none."""
+
+    def __init__(self, store: Store | None, root: Path, reporter: Reporter) -> None:
+        self._store, self._root, self._reporter = store, root, reporter
+        self._sealed: dict[str, int] | None = None
+
+    def pull(self, parts: Iterable[Part]) -> Iterator[tuple[Sealed, float]]:
+        """Take those of `parts` that are not here and are there, some at once; each with its seconds, in order."""
+        wanted = [part for part in parts if not is_sealed(part.path) and self.has(part)]
+        done, total = 0, sum(self.size(part) for part in wanted)
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            for part, pulled in zip(wanted, threads.map(self._pull, wanted), strict=True):
+                done += self.size(part)
+                self._reporter.progress("pull", done, total, "bytes")
+                if pulled:
+                    yield pulled
+
+    def has(self, part: Part) -> bool:
+        """Whether the store has `part`, sealed, and nothing was wrong with it."""
+        return f"{self._key(part)}/{MANIFEST}" in self._listed()
+
+    def size(self, part: Part) -> int:
+        """Bytes of the files of `part` in the store, its manifest apart."""
+        inside = f"{self._key(part)}/"
+        return sum(size for key, size in self._listed().items() if key.startswith(inside) and key != inside + MANIFEST)
+
+    def _listed(self) -> dict[str, int]:
+        if self._sealed is None:
+            self._sealed = {}
+            if self._store:
+                with self._or_make_it("what is prepared there cannot be listed"):
+                    self._sealed = self._store.list(f"prepared/{self._root.name}")
+        return self._sealed
+
+    def _pull(self, part: Part) -> tuple[Sealed, float] | None:
+        started = time.perf_counter()
+        with self._or_make_it(f"{self._key(part)} is made here instead"):
+            sealed = pull_sealed(self._store, self._key(part), part.path, kind=part.kind)
+            if sealed.made_from == part.made_from:
+                return sealed, time.perf_counter() - started
+            shutil.rmtree(part.path)
+            raise DataError(f"{self._store.url}/{self._key(part)} was made from something else")
+        del self._sealed[f"{self._key(part)}/{MANIFEST}"]
+        return None
+
+    def _key(self, part: Part) -> str:
+        return f"prepared/{self._root.name}/{part.path.relative_to(self._root).as_posix()}"
+
+    @contextlib.contextmanager
+    def _or_make_it(self, consequence: str) -> Iterator[None]:
+        try:
+            yield
+        except (DataError, StorageError) as error:
+            self._reporter.emit("warning", text=f"{error}; {consequence}")

@@ -1,0 +1,245 @@
+"""Attempts and events: what happened, kept so that a crash in mid-line loses at most that line.
+
+Each start of a run is an attempt. It claims `attempts/N` by a create-only write (the operating system lets exactly one process
+make a file that must not exist) and from then on is the only writer of `events/N.jsonl`: one JSON object a line, appended and
+flushed. The newest claim wins; an older attempt that is still alive notices and stops before it publishes again. With a bucket the claim is
+made there as well (job/store/fence.py).
+
+`fold` reads the events of all attempts and gives the `Record`: clocks, curves, stages, scores. Nothing else keeps state: what is
+done is said by sealed folders, what happened by events.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from job.reporter import Reporter
+from job.store.fence import TakenOver, claim_key, newest_claimed
+from job.store.sealed import storage_errors
+from job.store.stores import Store
+
+UNTIMED_STEPS = 11
+"""The leaderboard's clock leaves out steps 0-10 (compilation and warm-up): facts of the published runs, "N - 11 steps"."""
+
+
+class Attempt(Reporter):
+    """One start of a run: the claim, and the only writer of its event file."""
+
+    def __init__(self, run: Path, number: int) -> None:
+        self.run = run
+        self.number = number
+        self._sequence = 0
+        self._torn = False
+        self._file = open(run / "events" / f"{number}.jsonl", "ab", buffering=0)  # noqa: SIM115 - lives as long as the attempt
+
+    @classmethod
+    def claim(cls, run: Path, store: Store | None = None, **notes: Any) -> Attempt:
+        """Claim the next free number; of several claimants at once each gets its own, and the highest is the newest.
+
+        With a `store` the claim is made there first, so that claimants on other machines count as well. `notes` go into the claim.
+        """
+        with storage_errors(run):
+            (run / "attempts").mkdir(parents=True, exist_ok=True)
+            (run / "events").mkdir(exist_ok=True)
+        claim = {
+            "nonce": secrets.token_hex(8),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "t": time.time(),
+            "argv": sys.argv[1:],
+            **notes,
+        }
+        data = json.dumps(claim).encode()
+        number = 1 + max(newest_attempt(run), newest_claimed(store, run.name) if store else 0)
+        while (store and not store.create(claim_key(run.name, number), data)) or not _create(
+            run / "attempts" / str(number), data
+        ):
+            number += 1
+        return cls(run, number)
+
+    def superseded(self) -> int | None:
+        """The number of the attempt of this machine that took over, or None while this one is the newest."""
+        newest = newest_attempt(self.run)
+        return newest if newest > self.number else None
+
+    def check_newest(self) -> None:
+        """Raise TakenOver when another attempt of this machine took over; those of others are seen by the uploader's `Fenced` store."""
+        if newest := self.superseded():
+            raise TakenOver(self.run.name, self.number, newest)
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        record = {"t": time.time(), "attempt": self.number, "seq": self._sequence, "kind": kind, **fields}
+        self._sequence += 1
+        line = b"\n" * self._torn + json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        with storage_errors(self.run):
+            self._torn = True
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._torn = False
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """Make the file unless there is one; whether this call made it."""
+    try:
+        with storage_errors(path), open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def newest_attempt(run: Path) -> int:
+    """The highest claimed number, 0 when none is."""
+    folder = run / "attempts"
+    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.is_dir() else 0
+
+
+def read_events(run: Path) -> Iterator[dict[str, Any]]:
+    """All events of all attempts in order; a line that a crash cut short is passed over."""
+    folder = run / "events"
+    numbers = sorted(int(p.stem) for p in folder.glob("*.jsonl") if p.stem.isdigit()) if folder.is_dir() else []
+    for number in numbers:
+        with open(folder / f"{number}.jsonl", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    event = json.loads(line)
+                    if isinstance(event, dict) and "kind" in event:
+                        yield event
+
+
+@dataclasses.dataclass
+class Span:
+    """A stage of one attempt on the time axis; `end` is None while it runs or when it was killed."""
+
+    attempt: int
+    stage: str
+    start: float
+    end: float | None = None
+
+
+@dataclasses.dataclass
+class Life:
+    """One attempt on the time axis; `exit_code` is None when it vanished without a word."""
+
+    number: int
+    start: float
+    end: float
+    exit_code: int | None = None
+    reason: str = ""
+
+
+@dataclasses.dataclass
+class Record:
+    """All attempts of a run, folded. Later attempts' events replace earlier ones of the same step, task or name."""
+
+    attempts: list[Life] = dataclasses.field(default_factory=list)
+    stages: list[Span] = dataclasses.field(default_factory=list)
+    machine: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prepared: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shards: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    leaks: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steps: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    validations: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    slow_ranks: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    checkpoints: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    bpb: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    score: dict[str, Any] = dataclasses.field(default_factory=dict)
+    samples: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def training_seconds(self) -> float:
+        """The leaderboard's clock: steps 11 ... N-1, each once; no evaluation, checkpoint or compilation."""
+        return sum(e["ms"] for step, e in self.steps.items() if step >= UNTIMED_STEPS) / 1000
+
+    @property
+    def node_seconds(self) -> float:
+        """Wall time over all attempts, re-done steps included."""
+        return sum(life.end - life.start for life in self.attempts)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds by stage over all attempts; a killed span counts up to its attempt's last event."""
+        ends = {life.number: life.end for life in self.attempts}
+        total: dict[str, float] = {}
+        for span in self.stages:
+            end = span.end if span.end is not None else ends[span.attempt]
+            total[span.stage] = total.get(span.stage, 0.0) + end - span.start
+        return total
+
+
+def fold(run: Path) -> Record:
+    """Fold the events of all attempts of `run` into one Record."""
+    record = Record()
+    for event in read_events(run):
+        fold_event(record, event)
+    return record
+
+
+def fold_event(record: Record, event: dict[str, Any]) -> None:
+    """Fold one more event into `record`; events come in the order of `read_events`. Those of lesser evaluations only take time."""
+    fields = {k: v for k, v in event.items() if k not in ("attempt", "seq", "kind")}
+    number, t = event["attempt"], event["t"]
+    if not record.attempts or record.attempts[-1].number != number:
+        record.attempts.append(Life(number, t, t))
+    life = record.attempts[-1]
+    life.end = t
+    if "lesser" in event:
+        return
+    match event["kind"]:
+        case "attempt.started":
+            record.machine = fields
+        case "attempt.ended":
+            life.exit_code, life.reason = event["exit_code"], event["reason"]
+        case "stage.started":
+            record.stages.append(Span(number, event["stage"], t))
+        case "stage.done":
+            for span in reversed(record.stages):
+                if span.attempt == number and span.stage == event["stage"]:
+                    span.end = t
+                    break
+        case "prepare.tokenizer":
+            record.tokenizer = fields
+        case "prepare.rows":
+            record.shards[event["shard"]] = fields
+        case "prepare.done":
+            record.prepared = fields
+        case "prepare.leaks":
+            record.leaks = fields
+        case "train.start":
+            record.train = fields
+        case "train.step":
+            record.steps[event["step"]] = fields | {"attempt": number}
+        case "train.val":
+            record.validations[event["step"]] = fields
+        case "train.slow_ranks":
+            record.slow_ranks[event["step"]] = fields
+        case "checkpoint.sealed":
+            record.checkpoints[event["rows"]] = fields
+        case "eval.bpb":
+            record.bpb = fields
+        case "eval.task":
+            record.tasks[event["task"]] = fields
+        case "eval.done":
+            record.score = fields
+        case "sample":
+            record.samples[event["prompt"]] = event["text"]

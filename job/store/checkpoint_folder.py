@@ -1,0 +1,201 @@
+"""Where checkpoints stand, how their parts become one, and which one counts. Needs no torch: the supervisor's side.
+
+    checkpoints/000000000409600/    weights-00000.safetensors  optimizer-00000.safetensors ...  manifest.json     (409,600 rows consumed)
+
+Each rank writes its parts into the hidden folder of its attempt and says so; when all ranks have, the supervisor writes the manifest
+and renames. Ranks never wait for each other's disks, and the training loop waits for neither.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from job.console import Console
+from job.errors import DataError
+from job.recipe.config import FREE
+from job.store.attempt import Attempt
+from job.store.sealed import Sealed, content_id, is_sealed, open_sealed, seal_written, storage_errors, write_manifest
+
+KIND = "checkpoint"
+OPTIMIZER = "optimizer-"
+"""what the names of files begin with that only a resumed training needs"""
+KEEP = 2
+"""newest checkpoints that stay on disk beside the final one"""
+
+
+def folder_of(run: Path, rows: int) -> Path:
+    """Where the checkpoint after `rows` rows stands, or will."""
+    return run / "checkpoints" / f"{rows:015d}"
+
+
+def parts_folder(run: Path, rows: int, attempt: int) -> Path:
+    """Where the ranks of `attempt` write their parts of it."""
+    return run / "checkpoints" / f".{rows:015d}.tmp-{attempt}"
+
+
+def folders(run: Path) -> list[Path]:
+    """The sealed checkpoints of a run, newest first."""
+    parent = run / "checkpoints"
+    found = [p for p in parent.iterdir() if p.name.isdigit() and is_sealed(p)] if parent.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name), reverse=True)
+
+
+def identity(recipe: Mapping[str, Mapping[str, Any]], prepared: str) -> dict[str, str]:
+    """What a checkpoint belongs to: the sections that decide the weights, and the rows."""
+    trained = {
+        section: {key: value for key, value in recipe[section].items() if f"{section}.{key}" not in FREE}
+        for section in ("model", "data", "train")
+    }
+    return {"recipe": content_id("recipe", trained), "prepared": prepared}
+
+
+class Elsewhere(Protocol):
+    """Another place that has checkpoints of the run: the bucket."""
+
+    def checkpoints(self, run: Path) -> list[Path]:
+        """Where they would stand on this disk, newest first."""
+
+    def pull_checkpoint(self, run: Path, folder: Path) -> None:
+        """Put one there; DataError when it is damaged."""
+
+
+def newest_usable(
+    run: Path, belongs_to: Mapping[str, str], attempt: Attempt, console: Console, elsewhere: Elsewhere | None = None
+) -> Path | None:
+    """The newest checkpoint whose every byte is right and that belongs to this run; None when there is none at all.
+
+    Of equally new ones the one on this disk is tried first. One that is damaged or foreign is passed over with a sentence and an event.
+    DataError when none of several is left.
+    """
+    candidates = [(folder, False) for folder in folders(run)]
+    candidates += [(folder, True) for folder in elsewhere.checkpoints(run)] if elsewhere else []
+    for folder, pull in sorted(candidates, key=lambda c: (-int(c[0].name), c[1])):
+        try:
+            if pull:
+                elsewhere.pull_checkpoint(run, folder)
+            _check_usable(open_sealed(folder, kind=KIND), belongs_to)
+            return folder
+        except DataError as error:
+            attempt.emit("checkpoint.refused", folder=folder.name, why=str(error))
+            console.say(f"{error}; taking the checkpoint before it")
+    if candidates:
+        raise DataError(
+            f"no checkpoint below {run / 'checkpoints'} can be used; delete that folder to train from the first step again"
+        )
+    return None
+
+
+def _check_usable(sealed: Sealed, belongs_to: Mapping[str, str]) -> None:
+    if {key: sealed.made_from.get(key) for key in belongs_to} != dict(belongs_to):
+        raise DataError(f"{sealed.path} belongs to another recipe or other data")
+    if not any(name.startswith(OPTIMIZER) for name in sealed.files):
+        raise DataError(f"{sealed.path} has no optimizer state: its run was finished")
+
+
+def sweep_parts(run: Path) -> None:
+    """Remove parts of checkpoints that nobody is going to seal."""
+    for leftover in (run / "checkpoints").glob(".*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+class Keeper:
+    """Seals checkpoints from the parts that ranks report, says when the next is due, and keeps the folder small."""
+
+    def __init__(self, run: Path, attempt: Attempt, *, world_size: int, final_rows: int, minutes: float) -> None:
+        self._run, self._attempt, self._world_size = run, attempt, world_size
+        self._final_rows, self._seconds = final_rows, minutes * 60
+        self._parts: dict[int, list[dict[str, Any]]] = {}
+        self._last = math.inf  # until the first step: compiling loses nothing that a checkpoint could keep
+        sweep_parts(run)
+
+    def due(self) -> bool:
+        return 0 < self._seconds <= time.monotonic() - self._last
+
+    def restart_clock(self) -> None:
+        """Training begins, or a checkpoint is on its way: the next one is due a whole interval later."""
+        self._last = time.monotonic()
+
+    def take(self, part: dict[str, Any]) -> None:
+        """One rank's part; the last of them seals the checkpoint. UsageError when another attempt took the run over."""
+        parts = self._parts.setdefault(part["rows"], [])
+        parts.append(part)
+        if len(parts) == self._world_size:
+            self._seal(self._parts.pop(part["rows"]))
+
+    def _seal(self, parts: list[dict[str, Any]]) -> None:
+        self._attempt.check_newest()
+        rows = parts[0]["rows"]
+        written = parts_folder(self._run, rows, self._attempt.number)
+        seal_written(written, folder_of(self._run, rows), kind=KIND, **self._manifest(parts))
+        self._record(parts)
+        others = [old for old in folders(self._run) if int(old.name) != self._final_rows]
+        for old in others[KEEP:]:
+            shutil.rmtree(old)
+
+    def _manifest(self, parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What the manifest says: made_from, facts, files."""
+        facts = {
+            "rows": parts[0]["rows"],
+            "step": parts[0]["step"],
+            "world_size": self._world_size,
+            "slices": _by_name(parts),
+        }
+        files = {name: entry for part in parts for name, entry in part["files"].items()}
+        return {"made_from": parts[0]["made_from"], "facts": facts, "files": files}
+
+    def _record(self, parts: list[dict[str, Any]]) -> None:
+        self.restart_clock()
+        rows, step = parts[0]["rows"], parts[0]["step"]
+        times = {key: max(part[key] for part in parts) for key in ("seconds", "stall")}
+        size = sum(entry["size"] for part in parts for entry in part["files"].values())
+        folder = folder_of(self._run, rows).name
+        self._attempt.emit("checkpoint.sealed", step=step, rows=rows, folder=folder, bytes=size, **times)
+
+    def check(self) -> None:
+        """Several times a second: raise what sealing failed with."""
+
+    def end(self) -> None:
+        """When the ranks have ended: wait for what is being sealed, then remove parts that became no checkpoint."""
+        sweep_parts(self._run)
+
+
+def drop_optimizer(folder: Path) -> None:
+    """Make the final checkpoint weights only: first a manifest without the optimizer's files, then the files themselves."""
+    sealed = open_sealed(folder, kind=KIND, verify=False)
+    dropped = [name for name in sealed.files if name.startswith(OPTIMIZER)]
+    if not dropped:
+        return
+    files = {name: entry for name, entry in sealed.files.items() if name not in dropped}
+    slices = {name: s for name, s in sealed.facts["slices"].items() if s[0]["file"] in files}
+    with storage_errors(folder):
+        write_manifest(
+            folder, kind=KIND, made_from=sealed.made_from, facts=sealed.facts | {"slices": slices}, files=files
+        )
+        for name in dropped:
+            os.unlink(folder / name)
+
+
+def final_checkpoint(run: Path, rows: int, *, verify: bool = True) -> Sealed:
+    """The sealed checkpoint of the last step, its files hashed if `verify`; DataError with the command that makes it otherwise."""
+    folder = folder_of(run, rows)
+    if not is_sealed(folder):
+        raise DataError(
+            f"run {run.name} has no finished model ({folder} is not there); finish it with: speedrun run --run-id {run.name}"
+        )
+    return open_sealed(folder, kind=KIND, verify=verify)
+
+
+def _by_name(parts: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    slices: dict[str, list[dict[str, Any]]] = {}
+    for part in parts:
+        for name, file, start, stop in part["slices"]:
+            slices.setdefault(name, []).append({"file": file, "start": start, "stop": stop})
+    for entries in slices.values():
+        entries.sort(key=lambda e: e["start"])
+    return dict(sorted(slices.items()))

@@ -1,0 +1,295 @@
+"""The store over S3 (boto3), whatever server stands behind it.
+
+boto3 moves the bytes: its classic transfer manager (the other one ignores the endpoint), parts of 64 MiB, a CRC32 of its own with each,
+which the server compares. Around that stands `_call`, because boto3 gives up early on some errors and at once on others (a flipped
+bit, expired credentials, a conflict of conditional writes): whatever fails is tried again, with fresh credentials where they were the
+reason, until `patience` is over. One attempt ends by its timeouts, so no call waits for ever. What an attempt left undone is found
+by looking, not by guessing:
+
+    an upload whose acknowledgement was lost        the object is there, and its metadata has our SHA-256
+    a claim whose acknowledgement was lost          it is refused the second time, and what is there has our nonce
+    a download with wrong bytes                     our SHA-256 differs; twice more, then DataError
+
+Refusals that no waiting heals (credentials, permissions, no such bucket) are UsageError in `prepare`, at the start. Later they are
+retried like all else: permissions are granted late, tokens renewed, buckets of a restarted server seen again.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
+
+from job.errors import DataError, StorageError, UsageError
+from job.store.s3_faults import ABSENT, DENIED, EXPIRED, NETWORK, cause_of, code_of, reason_of, refusal
+from job.store.sealed import sha256_file, storage_errors
+from job.store.stores import PARALLEL, PATIENCE, S3_URL, Store, check_key, missing, probe
+
+PART = 64 << 20
+"""bytes of a part of a multipart upload"""
+PARTS_AT_ONCE = 4
+"""parts of one file that are on their way at once"""
+START_PATIENCE = 20.0
+"""seconds after which `prepare` gives up a server that does not answer"""
+READS = 3
+"""how often an object is read before its wrong bytes are believed"""
+LINK_MOST = 7 * 24 * 3600
+"""seconds that S3 lets a presigned address be valid"""
+
+T = TypeVar("T")
+
+
+class WrongBytes(Exception):
+    """What was read is not what was asked for."""
+
+
+class Clients:
+    """boto3's clients, made when first used, and made again from a fresh look at the credentials.
+
+    `small` makes one attempt and leaves the rest to `_call`; `bulk` retries a part by itself, so that a file is not begun again for it.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._made: dict[str, Any] = {}
+
+    def get(self, kind: str) -> Any:
+        with self._lock:
+            if not self._made:
+                self._made = self._make()
+            return self._made[kind]
+
+    def renew(self, stale: Any) -> None:
+        """Forget the clients, unless another thread has replaced the `stale` one already."""
+        with self._lock:
+            if stale in self._made.values():
+                self._made = {}
+
+    def _make(self) -> dict[str, Any]:
+        common = Config(
+            signature_version="s3v4",
+            connect_timeout=min(10.0, self._timeout),
+            read_timeout=self._timeout,
+            max_pool_connections=2 * PARALLEL * PARTS_AT_ONCE,
+            tcp_keepalive=True,
+        )
+        attempts = {"small": 1, "bulk": 3}
+        try:
+            session = boto3.session.Session()
+            return {
+                kind: session.client(
+                    "s3", config=common.merge(Config(retries={"mode": "standard", "total_max_attempts": n}))
+                )
+                for kind, n in attempts.items()
+            }
+        except (BotoCoreError, ValueError) as error:
+            raise UsageError(
+                f"the AWS settings cannot be used ({error}); correct the AWS_ variables or files"
+            ) from error
+
+
+class S3Store(Store):
+    """`s3://bucket/prefix` at the endpoint and with the credentials of the usual AWS variables and files.
+
+    `timeout`: seconds of silence after which one request is given up; `patience`: seconds for which a failing call is tried again.
+    """
+
+    def __init__(
+        self, bucket: str, prefix: str, *, patience: float = PATIENCE, timeout: float = 30.0, part: int = PART
+    ) -> None:
+        self._bucket, self._prefix, self._part = bucket, prefix, part
+        self._patience, self._at_start = patience, False
+        self._clients = Clients(timeout)
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    @classmethod
+    def at(cls, url: str, **settings: Any) -> S3Store:
+        match = S3_URL.fullmatch(url)
+        if not match:
+            raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix")
+        return cls(match[1], (match[2] or "").strip("/"), **settings)
+
+    def get(self, key: str) -> bytes | None:
+        return self._call("reading", key, lambda client: self._read(client, key))
+
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        named = {"Bucket": self._bucket, "Key": self._key(key)}
+        self._call("storing", key, lambda client: client.put_object(**named, Body=data, ContentType=content_type))
+
+    def create(self, key: str, data: bytes) -> bool:
+        def attempt(client: Any) -> bool:
+            try:
+                client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if code_of(error) not in ("PreconditionFailed", "412"):
+                    raise
+                found = self._read(client, key)
+                if found is None:
+                    raise
+                return found == data
+            return True
+
+        return self._call("claiming", key, attempt)
+
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        size, tries = path.stat().st_size, itertools.count()
+        extra = {"Metadata": {"sha256": sha256}}
+
+        def attempt(client: Any) -> None:
+            worth_a_look = next(tries) > 0 or size >= self._part
+            if not (worth_a_look and self._holds(client, key, size, sha256)):
+                client.upload_file(str(path), self._bucket, self._key(key), ExtraArgs=extra, Config=self._transfer())
+
+        self._call("storing", key, attempt, "bulk", safe=str(path))
+
+    def get_file(self, key: str, path: Path, size: int, sha256: str) -> None:
+        def attempt(client: Any) -> None:
+            try:
+                client.download_file(self._bucket, self._key(key), str(path), Config=self._transfer())
+            except ClientError as error:
+                if code_of(error) in ABSENT:
+                    raise missing(self, key) from None
+                raise
+            if path.stat().st_size != size or sha256_file(path) != sha256:
+                raise WrongBytes
+
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._call("reading", key, attempt, "bulk")
+
+    def list(self, prefix: str) -> dict[str, int]:
+        cut = len(self._prefix) + 1 if self._prefix else 0
+
+        def attempt(client: Any) -> dict[str, int]:
+            pages = client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._key(prefix) + "/"
+            )
+            return {entry["Key"][cut:]: entry["Size"] for page in pages for entry in page.get("Contents", [])}
+
+        return self._call("listing", prefix, attempt)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._call(
+                "deleting", key, lambda client, key=key: client.delete_object(Bucket=self._bucket, Key=self._key(key))
+            )
+
+    def sweep(self, prefix: str, older_than: float = 0.0) -> int:
+        return self._call(
+            "sweeping", prefix, lambda client: self._abort_uploads(client, self._key(prefix) + "/", older_than)
+        )
+
+    def prepare(self) -> None:
+        first = copy.copy(self)
+        first._at_start, first._patience = True, min(START_PATIENCE, self._patience)
+        first._call(
+            "listing", "", lambda client: client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+        )
+        probe(first)
+
+    def link(self, key: str, seconds: int) -> str | None:
+        named = {"Bucket": self._bucket, "Key": self._key(key)}
+        return self._clients.get("small").generate_presigned_url(
+            "get_object", Params=named, ExpiresIn=min(seconds, LINK_MOST)
+        )
+
+    def _call(self, doing: str, key: str, attempt: Callable[[Any], T], kind: str = "small", safe: str = "") -> T:
+        """What `attempt(client)` gives, tried again until it gives it.
+
+        StorageError when patience is over, DataError when it has read wrong bytes for the last time.
+        """
+        began, wrong = time.monotonic(), 0
+        for pause in pauses():
+            client = self._clients.get(kind)
+            try:
+                return attempt(client)
+            except (*NETWORK, WrongBytes) as error:
+                cause = cause_of(error)
+            wrong += isinstance(cause, (WrongBytes, FlexibleChecksumError))
+            if wrong == READS:
+                raise DataError(
+                    f"{self.url}/{key} is not the file that was sealed; delete its folder there and run again"
+                ) from cause
+            if self._at_start and (sentence := refusal(cause, self._bucket, client.meta.endpoint_url)):
+                raise UsageError(f"--bucket {self.url} cannot be used: {sentence}") from cause
+            if code_of(cause) in EXPIRED:
+                self._clients.renew(client)
+            passed = time.monotonic() - began
+            if passed >= self._patience:
+                raise StorageError(
+                    self._given_up(f"{doing} {key}", passed, reason_of(cause, client.meta.endpoint_url), safe)
+                ) from cause
+            time.sleep(min(pause, self._patience - passed))
+        raise AssertionError("pauses() never ends")
+
+    def _given_up(self, doing: str, seconds: float, reason: str, safe: str) -> str:
+        if self._at_start:
+            return f"{self.url} does not answer ({reason}); check AWS_ENDPOINT_URL and the network, and run the same command again"
+        kept = f"{safe} is safe on the local disk: " if safe else "everything sealed is safe on the local disk: "
+        return f"{doing} in {self.url} failed for {seconds:.0f} s ({reason}); {kept}run the same command again"
+
+    def _read(self, client: Any, key: str) -> bytes | None:
+        try:
+            return client.get_object(Bucket=self._bucket, Key=self._key(key))["Body"].read()
+        except ClientError as error:
+            if code_of(error) in ABSENT:
+                return None
+            raise
+
+    def _holds(self, client: Any, key: str, size: int, sha256: str) -> bool:
+        """Whether the object is, by what its uploader noted, this file."""
+        try:
+            head = client.head_object(Bucket=self._bucket, Key=self._key(key))
+        except ClientError as error:
+            if code_of(error) in ABSENT:
+                return False
+            raise
+        return head["ContentLength"] == size and head["Metadata"].get("sha256") == sha256
+
+    def _abort_uploads(self, client: Any, prefix: str, older_than: float) -> int:
+        aborted = 0
+        try:
+            for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix):
+                now = parsedate_to_datetime(
+                    page["ResponseMetadata"]["HTTPHeaders"]["date"]
+                )  # the server's clock, not ours
+                for upload in page.get("Uploads", []):
+                    if upload["Key"].startswith(prefix) and (now - upload["Initiated"]).total_seconds() >= older_than:
+                        client.abort_multipart_upload(
+                            Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                        )
+                        aborted += 1
+        except ClientError as error:
+            if code_of(error) not in DENIED | {"NoSuchUpload", "NotImplemented"}:
+                raise
+        return aborted
+
+    def _transfer(self) -> TransferConfig:
+        return TransferConfig(
+            multipart_threshold=self._part,
+            multipart_chunksize=self._part,
+            max_concurrency=PARTS_AT_ONCE,
+            max_io_queue=100,  # of 256 KiB: what a slow disk lets pile up in memory for each file that is read
+            preferred_transfer_client="classic",
+        )
+
+    def _key(self, key: str) -> str:
+        return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
+
+
+def pauses() -> Iterator[float]:
+    """Seconds between attempts: doubled from 0.2 to 10, each with a random part, so that many clients do not come back at once."""
+    for n in itertools.count():
+        yield min(10.0, 0.2 * 2**n) * (0.5 + int.from_bytes(os.urandom(2)) / 131072)

@@ -1,0 +1,359 @@
+"""The store: where a run's record goes that outlives the machine. One small interface over a folder and over S3.
+
+    store = open_store("s3://bucket/prefix")         or a folder, e.g. a mounted disk
+    push_sealed(store, "runs/mine/checkpoints/000000000409600", folder)      files first, manifest last
+    pull_sealed(store, "prepared/0123456789abcdef/tokenizer", folder, kind="tokenizer")     verified, then sealed here too
+    store.create("runs/mine/attempts/3", claim)      True for exactly one of all that try
+
+Keys are the paths below `--out`: the store mirrors `prepared/` and `runs/`. What holds locally holds there: a sealed folder exists when
+its manifest does, so files are put first and the manifest last, and a reader trusts nothing but a manifest and the hashes in it.
+Whatever a network can do to an object (lost, cut short, a flipped bit, an answer that never comes) is found by these hashes, and
+retried until `patience` is over; then StorageError, and what was to be stored is still on the local disk.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from job.errors import DataError, SpeedrunError, StorageError, UsageError
+from job.store.sealed import (
+    MANIFEST,
+    Sealed,
+    fsync_folder,
+    open_sealed,
+    seal_written,
+    sha256_file,
+    storage_errors,
+    sweep,
+)
+
+VARIABLE = "SPEEDRUN_BUCKET"
+"""the environment variable in which a supervisor names the store to its children"""
+S3_URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*\S)?)?")
+"""bucket and prefix; a space at the end would be another place, and nobody sees it"""
+PARALLEL = 4
+"""files of one sealed folder that are on their way at once"""
+PATIENCE = 60.0
+"""seconds for which a call that fails is tried again"""
+CLAIMANTS = 2
+"""how many write one key at once to see whether the store lets one of them win"""
+
+
+class Store(abc.ABC):
+    """Objects by key (relative, `/` between parts). Every method may be called from several threads.
+
+    Raises StorageError when the store refuses or does not answer in time, DataError when it holds other bytes than were sealed.
+    """
+
+    url: str
+    """what the user calls it: s3://bucket/prefix, or the folder"""
+
+    @abc.abstractmethod
+    def get(self, key: str) -> bytes | None:
+        """The object's bytes; None where there is none."""
+
+    @abc.abstractmethod
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        """Write the object, replacing an older one whole."""
+
+    @abc.abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object unless there is one: True when it now holds this very `data` (which a nonce makes unique), by this call."""
+
+    @abc.abstractmethod
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        """Write the file at `path`, whose SHA-256 (hex) is known, as the object."""
+
+    @abc.abstractmethod
+    def get_file(self, key: str, path: Path, size: int, sha256: str) -> None:
+        """Write the object to `path` (parents are made); DataError where it is missing or is not these bytes."""
+
+    @abc.abstractmethod
+    def list(self, prefix: str) -> dict[str, int]:
+        """Every key below the folder `prefix`, with its size in bytes."""
+
+    @abc.abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove the objects; those that are not there are passed over."""
+
+    @abc.abstractmethod
+    def prepare(self) -> None:
+        """Before anything is written: UsageError for a store that cannot be written or cannot fence claims. Leaves nothing behind."""
+
+    @abc.abstractmethod
+    def sweep(self, prefix: str, older_than: float = 0.0) -> int:
+        """Remove what killed writers left unfinished below the folder `prefix`, and say how many there were.
+
+        Nobody sees unfinished uploads, but they are paid for. Whoever still writes there loses that upload, and begins it again: so
+        sweep a run's folder after its claim, when older attempts are over; in one that others share, give an age in seconds.
+        """
+
+    def link(self, key: str, seconds: int) -> str | None:
+        """An address at which a browser sees the object for so long; None where the store has no such thing."""
+        return None
+
+
+class FolderStore(Store):
+    """A store in a folder: another disk, or one that several machines mount."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def get(self, key: str) -> bytes | None:
+        with self._refusals():
+            try:
+                return self._path(key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        with self._refusals(), self._replacing(self._path(key)) as temporary:
+            temporary.write_bytes(data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with self._refusals(), self._beside(path) as temporary:
+            temporary.write_bytes(data)
+            fsync(temporary)
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+                fsync_folder(path.parent)
+            return path.read_bytes() == data
+
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        with self._refusals(), self._replacing(self._path(key)) as temporary:
+            shutil.copyfile(path, temporary)
+
+    def get_file(self, key: str, path: Path, size: int, sha256: str) -> None:
+        source = self._path(key)
+        with self._refusals(), storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(source, path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise missing(self, key) from None
+            if path.stat().st_size != size or sha256_file(path) != sha256:
+                raise DataError(f"{source} is not the file that was sealed; delete its folder there and run again")
+
+    def list(self, prefix: str) -> dict[str, int]:
+        sizes = {}
+        with self._refusals():
+            for path in self._path(prefix).rglob("*"):
+                with contextlib.suppress(FileNotFoundError):  # removed by another process since it was seen
+                    if path.is_file() and not path.name.startswith("."):
+                        sizes[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return sizes
+
+    def delete(self, keys: Iterable[str]) -> None:
+        with self._refusals():
+            for key in keys:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    self._path(key).unlink()
+
+    def prepare(self) -> None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe(self)
+        except (OSError, StorageError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            raise UsageError(f"--bucket {self.root} cannot be used ({cause.strerror}); choose another folder") from None
+
+    def sweep(self, prefix: str, older_than: float = 0.0) -> int:
+        swept, now = 0, time.time()
+        with self._refusals():
+            for leftover in self._path(prefix).rglob(".*.tmp-*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if now - leftover.stat().st_mtime >= older_than:
+                        leftover.unlink()
+                        swept += 1
+        return swept
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Turn the operating system's refusals into StorageError."""
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"the store {self.url} failed ({error.strerror}); everything sealed is safe on the local disk: "
+                "make room or give access there, and run the same command again"
+            ) from error
+
+    @contextlib.contextmanager
+    def _replacing(self, path: Path) -> Iterator[Path]:
+        """A file to be written, which then replaces `path` whole."""
+        with self._beside(path) as temporary:
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
+
+    @contextlib.contextmanager
+    def _beside(self, path: Path) -> Iterator[Path]:
+        """A name of our own next to `path`, gone afterwards."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def open_store(url: str, patience: float = PATIENCE) -> Store:
+    """The store at `url`: `s3://bucket/prefix`, or a folder. Nothing is asked of it yet."""
+    if url.startswith("s3://"):
+        from job.store.s3 import S3Store
+
+        return S3Store.at(url, patience=patience)
+    if "://" in url:
+        raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix, or a folder")
+    return FolderStore(Path(url))
+
+
+def store_of_environment() -> Store | None:
+    """The store that the supervisor named to this process; None where the run has none."""
+    url = os.environ.get(VARIABLE)
+    return open_store(url) if url else None
+
+
+def probe(store: Store) -> None:
+    """UsageError unless exactly one of several writers of one key wins."""
+    key = f".probe-{secrets.token_hex(8)}"
+    claims = [f"{key} {n}".encode() for n in range(CLAIMANTS)]
+    try:
+        with ThreadPoolExecutor(CLAIMANTS) as pool:
+            winners = sum(pool.map(lambda claim: store.create(key, claim), claims))
+    except SpeedrunError:
+        with contextlib.suppress(SpeedrunError):
+            store.delete([key])
+        raise
+    store.delete([key])
+    if winners != 1:
+        raise UsageError(
+            f"--bucket {store.url} cannot be used: its server ignores conditional writes ({winners} of {CLAIMANTS} writers created the "
+            "same object), so two attempts at one run could both publish; choose a store that honours If-None-Match"
+        )
+
+
+def check_key(key: str) -> str:
+    """`key`, or ValueError (a bug of ours) when it would leave the store."""
+    parts = PurePosixPath(key).parts
+    if not parts or key.startswith("/") or ".." in parts:
+        raise ValueError(f"{key!r} is no key of a store")
+    return key
+
+
+def missing(store: Store, key: str) -> DataError:
+    return DataError(
+        f"{store.url}/{key} is not there, though a manifest names it; delete its folder there and run again"
+    )
+
+
+def stored_manifest(store: Store, key: str) -> dict | None:
+    """The manifest of the sealed folder `key`; None where there is none. DataError when it is no manifest."""
+    data = store.get(f"{key}/{MANIFEST}")
+    if data is None:
+        return None
+    with contextlib.suppress(ValueError):
+        manifest = json.loads(data)
+        if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict):
+            return manifest
+    raise DataError(f"{store.url}/{key}/{MANIFEST} cannot be read; delete that folder there and run again")
+
+
+def sealed_names(store: Store, prefix: str) -> list[str]:
+    """Names of the sealed folders directly below `prefix`, sorted."""
+    keys = (PurePosixPath(key).relative_to(prefix).parts for key in store.list(prefix))
+    return sorted(parts[0] for parts in keys if len(parts) == 2 and parts[1] == MANIFEST)
+
+
+def push_sealed(
+    store: Store,
+    key: str,
+    folder: Path,
+    before_manifest: Callable[[], None] = lambda: None,
+    *,
+    known: dict[str, str] | None = None,
+) -> int:
+    """Put the sealed `folder` at `key`; bytes put. What is there already, byte for byte by its manifest, is not put again.
+
+    `before_manifest()` runs when all files are there: it may raise, and then the folder does not exist in the store. `known` (key to
+    SHA-256) names files that an earlier call put, and is added to: what was put before a failure is not put again.
+    Another folder at `key` is replaced: its manifest goes first where a file of the same name differs, its other files go last.
+    """
+    manifest = (folder / MANIFEST).read_bytes()
+    old = store.get(f"{key}/{MANIFEST}")
+    if old == manifest:
+        return 0
+    known = {} if known is None else known
+    files, stored = json.loads(manifest)["files"], _files_of(old)
+    there = {name for name, entry in files.items() if entry["sha256"] in (stored.get(name), known.get(f"{key}/{name}"))}
+    if any(name in files and files[name]["sha256"] != sha256 for name, sha256 in stored.items()):
+        store.delete([f"{key}/{MANIFEST}"])
+
+    def put(name: str) -> int:
+        store.put_file(f"{key}/{name}", folder / name, files[name]["sha256"])
+        known[f"{key}/{name}"] = files[name]["sha256"]
+        return files[name]["size"]
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        size = sum(pool.map(put, files.keys() - there))
+    before_manifest()
+    store.put(f"{key}/{MANIFEST}", manifest, "application/json")
+    if dropped := [f"{key}/{name}" for name in stored.keys() - files.keys()]:
+        store.delete(dropped)
+    return size
+
+
+def _files_of(manifest: bytes | None) -> dict[str, str]:
+    """SHA-256 by file of a stored manifest; nothing where it cannot be read."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        return {name: entry["sha256"] for name, entry in json.loads(manifest or b"{}").get("files", {}).items()}
+    return {}
+
+
+def pull_sealed(store: Store, key: str, path: Path, *, kind: str) -> Sealed:
+    """Make `path` the sealed folder that the store has at `key`, every byte verified; DataError where there is none."""
+    manifest = stored_manifest(store, key)
+    if manifest is None:
+        raise DataError(f"{store.url}/{key} is not there or was never sealed (no {MANIFEST})")
+    sweep(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with storage_errors(path):
+        temporary.mkdir(parents=True)
+        try:
+            with ThreadPoolExecutor(PARALLEL) as pool:
+                items = manifest["files"].items()
+                list(
+                    pool.map(
+                        lambda i: store.get_file(
+                            f"{key}/{i[0]}", temporary / check_key(i[0]), i[1]["size"], i[1]["sha256"]
+                        ),
+                        items,
+                    )
+                )
+            noted = {name: manifest[name] for name in ("made_from", "facts", "files")}
+            seal_written(temporary, path, kind=manifest["kind"], **noted)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return open_sealed(path, kind=kind, verify=False)

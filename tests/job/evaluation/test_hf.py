@@ -1,0 +1,189 @@
+"""A tiny GPT-2 of random weights with a tokenizer of its own, as a local folder: the plain reference scores it through transformers alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from job.errors import DataError, UsageError
+from job.evaluation import score
+from job.evaluation.bundle import open_bundle
+from job.evaluation.ledger import read_answers
+from job.reporter import Reporter
+from job.run import hf_launch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
+hf = pytest.importorskip("job.evaluation.hf")
+
+POSITIONS = 59
+
+
+def write_gpt2(folder, positions):
+    """A folder as save_pretrained makes it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["some words to merge, the and of which"] * 9,
+        trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+        ),
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = transformers.GPT2Config(
+        vocab_size=300, n_positions=positions, n_embd=32, n_layer=2, n_head=2, initializer_range=0.6
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """Of 59 positions: prompts with shots are cropped, and the widths of the grid step over it."""
+    return write_gpt2(tmp_path_factory.mktemp("models") / "tiny-gpt2", POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def loaded(gpt2):
+    return hf.load(gpt2, "cpu")
+
+
+def test_special_tokens_in_text_stay_text_and_bos_is_the_tokenizers(loaded):
+    _, tokenizer = loaded
+    plain, special = tokenizer.encode_batch(["the words", "the <|endoftext|> words"])
+    assert tokenizer.bos_id == 0 and 0 not in plain and 0 not in special and len(special) > len(plain)
+
+
+def test_every_answer_equals_the_references(make_bundle, tmp_path, gpt2, loaded, reference):
+    model, tokenizer = loaded
+    assert model.max_positions == POSITIONS
+    bundle = open_bundle(make_bundle())
+    from_ = {"weights": "w", "tokenizer": "t", "dtype": model.dtype, "backend": "cpu"}
+    options = {
+        "cap": None,
+        "reporter": Reporter(),
+        "made_from": from_,
+        "max_tokens": model.max_positions,
+        "token_budget": 500,
+    }
+    score.evaluate(score.Forward(model, forks=False), tokenizer, bundle, tmp_path / "eval", **options)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
+    cropped = 0
+    for task in bundle.tasks:
+        answers = read_answers(tmp_path / "eval" / task.label / "answers.csv")
+        pool = reference.pool_of(list(task.examples), None)
+        for i, answer in enumerate(answers):
+            encode = lambda text: tokenizer.encode_batch([text])[0]  # noqa: E731
+            rows, starts = reference.rows_of(task.kind, pool, i, task.shots, task.delimiter, encode, tokenizer.bos_id)
+            cuts = [max(0, len(row) - POSITIONS) for row in rows]
+            cropped += sum(map(bool, cuts))
+            rows, starts = (
+                [row[cut:] for row, cut in zip(rows, cuts, strict=True)],
+                [s - c for s, c in zip(starts, cuts, strict=True)],
+            )
+            right, chosen, margin = reference.answer(
+                lambda ids: whole(ids).logits, task.kind, rows, starts, pool[i].get("gold")
+            )
+            assert (answer.right, answer.chosen) == (right, chosen) or margin < 1e-5
+    assert cropped
+
+
+def test_a_model_that_does_more_to_its_logits_is_run_whole(loaded):
+    class Capped(torch.nn.Module):
+        """A causal LM whose logits are halved after the head."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config, self.device, self.dtype = inner, inner.config, inner.device, inner.dtype
+            self.base_model, self.get_output_embeddings = inner.base_model, inner.get_output_embeddings
+
+        def forward(self, **arguments):
+            result = self.inner(**arguments)
+            result.logits = result.logits / 2
+            return result
+
+    inner = loaded[0]._model
+    ids, targets = torch.arange(24).view(2, 12), torch.arange(1, 25).view(2, 12)
+    everywhere = torch.arange(24), targets.flatten()
+    halved = score.Forward(hf.CausalLM(Capped(inner)), forks=False)(ids, *everywhere)[0]
+    expected = torch.nn.functional.cross_entropy(
+        inner(ids).logits.flatten(0, 1) / 2, targets.flatten(), reduction="none"
+    )
+    torch.testing.assert_close(halved, expected.detach())
+    direct = score.Forward(loaded[0], forks=False)(ids, *everywhere)[0]
+    expected = torch.nn.functional.cross_entropy(inner(ids).logits.flatten(0, 1), targets.flatten(), reduction="none")
+    torch.testing.assert_close(direct, expected.detach())
+
+
+def test_what_is_no_model_is_refused(tmp_path, gpt2):
+    with pytest.raises(DataError, match=r"holds no Hugging Face model \(no config\.json\)"):
+        hf_launch.check(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot be loaded as a causal language model"):
+        hf.load(tmp_path, "cpu")
+    with pytest.raises(DataError, match=r"has none of tokenizer\*"):
+        hf.identity(tmp_path, hf.TOKENIZER_FILES)
+    with pytest.raises(UsageError, match=r"train\.steps=3 cannot be used with --hf"):
+        hf_launch.options(None, ["train.steps=3"])
+    assert hf_launch.options(None, ["eval.cap=7"]).cap == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        ([], 2, "say what is scored: --run-id ID for a run's model, or --hf DIR for another"),
+        (["--run-id", "t", "--hf", "."], 2, "say what is scored"),
+        (["--hf", "nowhere"], 11, "nowhere holds no Hugging Face model (no config.json)"),
+        (["--hf", ".", "-o", "eval.samples=2"], 2, "-o eval.samples=2 cannot be used with --hf"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_score(words, code, sentence, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from job.cli.commands import main
+
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(main, ["evaluate", *words])
+    assert ended.exit_code == code and sentence in ended.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_what_would_be_asked(gpt2, tmp_path):
+    from click.testing import CliRunner
+
+    from job.cli.commands import main
+
+    words = ["evaluate", "--hf", str(gpt2), "-o", "eval.cap=1000", "--out", str(tmp_path / "out"), "--dry-run"]
+    said = CliRunner().invoke(main, words).stdout
+    assert "at most 1,000 items a task of https://karpathy-public.s3" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_command_scores_a_folder_and_two_ranks_give_the_same_ledger(core_archive, tmp_path, speedrun):
+    gpt2 = write_gpt2(tmp_path / "gpt2", 1024)
+
+    def scored(out, *more):
+        words = speedrun.command(
+            "evaluate", "--hf", str(gpt2), "--core-bundle", str(core_archive), "-o", "eval.cap=11", "--out", str(out)
+        )
+        return speedrun([*words, *more]).stdout
+
+    one, two = (
+        json.loads(scored(tmp_path / "one", "--json")),
+        json.loads(scored(tmp_path / "two", "--json", "--ranks", "2")),
+    )
+    assert one["name"] == "core" and one["made_from"]["max_tokens"] == 1024 and len(one["tasks"]) == 22
+    for ledger in (one, two):
+        for task in ledger["tasks"]:
+            del task["seconds"]
+    assert one == two
+    table = scored(tmp_path / "one").splitlines()
+    assert table[-1].startswith(f"CORE {one['metric']:.4f} ± {one['se']:.4f} (at most 11 items a task; float32, cpu)")
+    assert len(table) == 24

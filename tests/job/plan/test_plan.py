@@ -1,0 +1,170 @@
+"""`speedrun plan`: its numbers, its page, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from job.cli.commands import main
+from job.errors import UsageError
+from job.machine.gpus import GPUS
+from job.plan.page import WIDTH, page
+from job.plan.quote import make_plan
+from job.recipe.config import preset_names, resolve
+
+GOLDEN = Path(__file__).with_name("plan_run6.txt")
+
+
+def plan(*words: str) -> Result:
+    return CliRunner().invoke(main, ["plan", *words])
+
+
+def test_the_page_of_run_6() -> None:
+    result = plan("--preset", "run6")
+    assert result.exit_code == 0
+    assert result.stdout == GOLDEN.read_text(encoding="utf-8"), (
+        f"if the change is meant: speedrun plan --preset run6 > {GOLDEN.name}"
+    )
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_has_a_page_that_fits(name: str) -> None:
+    made = make_plan(resolve(name))
+    lines = page(made).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert not any(line != line.rstrip() for line in lines)
+    assert f"{made.derived.steps:,}" in page(made)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_json_has_everything_and_nothing_else_is_printed(name: str) -> None:
+    document = json.loads(plan("--preset", name, "--json").stdout)
+    made = make_plan(resolve(name))
+    assert document["derived"]["steps"]["value"] == made.derived.steps
+    assert document["text"]["rows"] == made.derived.rows
+    node = document["node"]
+    if made.on_node is None:
+        assert node is None and document["cpu_minutes"]
+        return
+    assert node["minutes"] == pytest.approx([sum(s[end] for s in node["stages_minutes"]) for end in ("low", "high")])
+    assert [m["rows"] for m in node["memory_bytes"]] == [8, 16, 32]
+    assert all(m["total"] > m["parameters"] + m["gradients"] for m in node["memory_bytes"])
+
+
+def test_run_6_takes_its_published_minutes_on_the_published_machine_only() -> None:
+    trained = {}
+    for words in ((), ("h200",), ("h100", 4)):
+        stages = make_plan(resolve("run6"), *words).on_node.stages
+        trained[words] = next(stage for stage in stages if stage.name == "training, timed")
+    assert trained[()].low == trained[()].high == pytest.approx(5934 / 60)
+    assert trained[("h200",)].low < 5934 / 60
+    assert trained[("h100", 4)].low == pytest.approx(2 * 5934 / 60, rel=0.05)
+
+
+def test_dollars_follow_minutes_and_price() -> None:
+    made = make_plan(resolve("run6")).on_node
+    assert made.node.price == 24
+    assert made.dollars == pytest.approx([minutes * 24 / 60 for minutes in made.minutes])
+    assert 40 < made.dollars[0] < 45 < made.dollars[1] < 50
+    assert make_plan(resolve("run6"), price=12).on_node.dollars == pytest.approx([d / 2 for d in made.dollars])
+    assert make_plan(resolve("run6"), gpus=1).on_node.node.price == 3
+
+
+def test_a_gpu_without_a_known_price() -> None:
+    assert make_plan(resolve("run6"), "H200").on_node.dollars is None
+    assert "no price of the H200 SXM 141 GB is known here: give --price" in plan("--gpu", "h200").stdout.replace(
+        "\n  ", " "
+    )
+    assert make_plan(resolve("run6"), "h200", price=30).on_node.dollars is not None
+
+
+def test_try_costs_less_than_two_dollars_and_twenty_minutes() -> None:
+    made = make_plan(resolve("try")).on_node
+    assert (made.node.gpus, made.node.gpu.name) == (1, "h100")
+    assert made.minutes[1] < 20 and made.dollars[1] < 2
+
+
+def test_fast_is_faster_than_the_record_that_it_follows() -> None:
+    made = make_plan(resolve("fast"))
+    assert made.run.name == "PR #830" and made.differences == ["without gains in some norms; its step count is derived"]
+    assert not made.is_published
+    training = next(stage for stage in made.on_node.stages if stage.name == "training, timed")
+    assert training.low < 80 < training.high < 85
+    assert made.on_node.largest.rows == 32
+
+
+def test_a_changed_recipe_is_not_the_published_run() -> None:
+    made = make_plan(resolve("run6", overrides=["model.depth=26"]))
+    assert made.run.name == "Run 6" and "depth 24 -> 26" in made.differences
+    assert "not a published recipe" in page(made)
+
+
+def test_shards_and_crop() -> None:
+    text = make_plan(resolve("run6")).text
+    assert (text.rows, text.val_rows, text.shards, text.available) == (2_850_816, 20_480, 147, 6542)
+    assert text.raw_tokens == pytest.approx(8.93e9, rel=1e-3)
+    small = make_plan(resolve("smoke")).text
+    assert (small.crop_share, small.shards, small.raw_tokens) == (0.0, None, small.rows * 256)
+
+
+def test_more_text_than_there_is() -> None:
+    made = make_plan(resolve("run1", overrides=["train.param_data_ratio=200"]))
+    assert any("more than fineweb-edu has (1,822)" in warning for warning in made.warnings)
+
+
+def test_odd_depths_are_allowed_and_advised_against() -> None:
+    made = make_plan(resolve("run6", overrides=["model.depth=25"]))
+    assert made.derived.config.width == 1664
+    assert any(warning.startswith("depth 25 is odd: its width is rounded up to 1664") for warning in made.warnings)
+    assert make_plan(resolve("run6")).warnings == []
+
+
+def test_a_device_batch_that_does_not_fit_names_the_one_that_does() -> None:
+    made = make_plan(resolve("run6", overrides=["train.device_batch_size=32"]))
+    assert any(
+        "do not fit the H100 SXM 80 GB: take -o train.device_batch_size=16" in warning for warning in made.warnings
+    )
+    tight = make_plan(resolve("run1", overrides=["model.depth=60"]), "a100-80gb")
+    assert any("take a smaller model or a larger card" in warning for warning in tight.warnings)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--gpu b200", f"--gpu b200 is not known; known are {', '.join(GPUS)}, and cpu"),
+        ("--price 0", "--price 0 cannot be used: give the whole node's price in dollars an hour"),
+        ("--price -24", "--price -24 cannot be used"),
+        ("--price nan", "--price nan cannot be used"),
+        ("--gpus 0", "--gpus 0 cannot be planned: a run takes one node, give a number from 1 to 8"),
+        ("--gpus 16", "--gpus 16 cannot be planned"),
+        ("--gpus 3", "16 rows of 2048 tokens on each of 3 ranks (98,304): take 983,040 or 1,081,344"),
+        (
+            "--gpu a100-80gb",
+            "the A100 SXM 80 GB has no fp8 (Ada, Hopper or newer have): plan bf16 with -o train.fp8=false",
+        ),
+        ("--preset smoke --gpus 8", "--gpus and --price are for a plan with GPUs: add --gpu h100"),
+        ("-o train.device_batch_size=24", "take 786,432 or 1,179,648"),
+        ("-o data.vocab_size=65537", "data.vocab_size=65537 cannot be used: give a size from 266"),
+        ("-o model.depth=0", "model.depth=0 cannot be used: give a number of blocks from 1 to 100"),
+        ("--preset run5", "no preset 'run5'; did you mean run"),
+    ],
+)
+def test_bad_input_is_one_sentence(words: str, sentence: str) -> None:
+    result = plan(*words.split())
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("speedrun: ") and result.stderr.count("\n") == 1
+    assert sentence in result.stderr
+
+
+def test_a_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert plan().exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_make_plan_raises_usage_errors() -> None:
+    with pytest.raises(UsageError, match="--price -1 cannot be used"):
+        make_plan(resolve("run6"), price=-1)

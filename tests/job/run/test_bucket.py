@@ -1,0 +1,242 @@
+"""Runs with a bucket, through the command line and against a real S3 server: mirrored, resumed elsewhere, fenced, never waited for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from job.store.attempt import read_events
+from job.store.sealed import MANIFEST, open_sealed
+
+FINAL = f"{96:015d}"
+
+
+def kinds(out: Path) -> list[str]:
+    return [e["kind"] for e in read_events(out / "runs" / "t")]
+
+
+def weights(out: Path) -> dict[str, str]:
+    """SHA-256 by file of the finished model's weights."""
+    files = open_sealed(out / "runs" / "t" / "checkpoints" / FINAL, kind="checkpoint").files
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+def contents(out: Path) -> dict[str, str]:
+    """MD5 by path of all that a run leaves on disk and a bucket should have."""
+    files = (p for p in out.rglob("*") if p.is_file() and p.parent.name != "logs" and p.suffix != ".lock")
+    return {p.relative_to(out).as_posix(): hashlib.md5(p.read_bytes()).hexdigest() for p in files}
+
+
+def stored(s3: Any) -> dict[str, str]:
+    """The bucket's ETags by key, which are MD5s."""
+    pages = s3.client().get_paginator("list_objects_v2").paginate(Bucket=s3.bucket, Prefix=s3.prefix)
+    objects = [entry for page in pages for entry in page.get("Contents", [])]
+    return {entry["Key"][len(s3.prefix) + 1 :]: entry["ETag"].strip('"') for entry in objects}
+
+
+def wait_for(out: Path, process: Any, kind: str, **fields: Any) -> None:
+    """Until the run has recorded such an event."""
+    deadline = time.monotonic() + 240
+    while not any(e["kind"] == kind and fields.items() <= e.items() for e in read_events(out / "runs" / "t")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"no {kind}"
+        time.sleep(0.02)
+
+
+def family(pid: int) -> list[int]:
+    """The process and all that it started, directly or not."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(member for child in children for member in family(int(child)))]
+
+
+@pytest.fixture(scope="module")
+def shared(s3_shared: Any) -> Any:
+    return s3_shared.place()
+
+
+@pytest.fixture(scope="module")
+def with_s3(speedrun: Any, shared: Any) -> Any:
+    """The command line with the test server's credentials."""
+    return dataclasses.replace(speedrun, variables=shared.variables())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, with_s3: Any, shared: Any) -> tuple[Path, str]:
+    """One undisturbed run with a bucket, and what it said; tests only read it."""
+    out = tmp_path_factory.mktemp("finished")
+    return out, with_s3(with_s3.tiny("run", out, "--bucket", shared.url)).stderr
+
+
+@pytest.fixture
+def prepared(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """A folder with the prepared set and no run."""
+    shutil.copytree(finished[0] / "prepared", tmp_path / "first" / "prepared")
+    return tmp_path / "first"
+
+
+def test_the_bucket_has_all_that_the_disk_has(finished: tuple[Path, str], shared: Any) -> None:
+    out, _ = finished
+    assert stored(shared) == contents(out)
+    assert kinds(out)[-1] == "attempt.ended"
+    uploads = [e for e in read_events(out / "runs" / "t") if e["kind"] == "upload.done"]
+    assert {"runs/t/checkpoints/" + FINAL, "runs/t/eval/ledger"} <= {e["folder"] for e in uploads}
+
+
+def test_the_address_of_the_live_page_shows_it(finished: tuple[Path, str], shared: Any) -> None:
+    _, said = finished
+    assert "live page, renewed every minute (the address expires in 7 days):\n" in said
+    link = re.search(r"^http\S+report\.html\S+$", said, re.MULTILINE)[0]
+    with urllib.request.urlopen(link) as answer:
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert b"<html" in answer.read()
+    assert shared.secret not in said
+
+
+def test_on_a_fresh_machine_the_same_command_finds_everything_done(
+    finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any
+) -> None:
+    said = with_s3(with_s3.tiny("run", tmp_path, "--bucket", shared.url)).stderr
+    assert "pretrain: done already" in said
+    assert "evaluate: done already" in said
+    assert weights(tmp_path) == weights(finished[0])
+    assert kinds(tmp_path).count("train.step") == 12
+    mine, theirs = (json.loads((o / "runs/t/report/result.json").read_text()) for o in (tmp_path, finished[0]))
+    changed = {key for key in mine if mine[key] != theirs[key]}
+    assert changed <= {"attempts", "clocks", "stages_s"}
+
+
+def test_a_fresh_machine_with_another_recipe_is_refused(
+    finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any
+) -> None:
+    said = with_s3(with_s3.tiny("run", tmp_path, "--bucket", shared.url, "-o", "train.steps=10"), code=2).stderr
+    assert said == (
+        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to discard the old run\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_report_on_a_machine_without_the_run(
+    finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any
+) -> None:
+    command = with_s3.command("report", "--run-id", "t", "--out", str(tmp_path), "--bucket", shared.url, "--json")
+    result = json.loads(with_s3(command).stdout)
+    assert result["state"] == "complete"
+    assert result["smoke_score"] == json.loads((finished[0] / "runs/t/report/result.json").read_text())["smoke_score"]
+
+
+@pytest.mark.slow
+def test_killed_in_mid_upload_a_fresh_machine_ends_with_the_same_weights(
+    finished: tuple[Path, str], prepared: Path, tmp_path: Path, with_s3: Any, s3: Any, gate: Any
+) -> None:
+    """The last checkpoint is taken away, made again, and the gate shuts when its upload begins: the one before is what the bucket has."""
+    with_s3(with_s3.tiny("pretrain", prepared, "--bucket", s3.url))
+    shutil.rmtree(prepared / "runs" / "t" / "checkpoints" / FINAL)
+    gone = [{"Key": f"{s3.prefix}/{key}"} for key in stored(s3) if key.startswith(f"runs/t/checkpoints/{FINAL}/")]
+    s3.client().delete_objects(Bucket=s3.bucket, Delete={"Objects": gone})
+    blocking = gate(urlsplit(s3.endpoint).port, shut_on=f"checkpoints/{FINAL}/".encode())
+    first = dataclasses.replace(with_s3, variables=with_s3.variables | {"AWS_ENDPOINT_URL": blocking.url})
+    process = first.start(first.tiny("pretrain", prepared, "--bucket", s3.url))
+    assert blocking.shut.wait(240), process.communicate()
+    process.kill()
+    process.communicate()
+    fresh = tmp_path / "fresh"
+    with_s3(with_s3.tiny("run", fresh, "--bucket", s3.url))
+    assert weights(fresh) == weights(finished[0])
+    events = list(read_events(fresh / "runs" / "t"))
+    assert [e["step"] for e in events if e["kind"] == "train.step" and e["attempt"] == 3] == list(range(8, 12))
+
+
+@pytest.mark.slow
+def test_of_two_supervisors_the_older_publishes_nothing_after_the_newers_claim(
+    finished: tuple[Path, str], prepared: Path, tmp_path: Path, with_s3: Any, s3: Any
+) -> None:
+    older = with_s3.start(with_s3.tiny("run", prepared, "--bucket", s3.url))
+    wait_for(prepared, older, "upload.done", folder=f"runs/t/checkpoints/{32:015d}")
+    stopped = family(older.pid)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    newer = tmp_path / "newer"
+    with_s3(with_s3.tiny("run", newer, "--bucket", s3.url))
+    after = stored(s3)
+    for pid in reversed(stopped):
+        os.kill(pid, signal.SIGCONT)
+    _, said = older.communicate(timeout=300)
+    assert older.returncode == 2, said
+    assert "attempt 2 took over run t; this one (attempt 1) stopped and published nothing more" in said
+    assert "Traceback" not in said
+    assert stored(s3) == after
+    assert weights(newer) == weights(finished[0])
+    refused = with_s3(with_s3.tiny("run", tmp_path / "first", "--bucket", s3.url))
+    assert "pretrain: done already" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_store_that_blocks_for_ever_ends_with_12_and_the_path(
+    finished: tuple[Path, str], prepared: Path, with_s3: Any, s3: Any, gate: Any
+) -> None:
+    hole = gate(urlsplit(s3.endpoint).port, shut_on=f"checkpoints/{32:015d}/".encode())
+    blocked = dataclasses.replace(with_s3, variables=with_s3.variables | {"AWS_ENDPOINT_URL": hole.url})
+    said = blocked(blocked.tiny("run", prepared, "--bucket", s3.url, "--bucket-wait", "0.1"), code=12).stderr
+    assert hole.shut.is_set()
+    last = said.splitlines()[-1]
+    assert f"did not reach {s3.url} within 6 s" in last
+    assert last.endswith(f"everything is on local disk in {prepared}/runs/t, and the same command uploads it")
+    assert weights(prepared) == weights(finished[0])
+    assert not any(key.startswith("runs/t/checkpoints") for key in stored(s3))
+    with_s3(with_s3.tiny("run", prepared, "--bucket", s3.url))
+    assert stored(s3) == contents(prepared)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_with_75_and_everything_pushed(prepared: Path, with_s3: Any, s3: Any) -> None:
+    process = with_s3.start(with_s3.tiny("run", prepared, "--bucket", s3.url, "-o", "train.steps=4000"))
+    wait_for(prepared, process, "train.step", step=5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    mine, bucket = contents(prepared), stored(s3)
+    assert {k: v for k, v in mine.items() if "/report/" not in k} == {
+        k: v for k, v in bucket.items() if "/report/" not in k
+    }
+    result = json.loads(
+        s3.client().get_object(Bucket=s3.bucket, Key=f"{s3.prefix}/runs/t/report/result.json")["Body"].read()
+    )
+    assert result["state"] == "incomplete"
+
+
+@pytest.mark.slow
+def test_fresh_discards_the_stored_run_and_the_older_folder_is_refused(
+    finished: tuple[Path, str], prepared: Path, tmp_path: Path, with_s3: Any, s3: Any
+) -> None:
+    with_s3(with_s3.tiny("pretrain", prepared, "--bucket", s3.url))
+    other = tmp_path / "other"
+    said = with_s3(with_s3.tiny("pretrain", other, "--bucket", s3.url, "--fresh", "-o", "train.steps=4")).stderr
+    assert f"--fresh: discarded what {s3.url}/runs/t had" in said
+    assert [key for key in stored(s3) if "/checkpoints/" in key and key.endswith(MANIFEST)] == [
+        f"runs/t/checkpoints/{32:015d}/{MANIFEST}"
+    ]
+    assert sorted(key for key in stored(s3) if "/attempts/" in key) == ["runs/t/attempts/1", "runs/t/attempts/2"]
+    said = with_s3(with_s3.tiny("pretrain", prepared, "--bucket", s3.url), code=2).stderr
+    assert "run t was begun anew in " in said
+
+
+@pytest.mark.slow
+def test_evaluate_on_a_machine_without_the_run(
+    finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any
+) -> None:
+    command = ["evaluate", "--run-id", "t", "--out", str(tmp_path / "b"), "--bucket", shared.url, "-o", "eval.cap=13"]
+    with_s3(with_s3.command(*command))
+    result = json.loads((tmp_path / "b" / "runs/t/report/result.json").read_text())
+    assert result["smoke_score"]["cap"] == 13

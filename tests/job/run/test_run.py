@@ -1,0 +1,295 @@
+"""A whole run through the command line: stages, sealed results, resume, interruption. Every stage is the real one, tiny."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from job.run.supervise import Interrupts
+from job.store.attempt import fold, read_events
+from job.store.sealed import open_sealed
+
+
+def weights(out: Path) -> dict[str, str]:
+    """SHA-256 by file of the newest checkpoint's weights."""
+    newest = max((out / "runs" / "t" / "checkpoints").iterdir())
+    files = open_sealed(newest, kind="checkpoint").files
+    return {name: entry["sha256"] for name, entry in files.items() if name.startswith("weights-")}
+
+
+def prepared_hashes(out: Path) -> dict[str, str]:
+    """SHA-256 of every file below out/prepared, by path; manifests hold times and are left out."""
+    import hashlib
+
+    files = (p for p in (out / "prepared").rglob("*") if p.is_file() and p.name != "manifest.json")
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def events(out: Path, kind: str) -> list[dict]:
+    return [e for e in read_events(out / "runs" / "t") if e["kind"] == kind]
+
+
+def wait_for(out: Path, process, kind: str, **fields: object) -> None:
+    """Until the run has recorded such an event."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if any(all(e.get(k) == v for k, v in fields.items()) for e in events(out, kind)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {kind} within two minutes")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, speedrun) -> Path:
+    """One undisturbed run, and what it printed; tests copy it or only read it."""
+    out = tmp_path_factory.mktemp("finished")
+    (out / "printed").write_text(speedrun(speedrun.tiny("run", out, "--json")).stdout)
+    return out
+
+
+@pytest.fixture
+def prepared(finished: Path, tmp_path: Path) -> Path:
+    """A folder with the prepared set and no run."""
+    shutil.copytree(finished / "prepared", tmp_path / "prepared")
+    return tmp_path
+
+
+def test_the_run_folder_is_as_designed(finished: Path) -> None:
+    run = finished / "runs" / "t"
+    assert {p.name for p in run.iterdir()} == {
+        "recipe.json",
+        "attempts",
+        "events",
+        "logs",
+        "checkpoints",
+        "eval",
+        "report",
+    }
+    assert sorted(p.name for p in (run / "report").iterdir()) == [
+        "manifest.json",
+        "report.html",
+        "report.md",
+        "result.json",
+    ]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"{rows:015d}" for rows in (32, 64, 96)]
+    assert [p.name for p in sorted((run / "checkpoints" / f"{96:015d}").iterdir())] == [
+        "manifest.json",
+        "weights-00000.safetensors",
+    ]
+    assert json.loads((run / "recipe.json").read_text())["sources"]["train.steps"] == "-o"
+    result = json.loads((run / "report" / "result.json").read_text())
+    assert result["core"] is None
+    assert len(result["smoke_score"]["tasks"]) == 22
+    assert result["steps"] == 12
+    assert result["tokens"] == 12 * 512
+    assert result["val_bpb"] > 0
+    assert result["bigram_bpb"] > 0
+
+
+def test_events_tell_the_story_in_order(finished: Path) -> None:
+    kinds = [e["kind"] for e in read_events(finished / "runs" / "t")]
+    assert kinds[0] == "attempt.started"
+    assert kinds[-1] == "attempt.ended"
+    assert kinds.count("train.step") == 12
+    assert kinds.index("checkpoint.sealed") < kinds.index("eval.done")
+    stages = [e["stage"] for e in read_events(finished / "runs" / "t") if e["kind"] == "stage.done"]
+    assert stages == ["prepare", "pretrain", "evaluate", "report"]
+
+
+def test_the_same_command_again_does_nothing_twice(finished: Path, tmp_path: Path, speedrun) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    before = weights(out)
+    said = speedrun(speedrun.tiny("run", out)).stderr
+    assert "pretrain: done already" in said
+    assert "evaluate: done already" in said
+    assert weights(out) == before
+    assert len(events(out, "train.step")) == 12
+
+
+def test_json_prints_the_result_and_nothing_else(finished: Path) -> None:
+    assert json.loads((finished / "printed").read_text()) == json.loads(
+        (finished / "runs" / "t" / "report" / "result.json").read_text()
+    )
+
+
+def test_a_changed_recipe_is_refused_and_fresh_starts_anew(finished: Path, tmp_path: Path, speedrun) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    refused = speedrun(speedrun.tiny("run", out, "-o", "train.steps=10"), code=2)
+    assert refused.stderr == (
+        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to discard the old run\n"
+    )
+    assert weights(out) == weights(finished)
+    speedrun(speedrun.tiny("pretrain", out, "-o", "train.steps=2", "--fresh"))
+    assert [e["attempt"] for e in events(out, "attempt.started")] == [1]
+    assert len(events(out, "train.step")) == 2
+
+
+def test_an_evaluation_that_is_refused_changes_nothing(finished: Path, tmp_path: Path, speedrun) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    before = (out / "runs" / "t" / "recipe.json").read_bytes()
+    said = speedrun(speedrun.command("evaluate", "--run-id", "t", "--out", str(out), "-o", "eval.cap=2"), code=2).stderr
+    assert "a cap of 2 examples per task leaves too few for the" in said
+    assert (out / "runs" / "t" / "recipe.json").read_bytes() == before
+
+
+def test_two_runs_are_byte_identical(finished: Path, tmp_path: Path, speedrun) -> None:
+    speedrun(speedrun.tiny("pretrain", tmp_path))
+    assert {k: v for k, v in prepared_hashes(finished).items()} == prepared_hashes(tmp_path)
+    assert weights(tmp_path) == weights(finished)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_a_signal_while_stepping_seals_a_checkpoint_and_the_same_command_goes_on(
+    finished: Path, prepared: Path, speedrun, name: str
+) -> None:
+    process = speedrun.start(speedrun.tiny("run", prepared))
+    wait_for(prepared, process, "train.step", step=1)
+    process.send_signal(signal.Signals[name])
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert time.monotonic() - began < 20
+    assert "with a checkpoint; the same command goes on" in said
+    assert "Traceback" not in said
+    stopped_after = len(events(prepared, "train.step"))
+    assert stopped_after < 12
+    assert int(max((prepared / "runs" / "t" / "checkpoints").iterdir()).name) == stopped_after * 8
+    speedrun(speedrun.tiny("run", prepared))
+    assert len(events(prepared, "train.step")) == 12, "no step was done twice"
+    assert weights(prepared) == weights(finished)
+    assert [life.exit_code for life in fold(prepared / "runs" / "t").attempts] == [75, 0]
+
+
+def test_a_signal_that_comes_twice_at_once_is_one() -> None:
+    with Interrupts() as interrupts:
+        for wished in (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupts.count == wished and interrupts.name == "SIGTERM"
+            time.sleep(Interrupts.TOGETHER * 1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "kind", "fields"),
+    [
+        ("prepare", "stage.started", {"stage": "prepare"}),
+        ("prepare", "prepare.tokenizer", {}),
+        ("pretrain", "stage.started", {"stage": "pretrain"}),
+        ("pretrain", "train.step", {"step": 5}),
+        ("evaluate", "eval.task", {}),
+        ("evaluate", "stage.started", {"stage": "evaluate"}),
+        ("report", "stage.started", {"stage": "report"}),
+    ],
+)
+def test_sigkill_in_any_stage_and_the_same_command_again(
+    finished: Path, tmp_path: Path, speedrun, stage: str, kind: str, fields: dict
+) -> None:
+    process = speedrun.start(speedrun.tiny("run", tmp_path))
+    wait_for(tmp_path, process, kind, **fields)
+    process.kill()
+    process.communicate()
+    speedrun(speedrun.tiny("run", tmp_path))
+    assert weights(tmp_path) == weights(finished)
+    assert prepared_hashes(tmp_path) == prepared_hashes(finished)
+    mine, undisturbed = (
+        json.loads((o / "runs" / "t" / "report" / "result.json").read_text()) for o in (tmp_path, finished)
+    )
+    for key in ("val_bpb", "bigram_bpb", "tokens", "steps"):
+        assert mine[key] == undisturbed[key], key
+    scores = [[(t["task"], t["accuracy"]) for t in r["smoke_score"]["tasks"]] for r in (mine, undisturbed)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_with_75_and_nothing_stays_behind(prepared: Path, speedrun) -> None:
+    process = speedrun.start(speedrun.tiny("run", prepared))
+    wait_for(prepared, process, "train.step", step=0)
+    ranks = [p for p in children(process.pid) if "job.run.rank" in command_line(p)]
+    assert len(ranks) == 1
+    os.kill(ranks[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "rank 0 of pretrain was killed by SIGKILL" in said
+
+
+@pytest.mark.slow
+def test_ranks_end_when_their_supervisor_is_killed(prepared: Path, speedrun) -> None:
+    process = speedrun.start(speedrun.tiny("run", prepared, "-o", "train.steps=4000"))
+    wait_for(prepared, process, "train.step", step=0)
+    ranks = [p for p in children(process.pid) if "job.run.rank" in command_line(p)]
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{p}").exists() and "job.run.rank" in command_line(p) for p in ranks):
+        assert time.monotonic() < deadline, "a rank outlived its supervisor"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_rows(finished: Path, prepared: Path, speedrun) -> None:
+    speedrun(speedrun.tiny("pretrain", prepared, "--ranks", "2"))
+    losses = [[e["loss"] for e in events(out, "train.step")] for out in (prepared, finished)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4), (
+        "the first step has the same weights and the same rows"
+    )
+    assert len(weights(prepared)) == 2
+
+
+def test_a_diverging_run_ends_with_13_and_names_the_step(prepared: Path, speedrun) -> None:
+    said = speedrun(speedrun.tiny("pretrain", prepared, "-o", "train.lr_scale=1e30"), code=13).stderr
+    assert "training diverged at step " in said
+    assert said.rstrip().endswith("lower train.lr_scale and start with --fresh")
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_with_12_and_with_space_the_same_command_goes_on(
+    finished: Path, tmp_path: Path, speedrun
+) -> None:
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        said = speedrun(speedrun.tiny("pretrain", tmp_path), code=12).stderr
+        assert "the disk is full: writing " in said
+        assert "Traceback" not in said
+        assert not list(tmp_path.rglob(".*.tmp-*"))
+        subprocess.run(["mount", "-o", "remount,size=400m", str(tmp_path)], check=True)
+        speedrun(speedrun.tiny("pretrain", tmp_path))
+        assert weights(tmp_path) == weights(finished)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.slow
+def test_fp8_trains_on_a_cpu_and_says_that_it_is_for_tests(finished: Path, prepared: Path, speedrun) -> None:
+    speedrun(
+        speedrun.tiny("pretrain", prepared, "-o", "train.fp8=true", "-o", "train.dtype=bf16", "-o", "train.steps=4")
+    )
+    assert "it is for tests" in events(prepared, "train.start")[0]["fp8"]
+    assert len(events(prepared, "train.step")) == 4
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except FileNotFoundError:
+        return ""

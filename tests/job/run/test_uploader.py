@@ -1,0 +1,249 @@
+"""What the uploader finds to upload, in which order, and what it does when the store fails: over a folder, without processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.console import Console
+from job.errors import DataError, StorageError, UsageError
+from job.reporter import Reporter
+from job.run.bucket import Bucket
+from job.run.uploader import Live, Mirror
+from job.store.attempt import Attempt, read_events
+from job.store.checkpoint_folder import KIND, drop_optimizer, folder_of
+from job.store.fence import Fenced, TakenOver, newest_claimed
+from job.store.sealed import MANIFEST, sealing
+from job.store.stores import FolderStore, pull_sealed, push_sealed
+
+RUN = "runs/r"
+FINAL = 80
+
+
+class Kept(Reporter):
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        self.events.append({"kind": kind, **fields})
+
+
+class Failing(FolderStore):
+    """A store whose writes fail while `failing`, and that notes what was put."""
+
+    failing = False
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.puts: list[str] = []
+
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        if self.failing:
+            raise StorageError("the store does not answer")
+        self.puts.append(key)
+        super().put_file(key, path, sha256)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Failing:
+    return Failing(tmp_path / "bucket")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out" / RUN).mkdir(parents=True)
+    (tmp_path / "out" / RUN / "recipe.json").write_text("{}")
+    return tmp_path / "out"
+
+
+def checkpoint(out: Path, rows: int, text: str = "w") -> Path:
+    with sealing(folder_of(out / RUN, rows), kind=KIND, made_from={"rows": rows}) as folder:
+        (folder.path / "weights-0").write_text(text)
+        (folder.path / "optimizer-0").write_text("o")
+        folder.facts["slices"] = {"w": [{"file": "weights-0"}], "o": [{"file": "optimizer-0"}]}
+    return folder_of(out / RUN, rows)
+
+
+def seal(path: Path, kind: str = "part") -> None:
+    with sealing(path, kind=kind, made_from={"name": path.name}) as folder:
+        (folder.path / "data").write_text(path.name)
+
+
+def mirror(store: FolderStore, out: Path) -> tuple[Mirror, Kept]:
+    kept = Kept()
+    return Mirror(store, out, out / RUN, FINAL, kept), kept
+
+
+def upload_all(work: Mirror) -> list[str]:
+    done = []
+    while key := work.next():
+        work.upload(key)
+        done.append(key)
+    return done
+
+
+def checkpoints_in(store: FolderStore) -> list[int]:
+    return sorted({int(Path(key).parent.name) for key in store.list(f"{RUN}/checkpoints")})
+
+
+def test_the_newest_checkpoint_comes_first_and_what_makes_a_set_whole_last(store: Failing, out: Path) -> None:
+    checkpoint(out, 8), checkpoint(out, 16)
+    seal(out / RUN / "eval" / "task")
+    for part in ("set", "begun", "tokenizer", "rows/00000", "items/x/y"):
+        seal(out / "prepared" / "p" / part)
+    seal(out / "prepared" / "foreign" / "tokenizer")
+    (out / "prepared" / "p" / ".rows.tmp-1").mkdir()
+    (out / "prepared" / "p" / ".rows.tmp-1" / MANIFEST).write_text("{}")
+    work, kept = mirror(store, out)
+    work.prepared |= {"p"}
+    order = upload_all(work)
+    assert order == [
+        f"{RUN}/recipe.json",
+        f"{RUN}/checkpoints/{16:015d}",
+        f"{RUN}/checkpoints/{8:015d}",
+        f"{RUN}/eval/task",
+        "prepared/p/items/x/y",
+        "prepared/p/rows/00000",
+        "prepared/p/tokenizer",
+        "prepared/p/begun",
+        "prepared/p/set",
+    ]
+    assert [e["folder"] for e in kept.events if e["kind"] == "upload.done"] == order[1:]
+    assert work.pending() == []
+
+
+def test_the_bucket_keeps_the_checkpoints_that_the_disk_keeps_and_the_final_one(store: Failing, out: Path) -> None:
+    work, _ = mirror(store, out)
+    for rows in (8, 16, 24):
+        checkpoint(out, rows)
+        upload_all(work)
+    assert checkpoints_in(store) == [16, 24]
+    shutil.rmtree(folder_of(out / RUN, 8))
+    checkpoint(out, FINAL)
+    upload_all(work)
+    assert checkpoints_in(store) == [16, 24, FINAL]
+
+
+def test_weights_only_is_followed_without_putting_the_weights_again(store: Failing, out: Path) -> None:
+    final = checkpoint(out, FINAL)
+    work, _ = mirror(store, out)
+    upload_all(work)
+    store.puts.clear()
+    drop_optimizer(final)
+    assert upload_all(work) == [f"{RUN}/checkpoints/{FINAL:015d}"]
+    assert store.puts == []
+    assert sorted(Path(key).name for key in store.list(f"{RUN}/checkpoints")) == [MANIFEST, "weights-0"]
+    pulled = pull_sealed(store, f"{RUN}/checkpoints/{FINAL:015d}", out / "pulled", kind=KIND)
+    assert list(pulled.verify().files) == ["weights-0"]
+
+
+def test_a_failure_is_an_event_and_a_later_try(store: Failing, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(out, 8)
+    work, kept = mirror(store, out)
+    store.failing = True
+    upload_all(work)
+    key = f"{RUN}/checkpoints/{8:015d}"
+    assert kept.events == [
+        {"kind": "upload.failed", "folder": key, "why": "the store does not answer", "next_try": 1.0}
+    ]
+    assert work.pending() == [key]
+    assert work.next() is None, "it waits for its next try"
+    store.failing = False
+    monkeypatch.setattr("job.run.uploader.time.monotonic", lambda: 1e12)
+    assert upload_all(work) == [key]
+    assert work.pending() == []
+
+
+def test_a_checkpoint_that_is_gone_from_the_disk_is_no_failure(store: Failing, out: Path) -> None:
+    folder = checkpoint(out, 8)
+    work, kept = mirror(store, out)
+    work.upload(work.next())
+    key = work.next()
+    shutil.rmtree(folder)
+    work.upload(key)
+    assert (kept.events, work.pending()) == ([], [])
+
+
+def test_replacing_a_sealed_folder_never_shows_a_damaged_one(store: Failing, out: Path) -> None:
+    """While a file of the same name is replaced there is no manifest; what an earlier call put is not put again."""
+    key = f"{RUN}/checkpoints/{8:015d}"
+    push_sealed(store, key, checkpoint(out, 8, "old"))
+    folder = checkpoint(out, 8, "new")
+    store.failing = True
+    with pytest.raises(StorageError):
+        push_sealed(store, key, folder)
+    with pytest.raises(DataError, match="was never sealed"):
+        pull_sealed(store, key, out / "pulled", kind=KIND)
+    store.failing = False
+    known = {f"{key}/optimizer-0": json.loads((folder / MANIFEST).read_text())["files"]["optimizer-0"]["sha256"]}
+    store.puts.clear()
+    push_sealed(store, key, folder, known=known)
+    assert store.puts == [f"{key}/weights-0"]
+    assert (pull_sealed(store, key, out / "pulled", kind=KIND).path / "weights-0").read_text() == "new"
+
+
+def test_claims_count_over_machines_and_the_older_may_not_write(store: Failing, tmp_path: Path) -> None:
+    first = Attempt.claim(tmp_path / "a" / RUN, store)
+    old = Fenced(store, "r", first.number)
+    old.put("x", b"1")
+    second = Attempt.claim(tmp_path / "b" / RUN, store)
+    assert (first.number, second.number, newest_claimed(store, "r")) == (1, 2, 2)
+    for write in (
+        lambda: old.put("x", b"2"),
+        lambda: old.put_file("x", tmp_path, ""),
+        lambda: old.create("y", b"2"),
+        lambda: old.delete(["x"]),
+    ):
+        with pytest.raises(TakenOver, match="attempt 2 took over run r; this one \\(attempt 1\\) stopped"):
+            write()
+    assert (store.get("x"), store.get("y")) == (b"1", None)
+
+
+def test_earlier_attempts_are_pulled_and_the_longer_file_counts(store: Failing, out: Path, tmp_path: Path) -> None:
+    first = Attempt.claim(out / RUN, store)
+    first.emit("train.step", step=0)
+    live = Live(store, out / RUN, 1, Kept())
+    live.events()
+    first.emit("train.step", step=1)
+    first._file.write(b'{"kind": "cut')
+    live.events()
+    other = tmp_path / "other" / RUN
+    second = Attempt.claim(other, store)
+    Bucket(store, 1.0).pull_record(other, before=2)
+    assert [e["step"] for e in read_events(other)] == [0, 1]
+    assert (other / "attempts" / "1").read_bytes() == (out / RUN / "attempts" / "1").read_bytes()
+    second.emit("train.step", step=2)
+    (other / "events" / "1.jsonl").write_bytes(b"")
+    Live(store, other, 2, Kept()).events()
+    assert store.get(f"{RUN}/events/1.jsonl").count(b"\n") == 2, (
+        "what is shorter here does not replace what is longer there"
+    )
+    assert store.get(f"{RUN}/events/2.jsonl").count(b"\n") == 1
+
+
+def test_another_run_of_the_same_name_is_refused(store: Failing, out: Path, tmp_path: Path) -> None:
+    bucket, mine, theirs = Bucket(store, 1.0), out / RUN, tmp_path / "other" / RUN
+    Attempt.claim(mine)
+    bucket.check_history(mine)
+    Attempt.claim(theirs, store)
+    with pytest.raises(UsageError, match="is not the one in"):
+        bucket.check_history(mine)
+    bucket.check_history(theirs)
+    Attempt.claim(tmp_path / "third" / RUN, store, fresh=True)
+    with pytest.raises(UsageError, match=r"was begun anew in .* by attempt 2"):
+        bucket.check_history(theirs)
+
+
+def test_fresh_leaves_the_claims(store: Failing, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Attempt.claim(out / RUN, store)
+    push_sealed(store, f"{RUN}/checkpoints/{8:015d}", checkpoint(out, 8))
+    seal(out / "prepared" / "p" / "tokenizer")
+    push_sealed(store, "prepared/p/tokenizer", out / "prepared" / "p" / "tokenizer")
+    Bucket(store, 1.0).discard("r", Console())
+    assert sorted(store.list(RUN)) == [f"{RUN}/attempts/1"]
+    assert len(store.list("prepared")) == 2
+    assert capsys.readouterr().err == f"--fresh: discarded what {store.url}/{RUN} had\n"

@@ -1,0 +1,227 @@
+"""What ranks exchange in a step, seen on gloo: each other's times, gradients with overlap and without, and as NCCL would be asked for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from job.recipe.config import CommConfig, Recipe, resolve
+from job.recipe.derive import derive
+from job.train import loop, step_metrics
+from job.train.loop import Batches, Run, take_step
+from job.train.step_metrics import WINDOW, Computing, Reading, Readings, SlowRanks
+from model.gpt import GPT
+from model.optimizer import Optimizer
+
+CPU = torch.device("cpu")
+TINY = ["model.depth=2", "model.seq_len=32", "data.vocab_size=300", "train.steps=60", "train.total_batch_size=128"]
+
+
+def recipe_of(*overrides: str) -> Recipe:
+    return resolve("smoke", overrides=[*TINY, "train.device_batch_size=1", "train.dtype=fp32", *overrides])
+
+
+class Rows:
+    """Row i is `words` words drawn with seed i."""
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        return np.stack(
+            [
+                np.random.default_rng(row).integers(0, 300, self.words).astype(np.uint16)
+                for row in range(start, start + count)
+            ]
+        )
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.events: list[dict] = []
+
+    def emit(self, kind: str, **fields: object) -> None:
+        self.events.append({"kind": kind, **fields})
+
+    def progress(self, *_: object) -> None: ...
+
+
+def build(rank: int, world: int, recipe: Recipe, folder: Path) -> Run:
+    context = SimpleNamespace(rank=rank, world_size=world, run=folder, attempt=1, reporter=Recorder())
+    derived = derive(recipe)
+    model = GPT(derived.config)
+    model.init_weights(0)
+    batches = Batches(
+        Rows(recipe.model.seq_len + 1),
+        rows_per_step=derived.rows_per_step,
+        device_rows=1,
+        rank=rank,
+        world_size=world,
+        device=CPU,
+    )
+    optimizer = Optimizer(
+        model.groups(), derived.specs, dist.group.WORLD, polar_dtype=torch.float32, bucket_bytes=1 << 16
+    )
+    return Run(context, recipe, derived, SimpleNamespace(id="0" * 16), model, optimizer, batches)
+
+
+# ---- on the ranks
+
+
+def scenario_times(rank: int, world: int, folder: Path):
+    """A clock that each rank turns by hand: its step s computes for (s + 1)(rank + 1) seconds. By lag: readings, collectives."""
+    clock, found = 0.0, {}
+    all_reduce, calls = dist.all_reduce, []
+    dist.all_reduce = lambda *args, **kwargs: calls.append(args) or all_reduce(*args, **kwargs)
+    step_metrics.time = SimpleNamespace(perf_counter=lambda: clock)
+    for lag in (0, 3):
+        seen: list[Reading] = []
+        reader = Readings(CPU, ["a"], seen.append, lag=lag)
+        calls.clear()
+        for step in range(12):
+            reader.begin_step()
+            clock += (step + 1) * (rank + 1)
+            reader.end_backward()
+            clock += 100.0  # waiting for the others
+            reader.end_step(step, torch.tensor(1.0 + rank), torch.tensor([False]), 1.0)
+            if step == 7:
+                reader.settle()
+        reader.settle()
+        found[lag] = [(r.loss, r.seconds, r.computing) for r in seen], len(calls)
+    return found
+
+
+def scenario_slow(rank: int, world: int, folder: Path):
+    """Rank 1 sleeps in each forward pass; what each rank says of it."""
+    run = build(rank, world, recipe_of("model.depth=1", "model.seq_len=16", "train.total_batch_size=32"), folder)
+    loss = run.model.loss
+    if rank == 1:
+        run.model.loss = lambda *rows: time.sleep(0.03) or loss(*rows)
+    for _ in range(WINDOW + 1):
+        take_step(run)
+    return [event for event in run.context.reporter.events if event["kind"] == "train.slow_ranks"]
+
+
+def scenario_overlap(rank: int, world: int, folder: Path):
+    """By overlap: the weights after four steps, and how many reductions each step had launched at the end of its backward pass."""
+    found = {}
+    for overlap in (True, False):
+        run = build(rank, world, recipe_of(f"comm.overlap={str(overlap).lower()}"), folder)
+        calls, launched, ended = run.optimizer.traffic.calls, [], run.readings.end_backward
+        run.readings.end_backward = lambda calls=calls, launched=launched, ended=ended: (
+            launched.append(calls.total()) or ended()
+        )
+        for _ in range(4):
+            calls.clear()
+            take_step(run)
+        found[overlap] = {name: p.detach().clone() for name, p in run.model.named_parameters()}, launched
+    return found
+
+
+def _worker(rank: int, world: int, folder: str, scenario: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.save(globals()[scenario](rank, world, Path(folder)), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_two_ranks(folder: Path, scenario: str) -> list:
+    """What the scenario returns on each rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "job.train.loop"])
+    ranks = [context.Process(target=_worker, args=(rank, 2, str(folder), scenario)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(autouse=True)
+def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0")))
+
+
+# ---- whose GPU is slow
+
+
+def test_ranks_learn_each_others_times_by_the_one_collective_of_a_step(tmp_path: Path) -> None:
+    """Every step once and in order: those that had been read when the collective was queued, after a settling all of these."""
+    ranks = on_two_ranks(tmp_path, "scenario_times")
+    for lag, first in ((0, 1), (3, 4)):
+        (told, collectives), others = ranks[0][lag], ranks[1][lag][0]
+        assert collectives == 12
+        assert [computing for *_, computing in told] == [computing for *_, computing in others]
+        assert [loss for loss, *_ in told] == [1.5] * 12
+        assert [seconds for _, seconds, _ in told] == [100.0 + step + 1 for step in range(12)]
+        covered = [computing.steps for *_, computing in told]
+        sums = {0: [0] + [1] * 11, 3: [0] * 4 + [1] * 4 + [4, 0, 0, 0]}[lag]
+        assert covered == sums and covered[first] == 1
+        at = 0
+        for *_, computing in told:
+            mine = sum(step + 1 for step in range(at, at + computing.steps))
+            assert computing.seconds == (mine, 2 * mine)
+            at += computing.steps
+
+
+def test_a_slow_rank_is_named_once_a_window(tmp_path: Path) -> None:
+    """A forward pass takes 30 ms more; only rank 0 speaks."""
+    (event,), others = on_two_ranks(tmp_path, "scenario_slow")
+    assert others == [] and event["behind"].keys() == {"1"} and event["behind"]["1"] > 0.03
+    assert event["steps"] == WINDOW - 1 and event["step"] == WINDOW - 1 and event["rows"] == 2 * WINDOW
+    assert 15 < event["lost_ms"] < event["step_ms"]
+
+
+def window(*seconds: float, steps: int = 1) -> dict | None:
+    slow = SlowRanks()
+    reading = Reading(0, 1.0, (), 1.0, 2.0, Computing(tuple(seconds), steps))
+    said = [slow.take(reading) for _ in range(2 * WINDOW)]
+    assert [at for at, event in enumerate(said) if event] in ([], [WINDOW - 1, 2 * WINDOW - 1])
+    return said[WINDOW - 1]
+
+
+def test_a_rank_is_slow_beyond_three_percent_of_the_median() -> None:
+    assert window(1.0, 1.0, 1.029, 0.9) is None and window(1.0) is None and window(0.0, 0.0, steps=0) is None
+    event = window(1.0, 1.0, 1.05, 1.0, 1.1, 0.2, 1.0, 1.0)
+    assert event["behind"] == pytest.approx({"2": 0.05, "4": 0.1})
+    assert event["lost_ms"] == pytest.approx(100) and event["step_ms"] == 2000 and event["steps"] == WINDOW
+
+
+# ---- keys of [comm]
+
+
+def test_without_overlap_nothing_is_sent_before_the_backward_ends_and_no_bit_changes(tmp_path: Path) -> None:
+    for found in on_two_ranks(tmp_path, "scenario_overlap"):
+        (on, early), (off, late) = found[True], found[False]
+        assert all(torch.equal(on[name], off[name]) for name in on)
+        assert late == [0, 0, 0, 0] and early[0] == 0 and all(count > 3 for count in early[1:])
+
+
+def test_what_nccl_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no NCCL in torch's build for CPUs: its options are a stand-in of the same attributes."""
+    asked = []
+    options = lambda **given: SimpleNamespace(config=SimpleNamespace(), **given)  # noqa: E731
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=options), raising=False)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **given: asked.append((backend, given["pg_options"]))
+    )
+    context, gpu = SimpleNamespace(rank=0, world_size=8), torch.device("cuda", 0)
+    try:
+        loop.join_ranks(context, CommConfig(), gpu)
+        loop.join_ranks(context, CommConfig(high_priority=True, sm_carveout=16), CPU)
+        assert asked == [("nccl", None), ("gloo", None)] and torch._C._get_sm_carveout_experimental() is None
+        loop.join_ranks(context, CommConfig(high_priority=True, sm_carveout=16), gpu)
+        assert torch._C._get_sm_carveout_experimental() == 16
+    finally:
+        torch._C._set_sm_carveout_experimental(None)
+    assert asked[2][0] == "nccl" and asked[2][1].is_high_priority_stream and asked[2][1].config.max_ctas == 16
