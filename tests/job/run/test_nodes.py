@@ -202,7 +202,7 @@ class Meeting:
         nodes = Nodes(1, ("127.0.0.1", "127.0.0.1"), number, port, self.secrets[number], self.wait)
         run = self.base / self.outs[number] / "runs" / "t"
         run.mkdir(parents=True, exist_ok=True)
-        site = Site(run.parents[2], run, store=self.store)
+        site = Site(run.parents[1], run, store=self.store)
         interrupts, console = Interrupts(), Console(-1)
         if number:
             follow(nodes, site, self.sames[1], begin=lambda shared: None, interrupts=interrupts, console=console)

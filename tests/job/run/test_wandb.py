@@ -231,7 +231,7 @@ def test_offline_leaves_one_folder_and_one_command_sends_it_once(run: Path, serv
 def test_the_sync_command_sends_a_whole_run_and_then_what_is_new(run: Path, server, speedrun) -> None:
     attempt = begin(run)
     train(attempt, 0, 9)
-    words = speedrun.command("wandb-sync", "--out", str(run.parents[2]), "--run-id", "mine")
+    words = speedrun.command("wandb-sync", "--out", str(run.parents[1]), "--run-id", "mine")
     assert speedrun(words).stderr.startswith(f"wandb: {server.url}/us/gpt2-speedrun/runs/mine-")
     assert server.steps == list(range(10))
     train(attempt, 10, 19)
@@ -321,7 +321,7 @@ def test_to_sync_without_a_usable_key_is_said(run: Path, server, monkeypatch, sp
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
     train(begin(run), 0, 3)
-    words = speedrun.command("wandb-sync", "--out", str(run.parents[2]), "--run-id", "mine")
+    words = speedrun.command("wandb-sync", "--out", str(run.parents[1]), "--run-id", "mine")
     said = speedrun(words, code=12 if key else 2).stderr
     if key:
         assert said.startswith("speedrun: wandb was lost (") and "nothing is lost" in said
