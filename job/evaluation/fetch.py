@@ -17,15 +17,25 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from job.data.prepare import Prepared
 from job.errors import DataError
 from job.evaluation.bundle import MAX_UNPACKED_BYTES, Bundle, open_bundle
 from job.evaluation.core_v1 import PUBLISHED_URL, ZIP_SHA256
+from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.store.sealed import sha256_file, storage_errors
 
 ATTEMPTS = 4
 SILENCE_SECONDS = 30.0
 CHUNK = 1 << 18
+SMOKE_BUNDLE = "smoke_bundle"
+
+
+def eval_bundle(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter) -> Bundle:
+    """CORE where the recipe's eval.core_bundle says it is (an address is fetched once), or else the smoke bundle."""
+    if recipe.eval.core_bundle:
+        return open_core(recipe.eval.core_bundle, out / "bundles", reporter)
+    return open_bundle(prepared.path / SMOKE_BUNDLE)
 
 
 def is_address(where: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from job.data.prepare import Prepared
 from job.data.workers import run_tasks
 from job.evaluation.bundle import Bundle, Task
 from job.evaluation.prompts import Encoder, Item, check_cap, items_of
@@ -29,6 +30,11 @@ KIND = "eval_items"
 SPAWN_PAYS = 100_000
 """examples, each with its shots, below which one process is done sooner than several have started: about five seconds of work"""
 VERSION = 1
+
+
+def items_folder(prepared: Prepared, bundle: Bundle, cap: int | None) -> Path:
+    """The folder of the tokens of this bundle's items, shared by runs on the same data."""
+    return prepared.path / "items" / f"{bundle.id}-{cap or 'all'}"
 
 
 class TaskItems(Sequence[Item]):

@@ -15,21 +15,19 @@ import shutil
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from job.data.prepare import Prepared
 from job.data.sources import ByHash, ByShard, Counts, Shard, Split, batches, documents, open_source
 from job.data.workers import run_tasks
 from job.errors import DataError
 from job.evaluation.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, Bundle, Task
+from job.recipe.config import DataConfig
 from job.reporter import Reporter
 from job.store.artifact_cache import Part, Pool
 from job.store.sealed import Sealed, is_sealed, open_sealed, sealing
-
-if TYPE_CHECKING:
-    from job.data.prepare import Prepared
-    from job.recipe.config import DataConfig
 
 WORDS = 13
 BATCH_CHARS = 1 << 19

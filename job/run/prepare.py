@@ -9,9 +9,8 @@ from pathlib import Path
 
 from job.data import prepare as data
 from job.data.prepare import Prepared
-from job.evaluation.bundle import Bundle, open_bundle
-from job.evaluation.fetch import open_core
-from job.evaluation.items import seal_items
+from job.evaluation.fetch import SMOKE_BUNDLE, eval_bundle
+from job.evaluation.items import items_folder, seal_items
 from job.evaluation.leaks import seal_leaks
 from job.evaluation.smoke_bundle import write_smoke_bundle
 from job.machine import host
@@ -22,8 +21,6 @@ from job.store.artifact_cache import Pool
 from job.store.checkpoint_folder import folder_of
 from job.store.sealed import is_sealed, sealing
 from job.store.stores import store_of_environment
-
-SMOKE_BUNDLE = "smoke_bundle"
 
 
 def main(context: RankContext) -> None:
@@ -80,15 +77,3 @@ def seal_eval_items(out: Path, recipe: Recipe, prepared: Prepared, reporter: Rep
         reporter=reporter,
         pool=Pool(store_of_environment(), prepared.path, reporter),
     )
-
-
-def eval_bundle(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter) -> Bundle:
-    """CORE where the recipe's eval.core_bundle says it is (an address is fetched once), or else the smoke bundle."""
-    if recipe.eval.core_bundle:
-        return open_core(recipe.eval.core_bundle, out / "bundles", reporter)
-    return open_bundle(prepared.path / SMOKE_BUNDLE)
-
-
-def items_folder(prepared: Prepared, bundle: Bundle, cap: int | None) -> Path:
-    """Where the tokens of this bundle's items are: runs on the same data share them."""
-    return prepared.path / "items" / f"{bundle.id}-{cap or 'all'}"
