@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from job.evaluation.core_v1 import GPT2_CORE
 from job.plan.memory import RESERVE
-from job.plan.published_runs import GPT2_CORE
 from job.plan.quote import OnNode, Plan
 
 WIDTH = 100

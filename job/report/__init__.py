@@ -1,4 +1,5 @@
-"""What a finished run says of itself: result.json, figures, page.
+"""The report of a run: result.json, figures, page.
 
-In: the events, ledgers and documents of a run. Out: files for a person and for a program. It may not know how a run is carried on.
+In: the events, ledgers and documents of a run. Out: files for a person and for a program. It may not know how a run
+goes on.
 """

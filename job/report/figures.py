@@ -1,9 +1,9 @@
 """The plots as inline SVG: drawn by Matplotlib, coloured by the page.
 
-Matplotlib gets stand-in colours, each of which becomes a CSS variable afterwards (`var(--accent)` ...), and its fonts are taken
-out: one drawing follows the page's type and its light or dark colours. What a page does not need goes too (metadata, namespaces,
-ids that nothing refers to; the others carry the figure's name), so that several figures live in one document. Equal data give
-equal bytes: a fixed salt for ids, no date, no display.
+Matplotlib draws in placeholder colours, each of which becomes a CSS variable afterwards (`var(--accent)` ...), and its
+fonts are removed, so a drawing follows the page's type and its light or dark colours. Metadata, namespaces and unused
+ids are removed too; the other ids carry the figure's name, so that several figures can stand in one document. Equal
+data give equal bytes: a fixed salt for ids, no date, no display.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -47,7 +48,7 @@ SIZE = (5.0, 3.0)
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """An inline <svg>, its heading, and how to read it; what it shows is in the svg's aria-label."""
+    """An inline <svg> (its aria-label describes it), its heading, and how to read it."""
 
     svg: str
     heading: str
@@ -90,23 +91,19 @@ def loss_figure(record: Record, vocab_size: int | None) -> Drawing | None:
         return None
     steps, losses = list(points), list(points.values())
     size = -(-len(losses) // MOST_POINTS)
-    shown = bucket_means(losses, size)
-    smooth = len(losses) >= SMOOTH_FROM
-    trend = moving_mean(losses, len(losses) // SMOOTH_SHARE) if smooth else losses
+    shown, drawn_steps = bucket_means(losses, size), bucket_means(steps, size)
     figure, axes = _axes()
-    style = (
-        {"linewidth": 1, "alpha": 0.4} if smooth else {"linewidth": 2, "marker": "o", "markersize": 5, "clip_on": False}
-    )
-    axes.plot(bucket_means(steps, size), shown, color=ACCENT, **style)
-    if smooth:
-        axes.plot(bucket_means(steps, size), bucket_means(trend, size), color=ACCENT, linewidth=2)
-    label = f"Training loss in nats per token, {number(losses[0], 2)} at first, {number(losses[-1], 2)} at step {steps[-1]:.0f}"
     caption = "Nats per token on each step's own batch"
-    caption += (
-        f" (thin{f', means of {size} steps' if size > 1 else ''}; the thick line is their moving mean)."
-        if smooth
-        else "."
-    )
+    if len(losses) >= SMOOTH_FROM:
+        trend = bucket_means(moving_mean(losses, len(losses) // SMOOTH_SHARE), size)
+        axes.plot(drawn_steps, shown, color=ACCENT, linewidth=1, alpha=0.4)
+        axes.plot(drawn_steps, trend, color=ACCENT, linewidth=2)
+        caption += f" (thin{f', means of {size} steps' if size > 1 else ''}; the thick line is their moving mean)."
+    else:
+        axes.plot(drawn_steps, shown, color=ACCENT, linewidth=2, marker="o", markersize=5, clip_on=False)
+        caption += "."
+    first, last = number(losses[0], 2), number(losses[-1], 2)
+    label = f"Training loss in nats per token, {first} at first, {last} at step {steps[-1]:.0f}"
     if vocab_size:
         guessing = math.log(vocab_size)
         _limits(axes, record, [*shown, guessing])
@@ -124,9 +121,8 @@ def attempts_figure(record: Record) -> Drawing | None:
         return None
     zero = record.attempts[0].start
     total = max(life.end for life in record.attempts) - zero
-    unit, seconds = next(
-        (u, s) for u, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if total >= 2 * s or s == 1.0
-    )
+    units = (("hours", 3600.0), ("minutes", 60.0))
+    unit, seconds = next(((u, s) for u, s in units if total >= 2 * s), ("seconds", 1.0))
     ends = {life.number: life.end for life in record.attempts}
     rows = {life.number: row for row, life in enumerate(record.attempts)}
     figure, axes = _axes(size=(SIZE[0], 0.75 + 0.32 * len(rows)))
@@ -136,16 +132,10 @@ def attempts_figure(record: Record) -> Drawing | None:
         note = how_it_ended(life.exit_code)
         axes.annotate(note, (end, row), (6, 0), textcoords="offset points", va="center", color=MUTED, fontsize=10)
     for span in record.stages:
-        start, end = span.start, span.end if span.end is not None else ends[span.attempt]
+        end = span.end if span.end is not None else ends[span.attempt]
+        left, width = (span.start - zero) / seconds, (end - span.start) / seconds
         color = STAGE_COLORS.get(span.stage, MUTED)
-        axes.barh(
-            rows[span.attempt],
-            (end - start) / seconds,
-            left=(start - zero) / seconds,
-            height=0.55,
-            color=color,
-            zorder=3,
-        )
+        axes.barh(rows[span.attempt], width, left=left, height=0.55, color=color, zorder=3)
     axes.set_yticks(list(rows.values()), [f"attempt {name}" for name in rows])
     axes.set_xlim(0, total / seconds * 1.2 or 1)
     axes.invert_yaxis()
@@ -153,17 +143,13 @@ def attempts_figure(record: Record) -> Drawing | None:
     axes.xaxis.grid(True, color=RULE)
     axes.set_xlabel(f"{unit} since the first start", color=MUTED)
     label = "; ".join(f"attempt {life.number}: {how_it_ended(life.exit_code)}" for life in record.attempts)
-    caption = (
-        "Each start of the run, coloured by stage. Work that was done again counts in the time, and once in the curves."
-    )
+    caption = "Each start of the run, coloured by stage."
+    caption += " Work that was done again counts in the time, and once in the curves."
     return Drawing(_svg(figure, "attempts", label), "Attempts", caption)
 
 
 def moving_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean of each value, the `reach` before it (fewer at the start) and as many after it (fewer at the end).
-
-    Where the loss falls steeply, at the start, the mean is centered and does not lag; at its flat end it does not narrow to noise.
-    """
+    """Mean of each value, the `reach` before it (fewer at the start) and as many after it (fewer at the end)."""
     sums = [0.0, *itertools.accumulate(values)]
     spans = [(max(0, i - reach), min(len(values), i + min(reach, i) + 1)) for i in range(len(values))]
     return [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]
@@ -196,7 +182,7 @@ def _axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
 
 
 def _limits(axes: Axes, record: Record, values: Sequence[float]) -> None:
-    """All planned steps on the x axis, so that a run under way shows how far it is; y around `values` with some air."""
+    """All planned steps on the x axis; y around `values` with a margin."""
     low, high = min(values), max(values)
     air = 0.13 * (high - low) or 0.1 * abs(high)
     axes.set_xlim(0, record.train["steps"])
@@ -206,7 +192,8 @@ def _limits(axes: Axes, record: Record, values: Sequence[float]) -> None:
 def _note(axes: Axes, x: float, y: float, text: str, color: str, *, above: bool, data: bool = False) -> None:
     """`text` at a point (`data`), or at the right end of a horizontal line (x in axes fractions)."""
     offset, align = (0, 6 if above else -6), "bottom" if above else "top"
-    style = {"ha": "right", "va": align, "color": color, "fontsize": 11, "fontweight": "bold" if data else "normal"}
+    style: dict[str, Any] = {"ha": "right", "va": align, "color": color, "fontsize": 11}
+    style["fontweight"] = "bold" if data else "normal"
     across = axes.transData if data else axes.get_yaxis_transform()
     axes.annotate(text, (x, y), offset, xycoords=across, textcoords="offset points", **style)
 
@@ -215,9 +202,8 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     """The figure as an inline <svg> element without width and height: the page scales it."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        FigureCanvasSVG(figure).print_svg(
-            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=no_metadata)
     root = ET.fromstring(buffer.getvalue())
     _strip_namespaces(root)
     _strip_ids(root, name)

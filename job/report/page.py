@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import statistics
 from pathlib import Path
@@ -11,38 +10,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from job.report import figures, render, words
+from job.report import figures, words
 from job.store.attempt import Record
-
-FILTERS = {
-    "number": words.number,
-    "count": words.count,
-    "short": words.short,
-    "duration": words.duration,
-    "percent": words.percent,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """A key figure at the top of the page."""
-
-    name: str
-    value: str
-    more: str
-    tone: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """The tasks of one kind and the mean of their centered accuracies."""
-
-    kind: str
-    rows: list[render.TaskRow]
-
-    @property
-    def centered(self) -> float:
-        return statistics.fmean(row.centered for row in self.rows)
 
 
 def html(context: dict[str, Any], record: Record) -> str:
@@ -64,35 +33,38 @@ def html(context: dict[str, Any], record: Record) -> str:
 
 
 def markdown(context: dict[str, Any]) -> str:
-    return _environment().get_template("report.md.j2").render(context | {"kinds": render.KINDS})
+    return _environment().get_template("report.md.j2").render(context | {"kinds": words.KINDS})
 
 
-def tiles(result: dict[str, Any]) -> list[Tile]:
-    score, tone = result["core"] or result["smoke_score"], {True: "good", False: "bad", None: ""}[result["learned"]]
-    bigram = (
-        f"bigram model {words.number(result['bigram_bpb'])}"
-        if result["bigram_bpb"]
-        else "no bigram model to compare with yet"
-    )
+def tiles(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The key figures at the top of the page."""
+    score, bigram, dtype = words.score_of(result), result["bigram_bpb"], result["machine"]["dtype"]
     name = words.score_name(result)
-    more = f"± {words.number(score['se'])} by sampling of items" if score else "not scored yet"
-    steps = f"{words.count(result['steps'])} of {words.count(result['planned_steps'])} steps"
-    dtype = result["machine"]["dtype"]
     attempts = f"{result['attempts']} attempt{'s' if result['attempts'] != 1 else ''}"
-    return [
-        Tile("Validation bpb", words.number(result["val_bpb"]), bigram, tone),
-        Tile(name[0].upper() + name[1:], words.number(score["metric"] if score else None), more),
-        Tile("Parameters", words.short(result["parameters"]), f"{dtype} activations" if dtype else ""),
-        Tile("Trained on", words.short(result["tokens"]), f"tokens, {steps}"),
-        Tile("Compute", words.short(result["flops"], "FLOP"), "by the architecture's formula"),
-        Tile("Time", words.duration(result["clocks"]["node_s"]), attempts),
+    steps = f"{words.count(result['steps'])} of {words.count(result['planned_steps'])} steps"
+    against = f"bigram model {words.number(bigram)}" if bigram else "no bigram model to compare with yet"
+    error = f"± {words.number(score['se'])} by sampling of items" if score else "not scored yet"
+    rows = [
+        ("Validation bpb", words.number(result["val_bpb"]), against),
+        (name[0].upper() + name[1:], words.number(score["metric"] if score else None), error),
+        ("Parameters", words.short(result["parameters"]), f"{dtype} activations" if dtype else ""),
+        ("Trained on", words.short(result["tokens"]), f"tokens, {steps}"),
+        ("Compute", words.short(result["flops"], "FLOP"), "by the architecture's formula"),
+        ("Time", words.duration(result["clocks"]["node_s"]), attempts),
     ]
+    filled = [{"name": name, "value": value, "more": more, "tone": ""} for name, value, more in rows]
+    filled[0]["tone"] = {True: "good", False: "bad", None: ""}[result["learned"]]
+    return filled
 
 
-def groups(rows: list[render.TaskRow]) -> list[Group]:
-    """`rows` by kind, kinds and rows in their first order."""
-    kinds = dict.fromkeys(row.kind for row in rows)
-    return [Group(render.KINDS[kind], [row for row in rows if row.kind == kind]) for kind in kinds]
+def groups(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tasks by kind, in their first order, and the mean of each kind's centered accuracies."""
+    found = []
+    for kind in dict.fromkeys(task["kind"] for task in tasks):
+        rows = [task for task in tasks if task["kind"] == kind]
+        centered = statistics.fmean(row["centered"] for row in rows)
+        found.append({"kind": words.KINDS[kind], "rows": rows, "centered": centered})
+    return found
 
 
 def _environment() -> jinja2.Environment:
@@ -104,7 +76,9 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= FILTERS | {"code": code, "breakable": breakable, "css": lambda share: f"{100 * share:.2f}%"}
+    filters = {f.__name__: f for f in (words.number, words.count, words.short, words.duration, words.percent)}
+    environment.filters |= filters
+    environment.filters |= {"code": code, "breakable": breakable, "css": lambda share: f"{100 * share:.2f}%"}
     return environment
 
 
@@ -114,7 +88,7 @@ def breakable(name: str) -> Markup:
 
 
 def code(value: Any) -> str:
-    """`value` as a Markdown code span that is safe in a table cell: one line, a fence longer than any run of backticks in it."""
+    """`value` as a Markdown code span for a table cell: one line, a fence longer than any backticks in it."""
     text = " ".join(str(value).split()).replace("|", "\\|")
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""

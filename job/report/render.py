@@ -1,11 +1,10 @@
-"""The report of a run, sealed: `result.json` for programs, `report.md` for terminals and git forges, `report.html` for people.
+"""The report of a run, sealed: `result.json` for programs, `report.md` for terminals and forges, `report.html` for people.
 
 It may be asked for at any moment; what is not there yet is left out or said to be missing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -17,14 +16,14 @@ from job.report import words
 from job.store.attempt import Record, fold
 from job.store.sealed import MANIFEST, canonical_json, sealing, sha256_file
 
-KINDS = {"multiple_choice": "multiple choice", "schema": "schema", "language_modeling": "language modeling"}
+TASK_KEYS = ("task", "kind", "n", "shots", "accuracy", "baseline", "centered")
 
 
 def write_report(run: Path) -> dict[str, Any]:
     """Seal `run`/report/ (result.json, report.md, report.html) and return the result.
 
-    Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged, StorageError when the disk
-    refuses.
+    Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged, StorageError when
+    the disk refuses.
     """
     results.read_recipe(run)
     made_from = {"files": input_hashes(run)}
@@ -36,8 +35,8 @@ def write_report(run: Path) -> dict[str, Any]:
 
 
 def report_files(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The result of `run` as far as it is, and the text of each file of its report. Raises what `write_report` raises but StorageError."""
-    from job.report import page
+    """The result of `run` so far, and the text of each file of its report; raises as `write_report` does."""
+    from job.report import page  # Matplotlib and Jinja take a second to import
 
     recipe = results.read_recipe(run)
     record = results.present(fold(run))
@@ -59,29 +58,20 @@ def input_hashes(run: Path) -> dict[str, str]:
     return {file.relative_to(run).as_posix(): sha256_file(file) for file in files}
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskRow:
-    """A task as the report shows it; shares between 0 and 1."""
-
-    task: str
-    kind: str
-    n: int
-    shots: int
-    accuracy: float
-    baseline: float
-    centered: float
-
-
 def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str, Any]) -> dict[str, Any]:
-    """What both templates show, ready to print."""
+    """The variables of both templates, ready to print."""
+    settings = {
+        section: [(key, _plain(value), recipe["sources"][f"{section}.{key}"]) for key, value in entries.items()]
+        for section, entries in recipe["recipe"].items()
+    }
     return {
         "result": result,
         "headline": words.headline(result),
-        "verdict": words.verdict(result),
+        "verdict": [words.bpb_sentence(result), words.score_sentence(result)],
         "when": words.moment(record.attempts[0].start) if record.attempts else "",
         "score_name": words.score_name(result),
         "tasks": task_rows(record, result),
-        "settings": settings(recipe),
+        "settings": settings,
         "derived": [(name, _plain(d["value"]), d["why"], d["source"]) for name, d in recipe["derived"].items()],
         "stages": stage_rows(result),
         "training_clock": words.training_clock(result),
@@ -91,25 +81,17 @@ def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str
     }
 
 
-def task_rows(record: Record, result: dict[str, Any]) -> list[TaskRow]:
+def task_rows(record: Record, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The tasks of the score; before it is there, those that events report so far."""
-    if score := result["core"] or result["smoke_score"]:
+    if score := words.score_of(result):
         entries = [task | {"baseline": score["baselines"][task["task"]]} for task in score["tasks"]]
     else:
         entries = [event | {"task": name, "kind": event["type"]} for name, event in record.tasks.items()]
-    return [TaskRow(**{field.name: entry[field.name] for field in dataclasses.fields(TaskRow)}) for entry in entries]
-
-
-def settings(recipe: dict[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
-    """(key, value, where it came from) by section."""
-    return {
-        section: [(key, _plain(value), recipe["sources"][f"{section}.{key}"]) for key, value in entries.items()]
-        for section, entries in recipe["recipe"].items()
-    }
+    return [{key: entry[key] for key in TASK_KEYS} for entry in entries]
 
 
 def stage_rows(result: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """(stage, seconds, share of the time on the node), and what is left between and before the stages."""
+    """(stage, seconds, share of the time on the node), and the time between and before the stages."""
     total = result["clocks"]["node_s"]
     rows = [(stage, seconds) for stage, seconds in result["stages_s"].items() if seconds]
     rest = total - sum(seconds for _, seconds in rows)
@@ -123,51 +105,37 @@ def machine_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     cores = f", {machine['cores']} cores" if machine["cores"] else ""
     ranks = f"{machine['world_size']} x {machine['device']}, {machine['threads']} threads each, {machine['dtype']}"
     known = [("processor", machine["cpu"] and machine["cpu"] + cores), ("training ran on", machine["device"] and ranks)]
-    rows = [*known, *result["versions"].items()]
-    return [(name, value) for name, value in rows if value]
+    return [(name, value) for name, value in [*known, *result["versions"].items()] if value]
 
 
 def commands(run: Path, recipe: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what it does, the command), the most useful first; the commands say what the recipe was told, not how it was typed."""
+    """(purpose, command), the most useful first; a command gives each value that no default or preset gave with -o."""
     out = os.fspath(run.parent.parent)
     place = [] if out == "out" else ["--out", out]
     this = [*place, "--run-id", run.name]
-    asked = asked_for(recipe)
-    preset = ["--preset", recipe["preset"]]
-    rows = []
-    if result["state"] != "complete":
-        rows.append(("Go on after what is sealed", ["run", *preset, *_overrides(asked), *this]))
-    else:
-        if result["smoke_score"]:
-            rows.append(
-                (
-                    "Score this model on the real CORE tasks",
-                    ["evaluate", *this, "--core-bundle", "PATH", "-o", "eval.cap=20"],
-                )
-            )
-        longer = _overrides(asked | {"train.steps": str(2 * result["steps"])})
-        rows.append(
-            (
-                "Train twice as long on the same prepared data",
-                ["run", *preset, *longer, *place, "--run-id", f"{run.name}-longer"],
-            )
-        )
-    rows.append(("Write this report anew", ["report", *this]))
-    return [(what, shlex.join(["speedrun", *command])) for what, command in rows]
-
-
-def asked_for(recipe: dict[str, Any]) -> dict[str, str]:
-    """The values that neither a default nor the preset gave, as `-o` takes them."""
-    return {
+    asked = {
         f"{section}.{key}": ",".join(map(str, value)) if isinstance(value, list) else str(value)
         for section, entries in recipe["recipe"].items()
         for key, value in entries.items()
         if not recipe["sources"][f"{section}.{key}"].startswith(("default", "preset"))
     }
 
+    def train(values: dict[str, str]) -> list[str]:
+        overrides = [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
+        return ["run", "--preset", recipe["preset"], *overrides]
 
-def _overrides(values: dict[str, str]) -> list[str]:
-    return [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
+    rows = []
+    if result["state"] != "complete":
+        rows.append(("Go on after what is sealed", [*train(asked), *this]))
+    else:
+        if result["smoke_score"]:
+            core = ["evaluate", *this, "--core-bundle", "PATH", "-o", "eval.cap=20"]
+            rows.append(("Score this model on the real CORE tasks", core))
+        longer = train(asked | {"train.steps": str(2 * result["steps"])})
+        again = [*longer, *place, "--run-id", f"{run.name}-longer"]
+        rows.append(("Train twice as long on the same prepared data", again))
+    rows.append(("Write this report anew", ["report", *this]))
+    return [(purpose, shlex.join(["speedrun", *command])) for purpose, command in rows]
 
 
 def _plain(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""`result.json`: what a run measured, in one strict document (`result.schema.json`).
+"""`result.json`: a run's measurements in one strict document (`result.schema.json`).
 
-Each number has one source: the curves, clocks and counts come from the folded events, the scores from the sealed ledger, what
-was asked from `recipe.json`, the hashes from the manifests of sealed folders. What is not there yet is null, so the document
+Each number has one source: curves, clocks and counts come from the folded events, scores from the sealed ledger,
+settings from `recipe.json`, hashes from the manifests of sealed folders. What is not there yet is null, so the document
 can be asked for at any moment of a run; what is not finite is null too, for JSON has no NaN.
 """
 
@@ -26,7 +26,7 @@ LEAK_KEYS = ("bundle", "words", "documents", "shared", "by_task")
 
 
 def build_result(run: Path, answers: Path | None = None) -> dict[str, Any]:
-    """The result of the run in folder `run`, valid against `result.schema.json`; its score that of `answers`, by default the run's.
+    """The result of the run in folder `run`, valid against `result.schema.json`; its score that of `answers`.
 
     Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged.
     """
@@ -36,20 +36,26 @@ def build_result(run: Path, answers: Path | None = None) -> dict[str, Any]:
 def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path | None = None) -> dict[str, Any]:
     """`build_result` from parts that are already read: `recipe.json`'s document and the present record."""
     derived = recipe["derived"]
+    planned_steps = derived["steps"]["value"]
     rows = max((step["rows"] for step in record.steps.values()), default=0)
     tokens = rows * recipe["recipe"]["model"]["seq_len"]
-    final = final_bpb(run)
-    measured = final["bpb"] if final else last_bpb(record)
-    val_bpb, bigram_bpb = finite(measured), finite(final["bigram_bpb"]) if final else None
+    measured = bigram_bpb = None
+    if is_sealed(run / "eval" / "bpb"):
+        final = open_sealed(run / "eval" / "bpb", kind="bpb").facts
+        measured, bigram_bpb = final["bpb"], finite(final["bigram_bpb"])
+    elif record.validations:
+        measured = record.validations[max(record.validations)]["bpb"]
+    val_bpb = finite(measured)
     answers = answers or run / "eval"
     ledger = Ledger.open(answers) if is_sealed(answers / "ledger") else None
     score = _score(ledger)
+    versions = record.machine.get("versions") or {}
     return {
         "schema": SCHEMA,
         "run_id": recipe["run_id"],
         "preset": recipe["preset"],
         "evidence": recipe["evidence"],
-        "state": _state(record, derived["steps"]["value"], measured, score),
+        "state": _state(record, planned_steps, measured, score),
         "learned": None if val_bpb is None or bigram_bpb is None else val_bpb < bigram_bpb,
         "val_bpb": val_bpb,
         "bigram_bpb": bigram_bpb,
@@ -57,7 +63,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path |
         "smoke_score": score if ledger and ledger.name == "smoke_score" else None,
         "leaks": {key: record.leaks[key] for key in LEAK_KEYS} if record.leaks else None,
         "steps": len(record.steps),
-        "planned_steps": derived["steps"]["value"],
+        "planned_steps": planned_steps,
         "parameters": derived["total_parameters"]["value"],
         "tokens": tokens,
         "flops": tokens * derived["flops_per_token"]["value"],
@@ -70,7 +76,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path |
         "attempts": len(record.attempts),
         "usd": None,
         "machine": _machine(record),
-        "versions": _versions(record),
+        "versions": {name: str(version) for name, version in sorted(versions.items())},
         "hashes": _hashes(run, recipe, record, ledger),
     }
 
@@ -78,20 +84,19 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path |
 def read_recipe(run: Path) -> dict[str, Any]:
     """The document `recipe.json` of `run`."""
     file = run / "recipe.json"
+    remedy = "start one, or give the --out and --run-id of one that is there"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        remedy = "start one, or give the --out and --run-id of one that is there"
         raise UsageError(f"no run at {run} (it has no recipe.json); {remedy}") from None
     except ValueError as error:
         raise DataError(f"{file} cannot be read ({error}); start the run anew with --fresh") from error
 
 
 def present(record: Record) -> Record:
-    """`record` without what the newest start of training took back.
+    """`record` without the events that the newest start of training took back.
 
-    Training starts again from a checkpoint; steps, validations, slow ranks and checkpoints that an earlier attempt reported beyond it are no
-    part of the run any more, and will be reported again.
+    Training starts again from a checkpoint: what an earlier attempt reported beyond it will be reported again.
     """
     if not record.train:
         return record
@@ -100,24 +105,18 @@ def present(record: Record) -> Record:
     def kept(events: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         return {key: e for key, e in sorted(events.items()) if e["rows"] <= start or e["t"] > since}
 
-    names = ("steps", "validations", "slow_ranks", "checkpoints")
-    return dataclasses.replace(record, **{name: kept(getattr(record, name)) for name in names})
+    return dataclasses.replace(
+        record,
+        steps=kept(record.steps),
+        validations=kept(record.validations),
+        slow_ranks=kept(record.slow_ranks),
+        checkpoints=kept(record.checkpoints),
+    )
 
 
 def finite(value: float | None) -> float | None:
     """`value`, or None where it is missing, NaN or infinite."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def final_bpb(run: Path) -> dict[str, Any] | None:
-    """What the evaluation measured on the held-out rows ({"bpb", "bigram_bpb", ...}); None before it did."""
-    folder = run / "eval" / "bpb"
-    return open_sealed(folder, kind="bpb").facts if is_sealed(folder) else None
-
-
-def last_bpb(record: Record) -> float | None:
-    """Bits per byte of the newest validation in training, finite or not; None before there is one."""
-    return record.validations[max(record.validations)]["bpb"] if record.validations else None
 
 
 def _state(record: Record, planned_steps: int, bpb: float | None, score: dict[str, Any] | None) -> str:
@@ -143,31 +142,26 @@ def _machine(record: Record) -> dict[str, Any]:
     return {"cpu": cpu.get("model"), "cores": cpu.get("cores"), "cpu_bf16": cpu.get("bf16")} | train
 
 
-def _versions(record: Record) -> dict[str, str]:
-    """What the newest attempt said it runs on."""
-    return {name: str(version) for name, version in sorted((record.machine.get("versions") or {}).items())}
-
-
 def _hashes(run: Path, recipe: dict[str, Any], record: Record, ledger: Ledger | None) -> dict[str, str | None]:
-    """What the result rests on: two runs with equal hashes had equal recipes, text, tokenizer, weights and questions."""
+    """Two runs with equal hashes had equal recipes, text, tokenizer, weights and questions."""
     prepared = record.prepared.get("id")
-    checkpoint = record.checkpoints[max(record.checkpoints)]["folder"] if record.checkpoints else None
+    tokenizer = checkpoint = None
+    if prepared:
+        tokenizer = _files_hash(run.parent.parent / "prepared" / prepared / "tokenizer", "tokenizer")
+    if record.checkpoints:
+        newest = record.checkpoints[max(record.checkpoints)]["folder"]
+        checkpoint = _files_hash(run / "checkpoints" / Path(newest).name, "checkpoint")
     return {
         "recipe": hashlib.sha256(canonical_json(recipe["recipe"]).encode()).hexdigest(),
         "prepared": prepared,
-        "tokenizer": _files_hash(run.parent.parent / "prepared" / prepared / "tokenizer", "tokenizer")
-        if prepared
-        else None,
-        "checkpoint": _files_hash(run / "checkpoints" / Path(checkpoint).name, "checkpoint") if checkpoint else None,
+        "tokenizer": tokenizer,
+        "checkpoint": checkpoint,
         "bundle": ledger.made_from["bundle"] if ledger else None,
     }
 
 
 def _files_hash(folder: Path, kind: str) -> str | None:
-    """SHA-256 over names and SHA-256 of a sealed folder's files, as its manifest has them; None where the folder is not.
-
-    The optimizer's state, which a finished run gives up, is no part of what a result rests on.
-    """
+    """SHA-256 over names and hashes of a sealed folder's files, without optimizer state; None where it is not there."""
     if not is_sealed(folder):
         return None
     files = open_sealed(folder, kind=kind, verify=False).files

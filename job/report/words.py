@@ -1,6 +1,6 @@
-"""What the report says in words: numbers as people write them, the verdict, the last lines on the terminal.
+"""The report's sentences: numbers as people write them, the verdict, the last lines on the terminal.
 
-One rule above all: a smoke score is never called CORE, and one run is never said to beat anything.
+A smoke score is never called CORE, and one run is never said to beat anything.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+from job.evaluation.core_v1 import GPT2_CORE
 from job.store.attempt import UNTIMED_STEPS, Record
 
-GPT2_XL_CORE = 0.256525
-"""CORE of GPT-2 XL (1.6 B parameters), published with the CORE bundle (at most 1,000 items a task)"""
+KINDS = {"multiple_choice": "multiple choice", "schema": "schema", "language_modeling": "language modeling"}
 
 NONE = "–"
 SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -62,37 +62,27 @@ def moment(t: float) -> str:
 
 def headline(result: dict[str, Any]) -> str:
     """The verdict in one short sentence."""
-    unfinished = result["steps"] < result["planned_steps"]
     if result["state"] == "diverged":
         return "Training diverged"
     if result["learned"] is not None:
         return "The model has learned" if result["learned"] else "Not yet better than a bigram model"
     if not result["steps"]:
         return "Not trained yet"
-    return (
-        "Training is under way"
-        if unfinished
-        else "Trained, but not evaluated yet"
-        if result["val_bpb"] is None
-        else "The model is trained"
-    )
-
-
-def verdict(result: dict[str, Any]) -> list[str]:
-    """What was measured and what it means, a sentence or two for bpb and for the score."""
-    return [bpb_sentence(result), score_sentence(result)]
+    if result["steps"] < result["planned_steps"]:
+        return "Training is under way"
+    return "The model is trained" if result["val_bpb"] is not None else "Trained, but not evaluated yet"
 
 
 def bpb_sentence(result: dict[str, Any]) -> str:
     bpb, bigram = result["val_bpb"], result["bigram_bpb"]
     progress = f"{count(result['steps'])} of {count(result['planned_steps'])} steps are made"
     if bpb is None:
-        reason = (
-            "the loss was not a finite number" if result["state"] == "diverged" else "the model was not validated yet"
-        )
+        diverged = result["state"] == "diverged"
+        reason = "the loss was not a finite number" if diverged else "the model was not validated yet"
         return f"There is no validation bpb: {reason}; {progress}."
     if bigram is None and result["steps"] < result["planned_steps"]:
-        return f"Its validation bpb is {number(bpb)} so far; {progress}. The bigram model to compare with is fitted in the evaluation."
+        later = "The bigram model to compare with is fitted in the evaluation."
+        return f"Its validation bpb is {number(bpb)} so far; {progress}. {later}"
     if bigram is None:
         return f"Its validation bpb is {number(bpb)}; there is no bigram model to compare with."
     relation = f"{percent(1 - bpb / bigram, 0)} below" if bpb < bigram else "not below"
@@ -106,20 +96,24 @@ def score_sentence(result: dict[str, Any]) -> str:
     if core := result["core"]:
         return (
             f"CORE is {with_error(core, 4)} over {len(core['tasks'])} tasks ({_cap(core)}); "
-            f"{GPT2_XL_CORE} is published for GPT-2 XL. "
-            "The error is that of item sampling; from run to run CORE varies by another 0.005 (published), and this is one run."
+            f"{GPT2_CORE} is published for GPT-2 XL. The error is that of item sampling; "
+            "from run to run CORE varies by another 0.005 (published), and this is one run."
         )
     if smoke := result["smoke_score"]:
         return (
             f"Its smoke score is {with_error(smoke, 3)} over {len(smoke['tasks'])} small tasks made from held-out text "
-            f"({_cap(smoke)}); "
-            "guessing scores 0, a perfect model 1. It is not CORE and compares only with other smoke scores."
+            f"({_cap(smoke)}); guessing scores 0, a perfect model 1. "
+            "It is not CORE and compares only with other smoke scores."
         )
     return "It was not scored on tasks yet."
 
 
+def score_of(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The run's CORE or its smoke score; None before it was scored."""
+    return result["core"] or result["smoke_score"]
+
+
 def score_name(result: dict[str, Any]) -> str:
-    """What the run's score may be called."""
     return "CORE" if result["core"] else "smoke score" if result["smoke_score"] else "score"
 
 
@@ -134,7 +128,7 @@ def _cap(score: dict[str, Any]) -> str:
 
 def summary_lines(result: dict[str, Any], page: Path) -> list[str]:
     """The end of a run on the terminal, about eight lines; `page` is where report.html is."""
-    score = result["core"] or result["smoke_score"]
+    score = score_of(result)
     bigram = f"   (bigram model of the same tokens: {number(result['bigram_bpb'])})" if result["bigram_bpb"] else ""
     points = f"{with_error(score, 4)}   ({len(score['tasks'])} tasks, {_cap(score)})" if score else NONE
     steps = f"in {count(result['steps'])} of {count(result['planned_steps'])} steps"
@@ -148,9 +142,8 @@ def summary_lines(result: dict[str, Any], page: Path) -> list[str]:
     }
     if (result["machine"]["device"] or "").startswith("cuda") and (timed := timed_steps(result)):
         milliseconds, speed = timed
-        rows["step"] = (
-            f"{count(round(milliseconds))} ms, {count(round(speed))} tokens a second (measured, by the training clock)"
-        )
+        rate = f"{count(round(milliseconds))} ms, {count(round(speed))} tokens a second"
+        rows["step"] = f"{rate} (measured, by the training clock)"
     width = max(map(len, rows))
     return [f"{headline(result)}.", "", *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
 
@@ -176,7 +169,7 @@ def training_clock(result: dict[str, Any]) -> str:
 
 
 def slow_ranks(record: Record) -> list[str]:
-    """What the ranks that were slower than the median one cost; nothing where none was (job/train/step_metrics.py compares them)."""
+    """A sentence for each rank slower than the median one, and the others' wait (job/train/step_metrics.py)."""
     windows = list(record.slow_ranks.values())
     if not windows:
         return []
@@ -190,10 +183,8 @@ def slow_ranks(record: Record) -> list[str]:
         said.append(f"Rank {rank} was slower than the median rank {times}, by {percent(max(shares))} at most.")
     lost = sum(event["lost_ms"] * event["steps"] for event in windows)
     share = lost / sum(event["ms"] for event in record.steps.values())
-    return [
-        *said,
-        f"The other ranks waited {duration(lost / 1000)} for the slowest: {percent(share)} of all steps' time.",
-    ]
+    wait = f"The other ranks waited {duration(lost / 1000)} for the slowest: {percent(share)} of all steps' time."
+    return [*said, wait]
 
 
 def how_it_ended(exit_code: int | None) -> str:

@@ -1,11 +1,12 @@
-"""The mirror: a process beside the run that shows its folded events on wandb, and that the run can lose without a loss.
+"""Logging to wandb: a process beside the run sends its folded events, and the run can lose that process without harm.
 
-    supervisor --(stdin: one JSON object, then the end)--> mirror     {"exit_code": 0, "seconds": 20}
-    mirror --(stdout: one JSON object a line)--> supervisor           {"said": ".."}  {"lost": ".."}
+    supervisor --(stdin: one JSON object, then the end)--> process     {"exit_code": 0, "seconds": 20}
+    process --(stdout: one JSON object a line)--> supervisor           {"said": ".."}  {"lost": ".."}
 
-wandb has threads, signal handlers, prompts and a network of its own. None of it may touch the process that owns the exit code, so the mirror
-(job/run/wandb_process.py) is a process in a session of its own, at a low priority, that reads nothing but the run's event files. Here is the
-supervisor's side: start it, say once what it says, and at the end wait for it no longer than `FINISH` seconds, then kill it.
+wandb has threads, signal handlers, prompts and a network of its own. None of it may touch the process that owns the
+exit code, so job/run/wandb_process.py is a process in a session of its own, at a low priority, that reads only the run's
+event files. This module is the supervisor's side: it starts the process, prints its messages, and at the end waits no
+longer than `FINISH` seconds for it, then kills it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from job.console import Console
 from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
@@ -35,15 +37,15 @@ SYNC = 600.0
 
 
 @contextlib.contextmanager
-def mirrored(run: Path, attempt: Attempt, console: Console) -> Iterator[None]:
-    """Mirror the run's events while the block runs. Whatever becomes of the mirror, the block's outcome is the outcome."""
+def wandb_logging(run: Path, attempt: Attempt, console: Console) -> Iterator[None]:
+    """Send the run's events to wandb while the block runs; a failure of wandb is a warning and nothing else."""
     if is_off():
         yield
         return
     try:
-        mirror = Mirror(run, attempt.number, console)
+        client = WandbClient(run, attempt.number, console)
     except OSError as error:
-        _regret(attempt, console, f"wandb was not started ({error.strerror})")
+        _warn(attempt, console, f"wandb was not started ({error.strerror})")
         yield
         return
     code = int(ExitCode.BUG)
@@ -54,37 +56,42 @@ def mirrored(run: Path, attempt: Attempt, console: Console) -> Iterator[None]:
         code = int(error.exit_code)
         raise
     finally:
-        lost = mirror.finish(code, FINISH_INTERRUPTED if code == ExitCode.RESUME else FINISH)
+        lost = client.finish(code, FINISH_INTERRUPTED if code == ExitCode.RESUME else FINISH)
         if lost:
-            _regret(attempt, console, lost)
+            _warn(attempt, console, lost)
+
+
+def _warn(attempt: Attempt, console: Console, lost: str) -> None:
+    text = f"{lost}; later: speedrun wandb-sync --run-id {attempt.run.name}"
+    console.say(f"warning: {text}")
+    with contextlib.suppress(StorageError):
+        attempt.emit("warning", text=text)
 
 
 def is_off() -> bool:
     """Whether wandb's own variables say that nothing is to be written."""
-    return os.environ.get("WANDB_MODE", "") == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in (
-        "true",
-        "1",
-    )
+    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1")
+    return disabled or os.environ.get("WANDB_MODE", "") == "disabled"
 
 
 def sync(run: Path, console: Console) -> None:
-    """Bring what wandb has of `run` to what its events say; UsageError without a key, StorageError when wandb does not take it."""
+    """Send what wandb lacks of `run`; UsageError without a key, StorageError when wandb does not take it."""
     attempts = fold(run).attempts
-    mirror = Mirror(run, 0, console)
-    lost = mirror.finish((attempts[-1].exit_code if attempts else None) or 0, SYNC)
-    if mirror.exit_code == ExitCode.USAGE:
+    client = WandbClient(run, 0, console)
+    lost = client.finish((attempts[-1].exit_code if attempts else None) or 0, SYNC)
+    if lost and client.exit_code == ExitCode.USAGE:
         raise UsageError(lost)
     if lost:
         raise StorageError(f"{lost}; nothing is lost: the events are in {run / 'events'}, give the command again")
 
 
-class Mirror:
-    """The process, and a thread that passes on what it says. `attempt` 0: not a live run, all is there already."""
+class WandbClient:
+    """The process, and a thread that prints its messages. `attempt` 0: not a live run, all events are there."""
 
     def __init__(self, run: Path, attempt: int, console: Console) -> None:
-        log = run / "logs" / (f"{attempt}.wandb.log" if attempt else "wandb-sync.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as output:
+        self._log = run / "logs" / (f"{attempt}.wandb.log" if attempt else "wandb-sync.log")
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._log, "ab") as output:
             self._process = subprocess.Popen(
                 [*COMMAND, str(run.resolve()), str(attempt)],
                 cwd=run,
@@ -94,18 +101,19 @@ class Mirror:
                 env=python_environment(os.environ),
                 start_new_session=True,
             )
-        self._log, self._console = log, console
-        self._lost, self._ending = "", False
-        self._listener = threading.Thread(target=self._listen, daemon=True)
+        assert self._process.stdin and self._process.stdout
+        self._stdin = self._process.stdin
+        self._console, self._lost, self._ending = console, "", False
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True)
         self._listener.start()
 
     def finish(self, exit_code: int, seconds: float) -> str | None:
-        """Let the mirror send the rest, for so long at most. Why it fell short, in words; None when wandb has everything."""
+        """Let the process send the rest for so long at most; the reason in words where wandb does not have everything."""
         self._ending = True
         with contextlib.suppress(OSError):
-            self._process.stdin.write(json.dumps({"exit_code": exit_code, "seconds": seconds}).encode() + b"\n")
+            self._stdin.write(json.dumps({"exit_code": exit_code, "seconds": seconds}).encode() + b"\n")
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self._stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         code = self.exit_code
@@ -124,9 +132,9 @@ class Mirror:
         """None while the process works."""
         return self._process.poll()
 
-    def _listen(self) -> None:
+    def _listen(self, output: IO[bytes]) -> None:
         with contextlib.suppress(ValueError, OSError):
-            for line in self._process.stdout:
+            for line in output:
                 message = json.loads(line)
                 if "lost" in message:
                     self._lost = message["lost"]
@@ -134,10 +142,3 @@ class Mirror:
                         self._console.say(f"warning: {self._lost}; the run goes on without")
                 else:
                     self._console.say(message["said"])
-
-
-def _regret(attempt: Attempt, console: Console, lost: str) -> None:
-    text = f"{lost}; later: speedrun wandb-sync --run-id {attempt.run.name}"
-    console.say(f"warning: {text}")
-    with contextlib.suppress(StorageError):
-        attempt.emit("warning", text=text)
