@@ -58,7 +58,7 @@ class Drawing:
 def bpb_figure(record: Record, bpb: float | None, bigram_bpb: float | None) -> Drawing | None:
     """Validation bits per byte over optimizer steps, and the bigram model as a line.
 
-    `bpb` is the newest measurement, drawn at the last step unless training measured it itself. None without a finite point.
+    `bpb` is the newest measurement, drawn at the last step unless training measured there. None without a finite point.
     """
     if not record.train:
         return None

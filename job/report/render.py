@@ -1,4 +1,4 @@
-"""The report of a run, sealed: `result.json` for programs, `report.md` for terminals and forges, `report.html` for people.
+"""The report of a run, sealed: `result.json` for programs, `report.md` for terminals, `report.html` for people.
 
 It may be asked for at any moment; what is not there yet is left out or said to be missing.
 """

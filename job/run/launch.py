@@ -36,7 +36,7 @@ from job.run.processes import start_ranks
 from job.run.site import Site
 from job.run.supervise import Interrupts, supervise
 from job.run.uploader_client import Told, Uploads, uploading
-from job.run.wandb_client import mirrored
+from job.run.wandb_client import wandb_logging
 from job.store.attempt import Attempt, fold
 from job.store.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
 from job.store.sealed import MANIFEST, atomic_write, is_sealed
@@ -178,7 +178,7 @@ def execute(
             bucket.begin(run, attempt, int(final.name), console, fresh=fresh)
         uploads.start()
         start = _Start(site, recipe, attempt, console, interrupts, crew, uploads, bucket)
-        with mirrored(run, attempt, console):  # from here on: the mirror's names follow from the run's first event
+        with wandb_logging(run, attempt, console):  # wandb's id of the run follows from its first event
             for stage in stages:
                 interrupts.check(stage)
                 if not asked and is_done(stage, run, recipe):

@@ -4,8 +4,8 @@
     process --(stdout: one JSON object a line)--> supervisor           {"said": ".."}  {"lost": ".."}
 
 wandb has threads, signal handlers, prompts and a network of its own. None of it may touch the process that owns the
-exit code, so job/run/wandb_process.py is a process in a session of its own, at a low priority, that reads only the run's
-event files. This module is the supervisor's side: it starts the process, prints its messages, and at the end waits no
+exit code, so job/run/wandb_process.py is a process in a session of its own, at a low priority, that reads only the
+run's event files. This module is the supervisor's side: it starts the process, prints its messages, and at the end waits no
 longer than `FINISH` seconds for it, then kills it.
 """
 
@@ -108,7 +108,7 @@ class WandbClient:
         self._listener.start()
 
     def finish(self, exit_code: int, seconds: float) -> str | None:
-        """Let the process send the rest for so long at most; the reason in words where wandb does not have everything."""
+        """Let the process send the rest for so long at most; a sentence where wandb does not have everything."""
         self._ending = True
         with contextlib.suppress(OSError):
             self._stdin.write(json.dumps({"exit_code": exit_code, "seconds": seconds}).encode() + b"\n")

@@ -1,16 +1,16 @@
-"""The process that mirrors a run to wandb (started by job/run/wandb_client.py, which describes how they talk).
+"""The process that sends a run to wandb (job/run/wandb_client.py starts it and describes how they talk).
 
-The events of all attempts are the truth; what stands on wandb is a copy that can be made again at any time:
+The events of all attempts are the truth; the copy on wandb can be made again at any time:
 
-- **Online** (a key in WANDB_API_KEY, in netrc, or an identity token) the run is opened with `resume="allow"` under an id that follows from
-  the run id and the moment the run began, so that a run begun anew with `--fresh` is another one there too. wandb's server says after which
-  step it goes on; only later steps are sent. What an attempt that died left out is sent by the next one, and nothing is sent twice: steps done again
-  after a checkpoint give the same numbers, and are passed over.
-- **Offline** (no key, or WANDB_MODE=offline) the folder `wandb/offline-run-*` in the run's folder is wandb's own format. Each attempt writes all of the run's
-  events into a new one and removes the older, so there is one, with every step once.
-- A step is sent when it was measured, together with the validation before it; the row after the last step has the evaluation.
+- **Online** (a key in WANDB_API_KEY, in netrc, or an identity token) the run is opened with `resume="allow"` under an
+  id made of the run id and the moment the run began, so that a run begun anew with `--fresh` is another one there too.
+  wandb's server says after which step it goes on; only later steps are sent. What an attempt that died left out is
+  sent by the next one. Steps done again after a checkpoint give the same numbers, and are passed over.
+- **Offline** (no key, or WANDB_MODE=offline) the folder `wandb/offline-run-*` in the run's folder is wandb's own
+  format. Each attempt writes all of the run's events into a new one and removes the older.
+- A step is sent with the validation before it; the row after the last step has the evaluation.
 
-The names of the numbers are those of the leaderboard's runs (facts of nanochat's training script), so curves lie over one another.
+The names of the numbers are those of the leaderboard's runs (nanochat's training script): curves can be compared.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,53 +69,47 @@ class Events:
 
 
 def history(record: Record, after: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(step, numbers) of all steps above `after` that are complete, in order; the evaluation stands at the step after the last."""
+    """(step, numbers) of each step above `after`, in order; the evaluation stands at the step after the last."""
     seconds, newest = 0.0, max(record.steps, default=-1)
     for step in sorted(record.steps):
         event = record.steps[step]
         seconds += event["ms"] / 1000 if step >= UNTIMED_STEPS else 0.0
         if step > after:
-            yield step, _validation(record, step) | _training(record, event, seconds)
+            validation = {"val/bpb": record.validations[step]["bpb"]} if step in record.validations else {}
+            yield (
+                step,
+                validation
+                | {
+                    "step": step,
+                    "train/loss": event["loss"],
+                    "train/lrm": event["lr_mult"],
+                    "train/dt": event["ms"] / 1000,
+                    "train/tok_per_sec": event["tokens"] / (event["ms"] / 1000) if event["ms"] else None,
+                    "total_training_flops": (step + 1) * event["tokens"] * record.train.get("flops_per_token", 0),
+                    "total_training_time": seconds,
+                },
+            )
     final = record.bpb.get("step", record.train.get("steps", -1))
     if record.score and final > newest and final > after:
-        yield final, _evaluation(record)
+        bpb = {"val/bpb": record.bpb["bpb"]} if "bpb" in record.bpb else {}
+        centered = {task: event["centered"] for task, event in record.tasks.items()}
+        yield final, bpb | {_score_name(record): record.score["metric"], "centered_results": centered}
 
 
-def _validation(record: Record, step: int) -> dict[str, Any]:
-    return {"val/bpb": record.validations[step]["bpb"]} if step in record.validations else {}
-
-
-def _training(record: Record, event: dict[str, Any], seconds: float) -> dict[str, Any]:
-    done = (event["step"] + 1) * event["tokens"]
-    return {
-        "step": event["step"],
-        "train/loss": event["loss"],
-        "train/lrm": event["lr_mult"],
-        "train/dt": event["ms"] / 1000,
-        "train/tok_per_sec": event["tokens"] / (event["ms"] / 1000) if event["ms"] else None,
-        "total_training_flops": done * record.train.get("flops_per_token", 0),
-        "total_training_time": seconds,
-    }
-
-
-def _evaluation(record: Record) -> dict[str, Any]:
-    metric = "core_metric" if record.score["name"] == "core" else "smoke_score"
-    bpb = {"val/bpb": record.bpb["bpb"]} if "bpb" in record.bpb else {}
-    return bpb | {
-        metric: record.score["metric"],
-        "centered_results": {t: e["centered"] for t, e in record.tasks.items()},
-    }
+def _score_name(record: Record) -> str:
+    """The leaderboard's name for CORE; a smoke score is not called CORE."""
+    return "core_metric" if record.score["name"] == "core" else "smoke_score"
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """The run in a line, under the leaderboard's names. A smoke score is not called CORE."""
+    """The run's last numbers, under the leaderboard's names."""
     if not record.steps:
         return {}
     newest = max(record.steps)
-    last = record.steps[newest]
+    tokens = (newest + 1) * record.steps[newest]["tokens"]
     fields = {
         "step": newest + 1,
-        "total_training_flops": (newest + 1) * last["tokens"] * record.train.get("flops_per_token", 0),
+        "total_training_flops": tokens * record.train.get("flops_per_token", 0),
         "total_training_time": record.training_seconds,
     }
     if record.bpb:
@@ -122,7 +117,7 @@ def summary(record: Record) -> dict[str, Any]:
     elif record.validations:
         fields["val_bpb"] = record.validations[max(record.validations)]["bpb"]
     if record.score:
-        fields |= {name: value for name, value in _evaluation(record).items() if name in ("core_metric", "smoke_score")}
+        fields[_score_name(record)] = record.score["metric"]
     return fields
 
 
@@ -148,34 +143,33 @@ def mode() -> str:
     return "offline" if asked in ("offline", "dryrun") or not has_key(wandb.setup().settings.base_url) else "online"
 
 
-class End(threading.Thread):
-    """Waits for the supervisor's last word (or its death) and then ends this process in time, wherever it hangs."""
+class SupervisorWatch(threading.Thread):
+    """Waits for the supervisor's last message (or its death), then ends this process in time, wherever it hangs."""
 
-    def __init__(self, mirror: Mirror) -> None:
+    def __init__(self, sender: WandbSender) -> None:
         super().__init__(daemon=True)
-        self.come = threading.Event()
+        self.ended = threading.Event()
         self.exit_code = int(ExitCode.RESUME)
-        self._mirror = mirror
+        self._sender = sender
 
     def run(self) -> None:
         seconds = 3.0
         with contextlib.suppress(ValueError, KeyError):
-            word = json.loads(sys.stdin.readline())
-            self.exit_code, seconds = word["exit_code"], word["seconds"]
-        self.come.set()
-        timer = threading.Event()
-        timer.wait(max(seconds - 0.5, 0.5))
-        self._mirror.tell(lost=f"wandb did not take the rest within {seconds:.0f} s")
+            message = json.loads(sys.stdin.readline())
+            self.exit_code, seconds = message["exit_code"], message["seconds"]
+        self.ended.set()
+        time.sleep(max(seconds - 0.5, 0.5))
+        self._sender.tell(lost=f"wandb did not take the rest within {seconds:.0f} s")
         os._exit(1)
 
 
-class Mirror:
-    """The mirror of the run in folder `run` for one attempt of it."""
+class WandbSender:
+    """Sends the run in folder `run` to wandb during one attempt of it."""
 
     def __init__(self, run: Path, attempt: int, messages: IO[str]) -> None:
         self.run, self.attempt, self._messages = run, attempt, messages
         self.events = Events(run)
-        self.end = End(self)
+        self.supervisor = SupervisorWatch(self)
         self._told = False
 
     def tell(self, **message: str) -> None:
@@ -185,13 +179,13 @@ class Mirror:
 
     def work(self) -> int:
         """0 when wandb has everything, 1 when it has not."""
-        self.end.start()
+        self.supervisor.start()
         while not self.events.worth_showing:
             last = self.over()
             self.events.advance()
             if last and not self.events.worth_showing:
                 return 0
-            self.end.come.wait(0 if self.events.worth_showing else POLL)
+            self.supervisor.ended.wait(0 if self.events.worth_showing else POLL)
         while True:
             try:
                 chosen = mode()
@@ -201,22 +195,27 @@ class Mirror:
                 self.session(chosen)
                 return 0
             except Exception as error:
-                self.tell(lost=f"wandb was lost ({_first_line(error)})")
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                self.tell(lost=f"wandb was lost ({reason})")
                 with contextlib.suppress(Exception):
                     import wandb
 
                     wandb.teardown()
-                if self.over() or self.end.come.wait(RETRY):
+                if self.over() or self.supervisor.ended.wait(RETRY):
                     return 1
 
     def over(self) -> bool:
         """Whether nothing new will come: the supervisor has ended, or a newer attempt has the run."""
-        return self.end.come.is_set() or (self.attempt > 0 and newest_attempt(self.run) > self.attempt)
+        return self.supervisor.ended.is_set() or (self.attempt > 0 and newest_attempt(self.run) > self.attempt)
 
     def session(self, mode: str) -> None:
         """Open the run on wandb, send what is missing there, follow the events, close it."""
         import wandb
 
+        recipe = json.loads((self.run / "recipe.json").read_text(encoding="utf-8"))
+        values = {
+            f"{section}.{key}": value for section, entries in recipe["recipe"].items() for key, value in entries.items()
+        }
         identity = wandb_id(self.run, self.events.record)
         stale = list((self.run / "wandb").glob(f"offline-run-*-{identity}")) if mode == "offline" else []
         handle = wandb.init(
@@ -224,7 +223,7 @@ class Mirror:
             id=identity,
             name=os.environ.get("WANDB_NAME") or self.run.name,
             resume="allow",
-            config=recipe_values(self.run),
+            config={"preset": recipe["preset"]} | values,
             settings=settings(wandb, self.run, mode),
         )
         for folder in stale:
@@ -241,24 +240,16 @@ class Mirror:
                 position = step
             if last:
                 break
-            self.end.come.wait(POLL)
+            self.supervisor.ended.wait(POLL)
         handle.summary.update(summary(self.events.record))
-        if self.end.exit_code == ExitCode.RESUME:
+        if self.supervisor.exit_code == ExitCode.RESUME:
             handle.mark_preempting()
-        handle.finish(exit_code=self.end.exit_code)
+        handle.finish(exit_code=self.supervisor.exit_code)
         wandb.teardown()
 
 
-def recipe_values(run: Path) -> dict[str, Any]:
-    document = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-    values = {
-        f"{section}.{key}": value for section, entries in document["recipe"].items() for key, value in entries.items()
-    }
-    return {"preset": document["preset"]} | values
-
-
 def settings(wandb: Any, run: Path, mode: str) -> Any:
-    """Nothing but our numbers: no console, code, git, machine or package list; no question, and nothing outside the run's folder."""
+    """Only our numbers: no console, code, git, machine or package list, no prompt, no file outside the run's folder."""
     return wandb.Settings(
         mode=mode,
         root_dir=str(run),
@@ -279,10 +270,6 @@ def settings(wandb: Any, run: Path, mode: str) -> Any:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def main(run: str, attempt: str) -> int:
     os.nice(10)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -294,7 +281,7 @@ def main(run: str, attempt: str) -> int:
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ.setdefault(name, str(Path(run) / "wandb"))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    code = Mirror(Path(run), int(attempt), messages).work()
+    code = WandbSender(Path(run), int(attempt), messages).work()
     messages.flush()
     return code
 

@@ -1,4 +1,4 @@
-"""wandb: what it is sent, that it is sent once, and that losing it harms nothing. The client is the real one, the server a small one of ours."""
+"""wandb: the numbers sent, each once, and that losing it harms nothing. The client is the real one, the server ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from job.console import Console
 from job.errors import DivergedError, InterruptedRun, StorageError
 from job.run import wandb_client
-from job.run.wandb_client import mirrored
+from job.run.wandb_client import wandb_logging
 from job.run.wandb_process import Events, has_key, history, mode, summary, wandb_id
 from job.store.attempt import Attempt, fold, read_events
 
@@ -174,15 +174,15 @@ def test_the_mode_follows_the_key_and_wandbs_own_variable(tmp_path: Path, monkey
 # --- sent once, by the real client
 
 
-def test_online_every_step_is_sent_once_though_the_mirror_was_killed(run: Path, server, capfd) -> None:
+def test_online_every_step_is_sent_once_though_the_process_was_killed(run: Path, server, capfd) -> None:
     first = begin(run)
-    watching = wandb_client.Mirror(run, first.number, Console())
+    watching = wandb_client.WandbClient(run, first.number, Console())
     train(first, 0, 9)
     wait_until(lambda: server.lines and len(server.steps) > 4)
     os.killpg(watching._process.pid, signal.SIGKILL)
     train(first, 10, 12)
     second = begin(run)
-    with mirrored(run, second, Console()):
+    with wandb_logging(run, second, Console()):
         train(second, 8, 19)
         evaluate(second)
     assert server.steps == list(range(21))
@@ -206,13 +206,13 @@ def test_offline_leaves_one_folder_and_one_command_sends_it_once(run: Path, serv
     monkeypatch.setenv("NETRC", str(run / "none"))
     monkeypatch.setattr(wandb_client, "FINISH_INTERRUPTED", wandb_client.FINISH)
     first = begin(run)
-    with pytest.raises(InterruptedRun), mirrored(run, first, Console()):
+    with pytest.raises(InterruptedRun), wandb_logging(run, first, Console()):
         train(first, 0, 9)
         wait_until(lambda: offline_folders(run))
         raise InterruptedRun("a signal")
     time.sleep(1.1)  # wandb names folders by the second
     second = begin(run)
-    with mirrored(run, second, Console()):
+    with wandb_logging(run, second, Console()):
         train(second, 8, 19)
         evaluate(second)
     (folder,) = offline_folders(run)
@@ -251,7 +251,7 @@ def test_a_lost_wandb_is_a_warning_and_nothing_else(run: Path, server, monkeypat
     if trouble == "refused":
         server.stop()
     attempt = begin(run)
-    with mirrored(run, attempt, Console()):
+    with wandb_logging(run, attempt, Console()):
         train(attempt, 0, 9)
         if trouble == "dies":
             wait_until(lambda: server.lines)
@@ -273,16 +273,16 @@ def test_the_error_of_a_run_passes_through_and_a_full_disk_hides_no_other(run: P
     def refuse(*_: object, **__: object) -> None:
         raise StorageError("full")
 
-    with pytest.raises(DivergedError, match="as it was"), mirrored(run, attempt, Console()):
+    with pytest.raises(DivergedError, match="as it was"), wandb_logging(run, attempt, Console()):
         train(attempt, 0, 9)
         attempt.emit = refuse
         raise DivergedError("as it was")
 
 
 @pytest.mark.slow
-def test_a_mirror_whose_supervisor_vanished_ends_by_itself(run: Path, server) -> None:
+def test_a_process_whose_supervisor_vanished_ends_by_itself(run: Path, server) -> None:
     attempt = begin(run)
-    watching = wandb_client.Mirror(run, attempt.number, Console())
+    watching = wandb_client.WandbClient(run, attempt.number, Console())
     train(attempt, 0, 3)
     wait_until(lambda: server.lines)
     server.hangs = True
@@ -303,7 +303,7 @@ def test_a_server_that_comes_back_gets_everything_once(run: Path, server, monkey
         said += capfd.readouterr().err
         return "warning: wandb was lost" in said
 
-    with mirrored(run, attempt, Console()):
+    with wandb_logging(run, attempt, Console()):
         train(attempt, 0, 9)
         wait_until(lost)
         server.hangs = False
@@ -330,7 +330,7 @@ def test_to_sync_without_a_usable_key_is_said(run: Path, server, monkeypatch, sp
 
 
 def processes_of(run: Path) -> list[str]:
-    """Command lines of the mirror and of wandb's own processes that still work on `run`."""
+    """Command lines of our process and of wandb's own that still work on `run`."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
