@@ -85,11 +85,10 @@ def item_texts(task: Task) -> Iterator[str]:
 
 
 def index_of(bundle: Bundle) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Sorted hashes of all runs of the bundle's items, for each the tasks it occurs in, as bits, and by task how many texts have none."""
-    if len(bundle.tasks) > MOST_TASKS:
-        raise DataError(
-            f"{bundle.path} has {len(bundle.tasks)} tasks; training text is compared with at most {MOST_TASKS}"
-        )
+    """Sorted hashes of the runs of all items, for each the tasks it occurs in as bits, and by task the texts without one."""
+    count = len(bundle.tasks)
+    if count > MOST_TASKS:
+        raise DataError(f"{bundle.path} has {count} tasks; training text is compared with at most {MOST_TASKS}")
     found, without = [], []
     for task in bundle.tasks:
         texts = list(item_texts(task))
@@ -98,9 +97,8 @@ def index_of(bundle: Bundle) -> tuple[np.ndarray, np.ndarray, list[int]]:
         without.append(len(texts) - len(np.unique(text)))
     runs, which = np.unique(np.concatenate(found), return_inverse=True)
     tasks = np.zeros(len(runs), np.uint64)
-    np.bitwise_or.at(
-        tasks, which, np.repeat(np.uint64(1) << np.arange(len(found), dtype=np.uint64), [len(part) for part in found])
-    )
+    bits = np.uint64(1) << np.arange(count, dtype=np.uint64)
+    np.bitwise_or.at(tasks, which, np.repeat(bits, [len(part) for part in found]))
     return runs, tasks, without
 
 
@@ -156,30 +154,30 @@ def seal_leaks(
     workers: int,
     pool: Pool | None = None,
 ) -> Sealed | None:
-    """`leaks-<bundle>` beside the rows of a whole set: how many of its training documents share a run with each task's items.
+    """`leaks-<bundle>` beside the rows of a whole set: its training documents that share a run with each task's items.
 
-    Taken from `pool` where that has it. None where it has not and there are no `workers` to count with, or (with a warning) the text is
-    not here either, since its rows were pulled.
+    Taken from `pool` where that has it. Else None without `workers` to count with, or (with a warning) without the text,
+    where the rows were pulled.
     """
     path = prepared.path / f"leaks-{bundle.id}"
-    made_from = {"prepared": prepared.id, "bundle": bundle.id, "files": len(prepared.facts["files"])}
+    files = len(prepared.facts["files"])
+    made_from = {"prepared": prepared.id, "bundle": bundle.id, "files": files}
     if is_sealed(path) and open_sealed(path, kind="leaks").made_from != made_from:
         shutil.rmtree(path)
-    if not is_sealed(path):
-        for _ in pool.pull([Part(path, "leaks", made_from)]) if pool else ():
+    if pool and not is_sealed(path):
+        for _ in pool.pull([Part(path, "leaks", made_from)]):
             pass
-    if not is_sealed(path) and not workers:
-        return None
     if not is_sealed(path):
+        if not workers:
+            return None
         source = open_source(data, Path(out))
         split = ByShard(prepared.path / "split" / "hashes.npy") if source.val else ByHash(data.val_fraction)
-        shards = source.shards[: made_from["files"]]
+        shards = source.shards[:files]
         if source.hub:
             source.hub.close()
             if not all(source.hub.has(shard.name) for shard in shards):
-                reporter.emit(
-                    "warning", text="leaks were not counted: the rows were pulled, and their text is not here"
-                )
+                text = "leaks were not counted: the rows were pulled, and their text is not here"
+                reporter.emit("warning", text=text)
                 return None
         with sealing(path, kind="leaks", made_from=made_from) as folder:
             folder.facts |= _count(folder.path / "index.npz", shards, split, bundle, reporter, workers)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -50,7 +49,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """One task's row. `se` and `error_share` as in the module's docstring; `seconds` of scoring, on all ranks together's clock."""
+    """One task's row. `se` and `error_share` as in the module's docstring; `seconds` of scoring, by the wall clock."""
 
     label: str
     kind: str
@@ -66,7 +65,10 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """The score of one model on one bundle. `name` is "core" or "smoke_score"; `made_from` says weights, bundle, cap, dtype, backend."""
+    """The score of one model on one bundle.
+
+    `name` is "core" or "smoke_score"; `made_from` has weights, bundle, cap, dtype and backend.
+    """
 
     name: str
     metric: float
@@ -103,55 +105,47 @@ def metric_of(centered: Iterable[float]) -> float:
 
 def make_ledger(name: str, tasks: Sequence[tuple[Task, Sequence[Answer], float]], made_from: dict[str, Any]) -> Ledger:
     """The ledger of (task, its answers, seconds) in the bundle's order."""
-    variances = [_centered_variance(task, answers) for task, answers, _ in tasks]
-    total = math.fsum(variances)
     results = []
-    for (task, answers, seconds), variance in zip(tasks, variances, strict=True):
+    for task, answers, seconds in tasks:
         accuracy = _accuracy(answers)
-        results.append(
-            TaskResult(
-                label=task.label,
-                kind=task.kind,
-                n=len(answers),
-                shots=task.shots,
-                accuracy=accuracy,
-                baseline=task.baseline,
-                centered=centered_accuracy(accuracy, task.baseline),
-                se=math.sqrt(variance),
-                error_share=variance / total if total else 0.0,
-                seconds=seconds,
-            )
+        variance = accuracy * (1 - accuracy) / len(answers) / (1 - task.baseline) ** 2
+        result = TaskResult(
+            label=task.label,
+            kind=task.kind,
+            n=len(answers),
+            shots=task.shots,
+            accuracy=accuracy,
+            baseline=task.baseline,
+            centered=centered_accuracy(accuracy, task.baseline),
+            se=math.sqrt(variance),
+            error_share=0.0,
+            seconds=seconds,
         )
-    metric = metric_of(result.centered for result in results)
-    return Ledger(name, metric, math.sqrt(total) / len(results), tuple(results), made_from)
+        results.append((result, variance))
+    total = math.fsum(variance for _, variance in results)
+    shared = tuple(dataclasses.replace(r, error_share=variance / total if total else 0.0) for r, variance in results)
+    metric = metric_of(result.centered for result in shared)
+    return Ledger(name, metric, math.sqrt(total) / len(shared), shared, made_from)
 
 
 def _accuracy(answers: Sequence[Answer]) -> float:
     return sum(answer.right for answer in answers) / len(answers)
 
 
-def _centered_variance(task: Task, answers: Sequence[Answer]) -> float:
-    accuracy = _accuracy(answers)
-    return accuracy * (1 - accuracy) / len(answers) / (1 - task.baseline) ** 2
-
-
 def table_lines(ledger: Ledger) -> list[str]:
     """The ledger as a table for a terminal: a line per task, then the metric."""
-    lines = [
-        f"{'task':<32} {'n':>6} {'shots':>5} {'accuracy':>8} {'baseline':>8} {'centred':>7} {'se':>6} {'of error':>8} {'seconds':>8}"
-    ]
+    heads = ("n", 6), ("shots", 5), ("accuracy", 8), ("baseline", 8), ("centred", 7), ("se", 6), ("of error", 8)
+    lines = [f"{'task':<32} {' '.join(f'{head:>{width}}' for head, width in (*heads, ('seconds', 8)))}"]
     for task in ledger.tasks:
+        accuracy = f"{task.accuracy:>8.4f} {task.baseline:>8.3f} {task.centered:>7.4f} {task.se:>6.4f}"
         lines.append(
-            f"{task.label:<32} {task.n:>6,} {task.shots:>5} {task.accuracy:>8.4f} {task.baseline:>8.3f} {task.centered:>7.4f}"
-            f" {task.se:>6.4f} {task.error_share:>8.1%} {task.seconds:>8.1f}"
+            f"{task.label:<32} {task.n:>6,} {task.shots:>5} {accuracy} {task.error_share:>8.1%} {task.seconds:>8.1f}"
         )
     name = "CORE" if ledger.name == "core" else "smoke score"
     items = f"at most {ledger.cap:,} items a task" if ledger.cap else "all items"
     how = ", ".join(str(ledger.made_from[key]) for key in ("dtype", "backend") if key in ledger.made_from)
-    return [
-        *lines,
-        f"{name} {ledger.metric:.4f} ± {ledger.se:.4f} ({items}; {how}); the error is that of item sampling alone",
-    ]
+    error = "the error is that of item sampling alone"
+    return [*lines, f"{name} {ledger.metric:.4f} ± {ledger.se:.4f} ({items}; {how}); {error}"]
 
 
 # ---- on disk ------------------------------------------------------------------------------------------------------------------
@@ -171,7 +165,12 @@ def sealed_answers(out: Path, label: str, made_from: dict[str, Any]) -> tuple[li
 def seal_answers(out: Path, label: str, made_from: dict[str, Any], answers: Sequence[Answer], seconds: float) -> None:
     with sealing(Path(out) / label, kind=ANSWERS, made_from=made_from) as folder:
         folder.facts |= {"n": len(answers), "accuracy": _accuracy(answers), "seconds": seconds}
-        (folder.path / "answers.csv").write_text(_answers_csv(answers), encoding="utf-8", newline="")
+        with open(folder.path / "answers.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            for a in answers:  # the writer leaves None empty
+                margin = None if a.margin is None else f"{a.margin:.6g}"
+                writer.writerow([a.line, a.gold, a.chosen, int(a.right), margin])
 
 
 def seal_ledger(out: Path, ledger: Ledger) -> None:
@@ -180,36 +179,17 @@ def seal_ledger(out: Path, ledger: Ledger) -> None:
         (folder.path / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=1), encoding="utf-8")
 
 
-def _answers_csv(answers: Sequence[Answer]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for a in answers:
-        margin = "" if a.margin is None else f"{a.margin:.6g}"
-        writer.writerow(
-            [a.line, "" if a.gold is None else a.gold, "" if a.chosen is None else a.chosen, int(a.right), margin]
-        )
-    return text.getvalue()
-
-
 def read_answers(file: Path) -> list[Answer]:
     """The answers of an answers.csv, in scoring order; DataError naming the line that is not one."""
     answers = []
     with open(file, encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
             try:
-                gold, chosen, margin = (row[key] for key in ("gold", "chosen", "margin"))
-                answers.append(
-                    Answer(
-                        line=int(row["line"]),
-                        gold=int(gold) if gold else None,
-                        chosen=int(chosen) if chosen else None,
-                        right=row["right"] == "1",
-                        margin=float(margin) if margin else None,
-                    )
-                )
+                line, gold, chosen, right, margin = (row[column] for column in COLUMNS)
+                number, options = int(line), [int(option) if option else None for option in (gold, chosen)]
+                answers.append(Answer(number, *options, right == "1", float(margin) if margin else None))
             except (KeyError, ValueError):
-                raise DataError(
-                    f"{file}, answer {len(answers) + 1} cannot be read; delete {file.parent} and evaluate again"
-                ) from None
+                number = len(answers) + 1
+                remedy = f"delete {file.parent} and evaluate again"
+                raise DataError(f"{file}, answer {number} cannot be read; {remedy}") from None
     return answers

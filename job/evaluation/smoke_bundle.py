@@ -18,7 +18,6 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
-import io
 import json
 import random
 import re
@@ -35,6 +34,7 @@ LEAST_CONTEXT = 4
 LONGEST_WORD = 40
 MAX_CHARACTERS = 1_000_000
 TRIES = 40 * ITEMS
+META_COLUMNS = ("Eval Task", "Task Category", "Task Type", "#shots", "#datapoints", "Random baseline", "Description")
 
 OTHER, ORDER, LETTERS = "other document", "word order", "letters"
 PHRASE, REPEAT = "frequent phrase", "repeat"
@@ -90,30 +90,19 @@ def write_smoke_bundle(documents: Sequence[str], folder: Path, seed: int) -> Non
         examples = make_examples(recipe, text, random.Random(f"{seed} {recipe.label}"))
         lines = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
         (folder / "eval_data" / f"{recipe.label}.jsonl").write_text(lines, encoding="utf-8", newline="")
-    (folder / "core.yaml").write_text(_core_yaml(), encoding="utf-8", newline="")
-    (folder / "eval_meta_data.csv").write_text(_baselines_csv(), encoding="utf-8", newline="")
-
-
-def _core_yaml() -> str:
     tasks = [
         {"label": r.label, "dataset_uri": f"{r.label}.jsonl", "num_fewshot": [r.shots], "icl_task_type": r.kind}
         for r in RECIPES
     ]
-    return yaml.safe_dump({"icl_tasks": tasks}, sort_keys=False)
-
-
-def _baselines_csv() -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["Eval Task", "Task Category", "Task Type", "#shots", "#datapoints", "Random baseline", "Description"]
-    )
-    for r in RECIPES:
-        baseline = 0 if r.kind == LANGUAGE_MODELING else 100 / r.options
-        writer.writerow(
-            [r.label, "smoke", r.kind.replace("_", " "), r.shots, ITEMS, baseline, f"held-out text: {r.source}"]
-        )
-    return text.getvalue()
+    core = yaml.safe_dump({"icl_tasks": tasks}, sort_keys=False)
+    (folder / "core.yaml").write_text(core, encoding="utf-8", newline="")
+    with open(folder / "eval_meta_data.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(META_COLUMNS)
+        for r in RECIPES:
+            baseline = 0 if r.kind == LANGUAGE_MODELING else 100 / r.options
+            kind, source = r.kind.replace("_", " "), f"held-out text: {r.source}"
+            writer.writerow([r.label, "smoke", kind, r.shots, ITEMS, baseline, source])
 
 
 # ---- passages -----------------------------------------------------------------------------------------------------------------
@@ -129,20 +118,16 @@ class Text:
         self._frequent: dict[int, list[tuple[int, int]]] = {}
         left = MAX_CHARACTERS
         for document in documents:
-            document, left = document[:left], left - len(document)
-            self._add(document)
             if left <= 0:
                 break
-
+            document, left = document[:left], left - len(document)
+            words = [match.span() for match in re.finditer(r"\S+", document)]
+            for i in range(LEAST_CONTEXT, len(words)):
+                if document[words[i - 1][1] : words[i][0]] == " ":
+                    self.places.append((len(self.documents), i))
+            self.documents.append(document)
+            self.words.append(words)
         self.is_one_document = len({document for document, _ in self.places}) == 1
-
-    def _add(self, document: str) -> None:
-        words = [match.span() for match in re.finditer(r"\S+", document)]
-        for i in range(LEAST_CONTEXT, len(words)):
-            if document[words[i - 1][1] : words[i][0]] == " ":
-                self.places.append((len(self.documents), i))
-        self.documents.append(document)
-        self.words.append(words)
 
     def before(self, place: tuple[int, int], count: int) -> str:
         """The text of at most `count` words before the place."""
@@ -171,11 +156,11 @@ class Text:
 
 def make_examples(recipe: Recipe, text: Text, rng: random.Random) -> list[dict[str, object]]:
     """ITEMS examples of the task, no two of one place."""
-    make = {MULTIPLE_CHOICE: _multiple_choice, SCHEMA: _schema, LANGUAGE_MODELING: _language_modeling}[recipe.kind]
     if recipe.source == PHRASE:
         places = text.frequent_places(recipe.continuation)
     else:
         places = rng.sample(text.places, min(len(text.places), TRIES))
+    make = _language_modeling if recipe.kind == LANGUAGE_MODELING else _choice
     examples = []
     for place in places:
         example = make(recipe, text, place, rng)
@@ -190,28 +175,22 @@ def make_examples(recipe: Recipe, text: Text, rng: random.Random) -> list[dict[s
     )
 
 
-def _multiple_choice(
-    recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random
-) -> dict[str, object] | None:
-    right = text.after(place, recipe.continuation)
-    if right is None:
-        return None
-    wrong = _wrong(recipe, right, place, text, rng, lambda other: text.after(other, recipe.continuation))
-    if wrong is None:
-        return None
-    choices, gold = _mixed(right, wrong, rng)
-    return {"query": text.before(place, recipe.context), "choices": choices, "gold": gold}
-
-
-def _schema(recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random) -> dict[str, object] | None:
-    right, continuation = text.before(place, recipe.context), text.after(place, recipe.continuation)
+def _choice(recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random) -> dict[str, object] | None:
+    """A multiple_choice example, whose options are continuations, or a schema example, whose options are contexts."""
+    context, continuation = text.before(place, recipe.context), text.after(place, recipe.continuation)
     if continuation is None:
         return None
-    wrong = _wrong(recipe, right, place, text, rng, lambda other: text.before(other, recipe.context))
-    if wrong is None:
+    if recipe.kind == SCHEMA:
+        options = _wrong(recipe, context, place, text, rng, lambda other: text.before(other, recipe.context))
+    else:
+        options = _wrong(recipe, continuation, place, text, rng, lambda other: text.after(other, recipe.continuation))
+    if options is None:
         return None
-    contexts, gold = _mixed(right, wrong, rng)
-    return {"context_options": contexts, "continuation": continuation, "gold": gold}
+    gold = rng.randrange(len(options) + 1)
+    options.insert(gold, context if recipe.kind == SCHEMA else continuation)
+    if recipe.kind == SCHEMA:
+        return {"context_options": options, "continuation": continuation, "gold": gold}
+    return {"query": context, "choices": options, "gold": gold}
 
 
 def _language_modeling(
@@ -223,11 +202,6 @@ def _language_modeling(
     if recipe.source == REPEAT:
         context = f"{context} {continuation} {context}"
     return {"context": context, "continuation": continuation}
-
-
-def _mixed(right: str, wrong: list[str], rng: random.Random) -> tuple[list[str], int]:
-    gold = rng.randrange(len(wrong) + 1)
-    return [*wrong[:gold], right, *wrong[gold:]], gold
 
 
 def _wrong(
@@ -256,7 +230,6 @@ def _wrong(
 def _disordered(text: str, rng: random.Random, words: bool) -> str:
     """`text` with its words, or the letters of each word, in another order; its spaces and line ends stay where they are."""
     parts = re.findall(r"\S+", text)
-    shuffled = iter(
-        rng.sample(parts, len(parts)) if words else ["".join(rng.sample(part, len(part))) for part in parts]
-    )
-    return re.sub(r"\S+", lambda _: next(shuffled), text)
+    shuffled = rng.sample(parts, len(parts)) if words else ["".join(rng.sample(part, len(part))) for part in parts]
+    parts = iter(shuffled)
+    return re.sub(r"\S+", lambda _: next(parts), text)
