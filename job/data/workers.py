@@ -26,7 +26,8 @@ POLL_SECONDS = 0.1
 
 
 class Task(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def run(self, advance: Callable[[int], None]) -> Any: ...
 

@@ -1,14 +1,14 @@
 """Items into batches: which rows go through the model together, and what they look like.
 
-An item's options share a long prefix (ten shots and the question) and differ in a short tail. Where the model can (`Fork` of
-model/fork.py), a row holds the prefix once and then all tails:
+An item's options share a long prefix (ten shots and the question) and differ in a short tail. Where the model can
+(`Fork` of model/fork.py), a row holds the prefix once and then all tails:
 
     fork    [ prefix of item 1 ........ | tail A | tail B | tail C | tail D ]     one row per item
     plain   [ prefix of item 1 ........ | tail A ]  [ prefix ........ | tail B ]  ...     one row per option
 
-A fork pays when it saves a quarter of the tokens; else every option is a row of its own. Either way a batch's rows are padded to the
-same widths. On a GPU these come from a short grid (eight per octave), so that a compiler or an allocator meets few shapes. A CPU does
-not mind shapes and pays for every token that is padding: its grid is fine.
+A fork pays when it saves a quarter of the tokens; else every option is a row of its own. Either way a batch's rows
+are padded to the same widths. On a GPU these come from a short grid (eight per octave), so that a compiler or an
+allocator meets few shapes. A CPU does not mind shapes and pays for every token that is padding: its grid is fine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Batch:
 
 
 def plain_shape(item: Item) -> tuple[int, int, int]:
-    """Rows, prefix columns and tail columns of the item in plain rows; the last token of a row predicts nothing and stays out."""
+    """Rows, prefix columns and tail columns in plain rows, without the last token, which predicts nothing."""
     return len(item.tails), 0, item.longest - 1
 
 
@@ -62,7 +62,7 @@ def shape_of(item: Item, forks: bool) -> tuple[int, int, int]:
 
 
 def padded_length(tokens: int, fine: bool = False) -> int:
-    """The next width of the grid: multiples of an eighth of the power of two below, at least SHORTEST; 0 stays 0. Fine: multiples of 8."""
+    """The next width of the grid: multiples of 1/8 of the power of two below, from SHORTEST on (fine: of 8); or 0."""
     if fine:
         return -(-tokens // FINE) * FINE
     if tokens <= SHORTEST:
@@ -74,8 +74,8 @@ def padded_length(tokens: int, fine: bool = False) -> int:
 def plan_batches(items: Sequence[Item], token_budget: int, forks: bool = False, fine: bool = False) -> list[Batch]:
     """Every item in exactly one batch, forks and plain rows apart, the longest first; `fine` widths or few.
 
-    A batch ends where the next item would make it exceed the budget, or so unequal that more than an eighth of the budget would be
-    padding (with fine widths a sixty-fourth). An item larger than the budget is a batch of its own.
+    A batch ends where the next item would make it exceed the budget, or so unequal that more than an eighth of the
+    budget would be padding (with fine widths a sixty-fourth). An item larger than the budget is a batch of its own.
     """
     shapes = [shape_of(item, forks) for item in items]
     of_forks = [i for i, (_, prefix, _) in enumerate(shapes) if prefix]
@@ -113,10 +113,11 @@ def share(batches: Sequence[Batch], size: int) -> list[list[Batch]]:
 def tensors_of(
     items: Sequence[Item], batch: Batch, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor, Fork | None]:
-    """ids (rows, prefix + tails), places (N,), words (N,), all int64, and the fork if the rows are forks; `items` are the batch's.
+    """ids (rows, prefix + tails), places (N,), words (N,), all int64, and the fork if the rows are forks.
 
-    Each scored token in order, option by option: `places` has the position that predicts it, counted row by row through `ids`, and
-    `words` the token. Worked out here, on the host, because asking a GPU where something stands means waiting for it.
+    Each scored token in order, option by option: `places` has the position that predicts it, counted row by row
+    through `ids`, and `words` the token. Worked out here, on the host, because asking a GPU where something stands
+    means waiting for it.
     """
     ids = np.zeros((batch.rows, batch.prefix + batch.tails), dtype=np.int64)
     targets = np.full_like(ids, -1)
@@ -141,11 +142,9 @@ def tensors_of(
             at = span.stop if batch.prefix else 0
             b += not batch.prefix
         b += batch.prefix > 0
-    fork = (
-        Fork(batch.prefix, *(_to(array, device) for array in (position, branch, previous.clip(min=0))))
-        if batch.prefix
-        else None
-    )
+    fork = None
+    if batch.prefix:
+        fork = Fork(batch.prefix, _to(position, device), _to(branch, device), _to(previous.clip(min=0), device))
     places = np.flatnonzero(targets >= 0)
     return _to(ids, device), _to(places, device), _to(targets.ravel()[places], device), fork
 
@@ -153,6 +152,5 @@ def tensors_of(
 def _to(array: np.ndarray, device: torch.device | str) -> Tensor:
     """On a GPU from pinned memory, whose copy does not wait for the queue."""
     tensor = torch.from_numpy(array)
-    return (
-        tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
-    )
+    pinned = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)

@@ -1,12 +1,13 @@
 """An evaluation bundle: tasks, their examples and their random baselines, from a folder, a .zip or a .tar.zst.
 
-    core.yaml                 icl_tasks: label, dataset_uri, num_fewshot, icl_task_type, continuation_delimiter (a space when absent)
+    core.yaml                 icl_tasks: label, dataset_uri, num_fewshot, icl_task_type, continuation_delimiter
     eval_meta_data.csv        "Eval Task" and "Random baseline" (per cent) of each label
     eval_data/<dataset_uri>   one JSON example a line
 
-Archives are read in memory (CORE is 48 MB), never unpacked, and may hold everything below a folder `eval_bundle/`. Only two bundles are
-ever read: CORE itself, each of whose files must have the SHA-256 of `core_v1.py` before a line of it is parsed, and the smoke bundle that
-this program has written. So the parser is a plain one.
+The delimiter is a space when absent. Archives are read in memory (CORE is 48 MB), never unpacked, and may hold
+everything below a folder `eval_bundle/`. Only two bundles are ever read: CORE, each of whose files must have the
+SHA-256 of `core_v1.py` before it is parsed, and the smoke bundle that this program has written. So the parser is a
+plain one.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Files = Callable[[str], bytes | None]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task. `examples[i]` is line i + 1 of `file`; `baseline` is the accuracy of a random guesser, between 0 and 1."""
+    """One task. `examples[i]` is line i + 1 of `file`; `baseline` is a random guesser's accuracy, between 0 and 1."""
 
     label: str
     kind: str
@@ -78,7 +79,7 @@ class Bundle:
 
     @property
     def metric_name(self) -> str:
-        """What the score of this bundle may be called: "core" for CORE's own files, "smoke_score" for anything else."""
+        """The score's name: "core" for CORE's own files, "smoke_score" for anything else."""
         return "core" if self.is_core else "smoke_score"
 
     @property
@@ -87,22 +88,20 @@ class Bundle:
 
 
 def open_bundle(path: Path | str, *, only_core: bool = False) -> Bundle:
-    """Read a whole bundle; with `only_core`, DataError for any file that is not the one CORE's published scores were made with.
-
-    Raises DataError (exit 11) for what is missing, damaged or no bundle.
-    """
+    """Read a whole bundle; DataError for a missing, damaged or (with `only_core`) other file than CORE's."""
     path = Path(path)
-    read, hashes = _rooted(_reader(path)), {}
+    read, hashes = _reader(path), {}
+    below = read("core.yaml") is None and read(TOP_FOLDER + "core.yaml") is not None
+    top = TOP_FOLDER if below else ""
 
     def need(name: str) -> bytes:
-        data = read(name)
+        data = read(top + name)
         if data is None:
             raise DataError(f"{path}: {name} is missing; a bundle has core.yaml, eval_meta_data.csv and eval_data/")
         hashes[name] = hashlib.sha256(data).hexdigest()
         if only_core and hashes[name] != CORE_SHA256.get(name):
-            raise DataError(
-                f"{path} is another version than the published CORE bundle ({name} differs); get eval_bundle.zip"
-            )
+            other = f"another version than the published CORE bundle ({name} differs)"
+            raise DataError(f"{path} is {other}; get eval_bundle.zip")
         return data
 
     try:
@@ -135,7 +134,7 @@ def _parse(path: Path, need: Callable[[str], bytes]) -> tuple[Task, ...]:
 
 
 def _reader(path: Path) -> Files:
-    """What gives a file's bytes by its name, or None."""
+    """The function from a file's name to its bytes, or None."""
     if path.is_dir():
         return lambda name: (path / name).read_bytes() if (path / name).is_file() else None
     if not path.is_file():
@@ -143,16 +142,8 @@ def _reader(path: Path) -> Files:
     try:
         return _read_archive(path).get
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
-        raise DataError(
-            f"{path} is neither a folder nor a readable .zip or .tar.zst ({error}); get the bundle again"
-        ) from error
-
-
-def _rooted(read: Files) -> Files:
-    """`read` below eval_bundle/ where core.yaml is there and not at the top."""
-    if read("core.yaml") is None and read(TOP_FOLDER + "core.yaml") is not None:
-        return lambda name: read(TOP_FOLDER + name)
-    return read
+        broken = f"{path} is neither a folder nor a readable .zip or .tar.zst ({error})"
+        raise DataError(f"{broken}; get the bundle again") from error
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
@@ -173,8 +164,8 @@ def _read_tar_zst(path: Path) -> dict[str, bytes]:
         for member in archive:
             total += member.size
             _check_size(path, total)
-            if member.isfile():
-                files[member.name.removeprefix("./")] = archive.extractfile(member).read()
+            if member.isfile() and (content := archive.extractfile(member)):
+                files[member.name.removeprefix("./")] = content.read()
     return files
 
 

@@ -1,8 +1,7 @@
 """The bundle that a recipe names: a folder or archive on disk, or an address it is published at.
 
-A fetched archive is kept below --out and used again. It is trusted file by file (`core_v1.py`), never as a whole: the SHA-256 of the
-published zip has been seen in public code and was not verified, so an archive of another one is reported and used, if all
-files in it are CORE's.
+A fetched archive is kept below --out and used again. Each of its files is checked (`core_v1.py`); the SHA-256 of the
+whole zip was never verified, so another one is a warning.
 """
 
 from __future__ import annotations
@@ -43,41 +42,32 @@ def is_address(where: str) -> bool:
 
 
 def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
-    """CORE itself, from the folder, archive or http(s) address `where`; what is fetched is kept in `cache`.
+    """CORE itself, from the folder, archive or http(s) address `where`; a fetched archive is kept in `cache`.
 
     Raises DataError when it cannot be had, is damaged, or is another bundle than CORE.
     """
-    return fetch_core(where, cache, reporter) if is_address(where) else open_bundle(where, only_core=True)
-
-
-def fetch_core(url: str, cache: Path, reporter: Reporter) -> Bundle:
-    """CORE from `url`, or from `cache` where an earlier fetch left it whole."""
-    name = PurePosixPath(urlsplit(url).path).name or "bundle"
-    file = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    if not is_address(where):
+        return open_bundle(where, only_core=True)
+    name = PurePosixPath(urlsplit(where).path).name or "bundle"
+    file = cache / hashlib.sha256(where.encode()).hexdigest()[:16] / name
     if file.is_file():
         return open_bundle(file, only_core=True)
     part = file.with_name(f".{name}.part-{os.getpid()}")
     with storage_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _download(url, part, reporter)
+            _download(where, part, reporter)
             try:
                 open_bundle(part, only_core=True)
             except DataError as error:
-                raise DataError(f"what {url} gave is not the CORE bundle: {error}") from error
-            _compare_archive(url, part, reporter)
+                raise DataError(f"what {where} gave is not the CORE bundle: {error}") from error
+            if name == PurePosixPath(PUBLISHED_URL).name and (found := sha256_file(part)) != ZIP_SHA256:
+                changed = f"{where} is not the archive seen before (SHA-256 {found})"
+                reporter.emit("warning", text=f"{changed}; every file in it is CORE's, so it is used")
             os.replace(part, file)
         finally:
             part.unlink(missing_ok=True)
     return open_bundle(file, only_core=True)
-
-
-def _compare_archive(url: str, part: Path, reporter: Reporter) -> None:
-    if PurePosixPath(urlsplit(url).path).name == PurePosixPath(urlsplit(PUBLISHED_URL).path).name:
-        found = sha256_file(part)
-        if found != ZIP_SHA256:
-            text = f"{url} is not the archive seen before (SHA-256 {found}); every file in it is CORE's, so it is used"
-            reporter.emit("warning", text=text)
 
 
 def _download(url: str, part: Path, reporter: Reporter) -> None:
@@ -97,9 +87,8 @@ def _download(url: str, part: Path, reporter: Reporter) -> None:
                 break
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
-    raise DataError(
-        f"the CORE bundle cannot be fetched from {url} ({problem}); check the network, or get the file and name it with --core-bundle"
-    )
+    remedy = "check the network, or get the file and name it with --core-bundle"
+    raise DataError(f"the CORE bundle cannot be fetched from {url} ({problem}); {remedy}")
 
 
 def _pieces(url: str, reporter: Reporter) -> Iterator[bytes]:
@@ -109,9 +98,8 @@ def _pieces(url: str, reporter: Reporter) -> Iterator[bytes]:
         while piece := answer.read(CHUNK):
             done += len(piece)
             if done > MAX_UNPACKED_BYTES:
-                raise DataError(
-                    f"{url} gives more than {MAX_UNPACKED_BYTES >> 30} GiB; this is not an evaluation bundle"
-                )
+                limit = f"{MAX_UNPACKED_BYTES >> 30} GiB"
+                raise DataError(f"{url} gives more than {limit}; this is not an evaluation bundle")
             yield piece
             reporter.progress("fetch", done, max(total, done), "bytes")
         if done < total:

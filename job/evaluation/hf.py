@@ -1,8 +1,7 @@
-"""Any causal language model of the Hugging Face format, as the scorer sees it: a local folder with its own tokenizer.
+"""A causal language model in the Hugging Face format for the scorer: a local folder with its own tokenizer.
 
-Needs the extra `[hf]` (transformers). Weights are taken in the precision they are stored in; no code from the folder is run.
-
-A model of fixed positions (GPT-2: 1,024) is shown the last `max_positions` tokens of a prompt, as the published scores were made.
+Needs the extra `[hf]` (transformers). Weights keep the precision they are stored in; no code from the folder is run.
+A model of fixed positions (GPT-2: 1,024) sees the last `max_positions` tokens of a prompt, as in the published scores.
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ from job.store.sealed import canonical_json, sha256_file
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 FALLBACK_BOS = "<|endoftext|>"
+REMEDY = "give a folder with config, weights and tokenizer"
 
 
 class CausalLM:
-    """A transformers model with what the scorer asks for: hidden states for plain rows, and fp32 logits of some of them.
+    """A transformers model as the scorer's `Model`: hidden states of plain rows, and fp32 logits of some of them.
 
-    Some models do more to their logits than one matrix product (a softcap, a scale). Whether this one does is tried out once; if so
-    the whole model is run for all positions, which takes more memory and gives the same answers.
+    Some models do more to their logits than one matrix product (a softcap, a scale). This is tried once; if so the
+    whole model computes the logits of all positions, which takes more memory and gives the same answers.
     """
 
     def __init__(self, model: Any) -> None:
@@ -51,8 +51,8 @@ class CausalLM:
     def dtype(self) -> str:
         return str(self._model.dtype).removeprefix("torch.")
 
-    def hidden(self, idx: Tensor, fork: None = None, only: Tensor | None = None) -> Tensor:
-        """(B, T) -> the places `only` of it, (N, D), or the logits themselves, (N, V); without `only`, of all, (B, T, ...).
+    def hidden(self, idx: Tensor, fork: Any = None, only: Tensor | None = None) -> Tensor:
+        """(B, T) -> (N, D) at the places `only`, or the logits themselves, (N, V); without `only`, of all, (B, T, ...).
 
         Columns beyond the model's positions, all padding, are zeros.
         """
@@ -67,7 +67,7 @@ class CausalLM:
 
 
 class HFTokenizer:
-    """A transformers tokenizer as an Encoder: special tokens are never read out of text, and BOS is its own or <|endoftext|>."""
+    """A transformers tokenizer as an Encoder: text never yields special tokens, and BOS is its own or <|endoftext|>."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -89,9 +89,8 @@ def load(folder: Path, device: torch.device | str) -> tuple[CausalLM, HFTokenize
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{folder} cannot be loaded as a causal language model ({reason}); give a folder with config, weights and tokenizer"
-        ) from error
+        unusable = f"{folder} cannot be loaded as a causal language model ({reason})"
+        raise DataError(f"{unusable}; {REMEDY}") from error
     return CausalLM(model.eval().to(device)), HFTokenizer(tokenizer)
 
 
@@ -99,5 +98,5 @@ def identity(folder: Path, patterns: tuple[str, ...]) -> str:
     """16 hex digits over names and contents of the files in `folder` that match; DataError where none does."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     if not files:
-        raise DataError(f"{folder} has none of {', '.join(patterns)}; give a folder with config, weights and tokenizer")
+        raise DataError(f"{folder} has none of {', '.join(patterns)}; {REMEDY}")
     return hashlib.sha256(canonical_json({file.name: sha256_file(file) for file in files}).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Scoring a Hugging Face model by CORE, outside of any run: the ranks' side. `job/run/hf_launch.py` starts them."""
+"""Scoring a Hugging Face model on CORE, outside of any run: the ranks' side, started by `job/run/hf_launch.py`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from job.train.ranks import joined
 def main(context: RankContext) -> None:
     """One rank's share. The recipe file is {"model", "core_bundle", "cap"}; the ledger goes to `context.run`."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    assert context.run
     asked = json.loads(context.recipe_file.read_text(encoding="utf-8"))
     folder, cache = Path(asked["model"]), context.out / "bundles"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")

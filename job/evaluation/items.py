@@ -1,11 +1,11 @@
-"""A bundle's items as tokens, sealed by task: made once, on CPUs, before a GPU is needed, and shared by all ranks and runs.
+"""A bundle's items as tokens, sealed by task: made once, before a GPU is needed, and shared by all ranks and runs.
 
-    <folder>/<label>/tokens.npy    every item's prefix and then its tails, end to end: uint16, or int32 for vocabularies above 65,536
+    <folder>/<label>/tokens.npy    each item's prefix, then its tails: uint16, or int32 for vocabularies above 65,536
     <folder>/<label>/items.npy     (n, 4) int64: line, gold, number of options, tokens of the prefix
     <folder>/<label>/rows.npy      (options of all items, 2) int64: tokens of the tail, start of the scored tokens
 
-The prompts of one item differ in their last few tokens only, so a shared prefix is stored once; tokens are read through a memory
-map. A folder is another bundle's, tokenizer's or cap's when its id says so, and is then made again.
+The prompts of one item differ in their last few tokens only, so a shared prefix is stored once; tokens are read
+through a memory map. A folder is another bundle's, tokenizer's or cap's when its id says so, and is then made again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from job.store.sealed import content_id, is_sealed, open_sealed, sealing
 
 KIND = "eval_items"
 SPAWN_PAYS = 100_000
-"""examples, each with its shots, below which one process is done sooner than several have started: about five seconds of work"""
+"""examples, each with its shots, below which one process is faster than several: about five seconds of work"""
 VERSION = 1
 
 
@@ -51,7 +51,9 @@ class TaskItems(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, i: int) -> Item:
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
         line, gold, _, shared = (int(value) for value in self._items[i])
         rows = self._rows[self._first_row[i] : self._first_row[i + 1]]
         tokens = np.array(self._tokens[self._first_token[i] : self._first_token[i + 1]], dtype=np.int32)
@@ -110,19 +112,15 @@ def seal_items(
     reporter: Reporter,
     pool: Pool | None = None,
 ) -> dict[str, TaskItems]:
-    """The items of every task by label, `folder/<label>` sealed where it was not: pulled from `pool` where that has them, or made by one
-    process per task, `workers` at a time, the largest first, where that pays.
+    """The items of every task by label; `folder/<label>` is sealed where it was not.
 
-    Raises UsageError for a cap not above a task's shots; DataError, naming file and line, for an example that cannot be scored.
+    They are pulled from `pool` where that has them, or made by one process per task where that pays, the largest
+    first. Raises UsageError for a cap not above a task's shots; DataError, naming file and line, for an example that
+    cannot be scored.
     """
     check_cap(bundle, cap)
-    made_from = {
-        "bundle": bundle.id,
-        "tokenizer": tokenizer_id,
-        "cap": cap,
-        "max_tokens": max_tokens,
-        "version": VERSION,
-    }
+    made_from: dict[str, Any] = {"bundle": bundle.id, "tokenizer": tokenizer_id}
+    made_from |= {"cap": cap, "max_tokens": max_tokens, "version": VERSION}
     tasks = [
         EncodeTask(task, tokenizer, cap, max_tokens, folder / task.label, {**made_from, "task": task.label})
         for task in bundle.tasks
@@ -130,7 +128,13 @@ def seal_items(
     if pool:
         for _ in pool.pull([Part(task.folder, KIND, task.made_from) for task in tasks]):
             pass
-    missing = sorted((task for task in tasks if not _is_made(task)), key=lambda task: -task.work)
+
+    def is_made(task: EncodeTask) -> bool:
+        if not is_sealed(task.folder):
+            return False
+        return open_sealed(task.folder, kind=KIND, verify=False).id == content_id(KIND, task.made_from)
+
+    missing = sorted((task for task in tasks if not is_made(task)), key=lambda task: -task.work)
     done = len(tasks) - len(missing)
 
     def advance(count: int) -> None:
@@ -141,9 +145,3 @@ def seal_items(
     for _ in run_tasks(missing, workers if sum(task.work for task in missing) > SPAWN_PAYS else 1, advance):
         pass
     return {task.name: TaskItems(open_sealed(task.folder, kind=KIND).path) for task in tasks}
-
-
-def _is_made(task: EncodeTask) -> bool:
-    return is_sealed(task.folder) and open_sealed(task.folder, kind=KIND, verify=False).id == content_id(
-        KIND, task.made_from
-    )

@@ -1,11 +1,12 @@
 """How many training documents share a run of 13 words with an item of the evaluation, by task.
 
-Thirteen words in common is the rule of GPT-3's report (Brown et al. 2020, appendix C). A word is a longest run of letters and digits, capitals
-as small letters, whatever stands between (bytes beyond ASCII count as letters). An item is its question with each of its answers; one of
-fewer than 13 words cannot be found, and is counted. Documents are counted, not removed: the published runs trained on them too.
+Thirteen words in common is the rule of GPT-3's report (Brown et al. 2020, appendix C). A word is a longest run of
+letters and digits, capitals as small letters, whatever stands between (bytes beyond ASCII count as letters). An item
+is its question with each of its answers; one of fewer than 13 words cannot be found, and is counted. Documents are
+counted, not removed: the published runs trained on them too.
 
-Words and runs are hashed to 64 bits, a few hundred kilobytes of text at a time; with some million runs of the evaluation, less than one
-document in a million is counted by a collision.
+Words and runs are hashed to 64 bits, a few hundred kilobytes of text at a time; with some million runs of the
+evaluation, less than one document in a million is counted by a collision.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def item_texts(task: Task) -> Iterator[str]:
 
 
 def index_of(bundle: Bundle) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Sorted hashes of the runs of all items, for each the tasks it occurs in as bits, and by task the texts without one."""
+    """Sorted hashes of the runs of all items, for each its tasks as bits, and by task the texts without one."""
     count = len(bundle.tasks)
     if count > MOST_TASKS:
         raise DataError(f"{bundle.path} has {count} tasks; training text is compared with at most {MOST_TASKS}")
@@ -156,8 +157,8 @@ def seal_leaks(
 ) -> Sealed | None:
     """`leaks-<bundle>` beside the rows of a whole set: its training documents that share a run with each task's items.
 
-    Taken from `pool` where that has it. Else None without `workers` to count with, or (with a warning) without the text,
-    where the rows were pulled.
+    Taken from `pool` where that has it. Else None without `workers` to count with, or (with a warning) without the
+    text, where the rows were pulled.
     """
     path = prepared.path / f"leaks-{bundle.id}"
     files = len(prepared.facts["files"])

@@ -3,18 +3,22 @@
     out/<label>/answers.csv    sealed; one line per item: line, gold, chosen, right, margin
     out/ledger/ledger.json     sealed; the metric, its error, one entry per task, and what it was made from
 
-`line` is the item's line in the task's file. `margin` is in nats and positive exactly when the answer is right (0 on a tie): for
-multiple_choice and schema the lowest mean token loss among the wrong options minus that of the right one; for language_modeling the
-smallest lead, over the continuation's tokens, of the right token's logit over the best other. It is empty where an option without a
-scored token decided. `chosen` and `gold` are empty for language_modeling.
+`line` is the item's line in the task's file. `margin` is in nats and positive exactly when the answer is right (0 on
+a tie): for multiple_choice and schema the lowest mean token loss among the wrong options minus that of the right one;
+for language_modeling the smallest lead, over the continuation's tokens, of the right token's logit over the best
+other. It is empty where an option without a scored token decided. `chosen` and `gold` are empty for
+language_modeling.
 
-The mathematics (DCLM, arXiv:2406.11794): centred accuracy = (accuracy - baseline) / (1 - baseline); the metric is the plain mean of
-the tasks' centred accuracies. Its error is that of item sampling alone: binomial, tasks taken as independent, so
+The mathematics (DCLM, arXiv:2406.11794): centred accuracy = (accuracy - baseline) / (1 - baseline); the metric is the
+plain mean of the tasks' centred accuracies. Its error is that of item sampling alone: binomial, tasks taken as
+independent, so
 
-    se(accuracy) = sqrt(a (1 - a) / n)      se(centred) = se(accuracy) / (1 - baseline)      se(metric) = sqrt(sum se(centred)^2) / tasks
+    se(accuracy) = sqrt(a (1 - a) / n)
+    se(centred)  = se(accuracy) / (1 - baseline)
+    se(metric)   = sqrt(sum se(centred)^2) / tasks
 
-and a task's `error_share` is its part of that sum. Training noise (about 0.006 from run to run, published) comes on top.
-This module needs no torch: reports read ledgers.
+and a task's `error_share` is its part of that sum. Training noise (about 0.006 from run to run, published) comes on
+top. This module needs no torch: reports read ledgers.
 """
 
 from __future__ import annotations
@@ -148,7 +152,7 @@ def table_lines(ledger: Ledger) -> list[str]:
     return [*lines, f"{name} {ledger.metric:.4f} ± {ledger.se:.4f} ({items}; {how}); {error}"]
 
 
-# ---- on disk ------------------------------------------------------------------------------------------------------------------
+# ---- on disk
 
 
 def sealed_answers(out: Path, label: str, made_from: dict[str, Any]) -> tuple[list[Answer], float] | None:
@@ -186,8 +190,15 @@ def read_answers(file: Path) -> list[Answer]:
         for row in csv.DictReader(lines):
             try:
                 line, gold, chosen, right, margin = (row[column] for column in COLUMNS)
-                number, options = int(line), [int(option) if option else None for option in (gold, chosen)]
-                answers.append(Answer(number, *options, right == "1", float(margin) if margin else None))
+                answers.append(
+                    Answer(
+                        line=int(line),
+                        gold=int(gold) if gold else None,
+                        chosen=int(chosen) if chosen else None,
+                        right=right == "1",
+                        margin=float(margin) if margin else None,
+                    )
+                )
             except (KeyError, ValueError):
                 number = len(answers) + 1
                 remedy = f"delete {file.parent} and evaluate again"

@@ -1,17 +1,21 @@
 """From an example to token rows: few-shot draws, prompts, and the span of each row that is scored.
 
-The published scores hang on these details, so they are those of the reference scorer (nanochat; facts beside each function):
+The published scores hang on these details, so they are those of the reference scorer (nanochat; facts beside each
+function):
 
-- a task's examples are shuffled by Random(1337), then cut to `cap`; the cut list is also the pool of the few-shot draws;
-- the shots of example i (its place in that list) are drawn by Random(1234 + i) from all other places, anew for every example;
+- a task's examples are shuffled by Random(1337), then cut to `cap`; the cut list is also the pool of the few-shot
+  draws;
+- the shots of example i (its place in that list) are drawn by Random(1234 + i) from all other places, anew for every
+  example;
 - a shot is query + delimiter + gold, shots and item are joined by blank lines, and BOS comes first;
-- multiple_choice scores each row after the tokens that all choices have in common, schema scores the tokens at the end that all
-  contexts have in common, language_modeling scores what the continuation adds to the prompt without it;
-- contexts of language_modeling are stripped, and so is its prompt without the continuation: a trailing space would merge with the
-  continuation's first token.
+- multiple_choice scores each row after the tokens that all choices have in common, schema scores the tokens at the
+  end that all contexts have in common, language_modeling scores what the continuation adds to the prompt without it;
+- contexts of language_modeling are stripped, and so is its prompt without the continuation: a trailing space would
+  merge with the continuation's first token.
 
-An option may have no scored token: two of piqa's choices are equal but for a longer ending. Its mean loss is then the mean of nothing;
-`score.py` says what the reference makes of that. Only an example none of whose options has a scored token is an error.
+An option may have no scored token: two of piqa's choices are equal but for a longer ending. Its mean loss is then the
+mean of nothing; `score.py` says what the reference makes of that. Only an example none of whose options has a scored
+token is an error.
 """
 
 from __future__ import annotations
@@ -32,9 +36,10 @@ ENCODE_CHUNK = 512
 
 
 class Encoder(Protocol):
-    """What is asked of a tokenizer; `bos_id` is None when it has no beginning-of-sequence token."""
+    """The part of a tokenizer that is used; `bos_id` is None when it has no beginning-of-sequence token."""
 
-    bos_id: int | None
+    @property
+    def bos_id(self) -> int | None: ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
@@ -43,10 +48,10 @@ class Encoder(Protocol):
 class Item:
     """One example as token rows, one per option (language_modeling: one row).
 
-    Row r is `prefix` followed by `tails[r]`, and its tokens from `starts[r]` on are scored, each predicted from what stands before
-    it. The prefix is what all rows share, short of the last token before the first scored one: what a model computes for the prefix
-    serves all rows, and every prediction that is scored is made from a tail. `line` is the example's line in the task's file,
-    counted from 1; `gold` the right option (language_modeling: 0).
+    Row r is `prefix` followed by `tails[r]`, and its tokens from `starts[r]` on are scored, each predicted from what
+    stands before it. The prefix is what all rows share, short of the last token before the first scored one: what a
+    model computes for the prefix serves all rows, and every prediction that is scored is made from a tail. `line` is
+    the example's line in the task's file, counted from 1; `gold` the right option (language_modeling: 0).
     """
 
     line: int
@@ -78,13 +83,11 @@ class Item:
 
 def check_cap(bundle: Bundle, cap: int | None) -> None:
     """UsageError unless every task has more examples under the cap than shots."""
-    if cap is None:
-        return
     worst = max(bundle.tasks, key=lambda task: task.shots)
-    if cap <= worst.shots:
-        raise UsageError(
-            f"a cap of {cap} examples per task leaves too few for the {worst.shots} shots of {worst.label}; use more than {worst.shots}"
-        )
+    shots = worst.shots
+    if cap is not None and cap <= shots:
+        few = f"a cap of {cap} examples per task leaves too few for the {shots} shots of {worst.label}"
+        raise UsageError(f"{few}; use more than {shots}")
 
 
 def order(count: int, cap: int | None) -> list[int]:
@@ -97,8 +100,7 @@ def order(count: int, cap: int | None) -> list[int]:
 def draw_shots(place: int, count: int, shots: int) -> list[int]:
     """The places of the few-shot examples for `place` out of `count`.
 
-    Sampling the places other than `place` by index: what Random.sample picks depends on the population's length alone, so the
-    population need not be written out for each of 20,000 examples.
+    The other places are sampled by index: Random.sample depends on the population's length alone.
     """
     drawn = random.Random(SHOTS_SEED + place).sample(range(count - 1), shots) if shots else []
     return [other + (other >= place) for other in drawn]
@@ -123,19 +125,13 @@ def _ask(kind: str, shot: dict[str, Any], delimiter: str) -> str:
     return shot["query"] + delimiter + option if kind == MULTIPLE_CHOICE else option + delimiter + shot["continuation"]
 
 
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens at the beginning all rows share."""
+def common_prefix(rows: Sequence[np.ndarray]) -> int:
+    """The number of tokens at the beginning that all rows share."""
     shortest = min(len(row) for row in rows)
-    first = np.asarray(rows[0][:shortest])
     same = np.ones(shortest, dtype=bool)
     for row in rows[1:]:
-        same &= first == np.asarray(row[:shortest])
+        same &= np.equal(rows[0][:shortest], row[:shortest])
     return int(same.argmin()) if not same.all() else shortest
-
-
-def common_suffix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens at the end all rows share."""
-    return common_prefix([row[::-1] for row in rows])
 
 
 def scored_spans(task: Task, index: int, rows: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], list[int]]:
@@ -147,9 +143,8 @@ def scored_spans(task: Task, index: int, rows: Sequence[np.ndarray]) -> tuple[Se
         without, whole = rows
         start = len(without)
         if start >= len(whole):
-            raise DataError(
-                f"{task.where(index)}: the continuation tokenises to nothing; leave the example out or use another tokenizer"
-            )
+            remedy = "leave the example out or use another tokenizer"
+            raise DataError(f"{task.where(index)}: the continuation tokenises to nothing; {remedy}")
         if not np.array_equal(whole[:start], without):
             raise DataError(
                 f"{task.where(index)}: with its continuation the prompt tokenises to other tokens than without;"
@@ -157,14 +152,13 @@ def scored_spans(task: Task, index: int, rows: Sequence[np.ndarray]) -> tuple[Se
             )
         return [whole], [start]
     if task.kind == SCHEMA:
-        suffix = common_suffix(rows)
+        suffix = common_prefix([row[::-1] for row in rows])
         starts = [len(row) - suffix for row in rows]
     else:
         starts = [common_prefix(rows)] * len(rows)
     if min(starts) == 0 or all(start == len(row) for row, start in zip(rows, starts, strict=True)):
-        raise DataError(
-            f"{task.where(index)}: the options cannot be told apart; they tokenise to the same or to nothing"
-        )
+        same = "the options cannot be told apart; they tokenise to the same or to nothing"
+        raise DataError(f"{task.where(index)}: {same}")
     return rows, starts
 
 
@@ -177,13 +171,11 @@ def crop(
     cuts = [max(len(row) - max_tokens, 0) for row in rows]
     for row, start, cut in zip(rows, starts, cuts, strict=True):
         if start - cut < 1:
-            raise DataError(
-                f"{task.where(index)} is longer than the model can score: {len(row) - start} scored tokens, a context of {max_tokens};"
-                " use a model with a longer context"
-            )
-    return [row[cut:] for row, cut in zip(rows, cuts, strict=True)], [
-        start - cut for start, cut in zip(starts, cuts, strict=True)
-    ]
+            tokens = f"{len(row) - start} scored tokens, a context of {max_tokens}"
+            remedy = "use a model with a longer context"
+            raise DataError(f"{task.where(index)} is longer than the model can score: {tokens}; {remedy}")
+    cut_rows = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
+    return cut_rows, [start - cut for start, cut in zip(starts, cuts, strict=True)]
 
 
 def items_of(task: Task, tokenizer: Encoder, cap: int | None, max_tokens: int | None = None) -> Iterator[Item]:
@@ -191,31 +183,23 @@ def items_of(task: Task, tokenizer: Encoder, cap: int | None, max_tokens: int | 
 
     Raises DataError naming the line for an example that cannot be scored, or when the tokenizer has no BOS.
     """
-    if getattr(tokenizer, "bos_id", None) is None:
-        raise DataError(
-            "the tokenizer has no BOS token, and every CORE prompt begins with one; use the tokenizer the model was trained with"
-        )
+    if tokenizer.bos_id is None:
+        needed = "the tokenizer has no BOS token, and every CORE prompt begins with one"
+        raise DataError(f"{needed}; use the tokenizer the model was trained with")
     places = order(len(task.examples), cap)
-    if len(places) <= task.shots:
-        raise DataError(
-            f"{task.origin}: {task.file} has {len(places)} lines, too few for the {task.shots} shots of {task.label}"
-        )
-    for begin in range(0, len(places), ENCODE_CHUNK):
-        yield from _encode_chunk(
-            task, tokenizer, places, range(begin, min(begin + ENCODE_CHUNK, len(places))), max_tokens
-        )
-
-
-def _encode_chunk(
-    task: Task, tokenizer: Encoder, places: list[int], chunk: range, max_tokens: int | None
-) -> Iterator[Item]:
-    prompts = []
-    for i in chunk:
-        shots = [task.examples[places[j]] for j in draw_shots(i, len(places), task.shots)]
-        prompts.append(render(task, task.examples[places[i]], shots))
-    encoded = iter(tokenizer.encode_batch([text for texts in prompts for text in texts]))
-    for i, texts in zip(chunk, prompts, strict=True):
-        index = places[i]
-        rows = [np.array([tokenizer.bos_id, *next(encoded)], dtype=np.int32) for _ in texts]
-        rows, starts = crop(task, index, *scored_spans(task, index, rows), max_tokens)
-        yield Item.of_rows(index + 1, task.examples[index].get("gold", 0), rows, starts)
+    count = len(places)
+    if count <= task.shots:
+        few = f"{count} lines, too few for the {task.shots} shots of {task.label}"
+        raise DataError(f"{task.origin}: {task.file} has {few}")
+    for begin in range(0, count, ENCODE_CHUNK):
+        chunk = range(begin, min(begin + ENCODE_CHUNK, count))
+        prompts = []
+        for i in chunk:
+            shots = [task.examples[places[j]] for j in draw_shots(i, count, task.shots)]
+            prompts.append(render(task, task.examples[places[i]], shots))
+        encoded = iter(tokenizer.encode_batch([text for texts in prompts for text in texts]))
+        for i, texts in zip(chunk, prompts, strict=True):
+            index = places[i]
+            whole = [np.array([tokenizer.bos_id, *next(encoded)], dtype=np.int32) for _ in texts]
+            rows, starts = crop(task, index, *scored_spans(task, index, whole), max_tokens)
+            yield Item.of_rows(index + 1, task.examples[index].get("gold", 0), rows, starts)

@@ -1,8 +1,8 @@
-"""`speedrun evaluate --run-id`: what is asked of a run's finished model, and where the answer goes.
+"""`speedrun evaluate --run-id`: the recipe of another evaluation of a finished model, and the folder of its answers.
 
-The run's own record is never worth less afterwards. Its recipe stays what it was begun with, so that the run's own command goes on being
-accepted. What says no more than the score that the run has already (a smaller cap, or the smoke score where CORE is known) goes to a
-folder of its own, and report and result.json stay as they are:
+The run's recipe stays as it was begun, so that the run's own command is still accepted. An evaluation that says no more
+than the score that the run has (a smaller cap, or the smoke score where CORE is known) goes to a folder of its own, and
+report and result.json stay as they are:
 
     eval/<task>/ ...  eval/ledger/                    the run's score, the fullest that there was
     eval/lesser/core-20/{<task>/ ..., ledger/}        CORE with at most 20 items a task, asked for later
@@ -28,7 +28,7 @@ from job.store.sealed import atomic_write, is_sealed, open_sealed
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """An evaluation: by which recipe, the file with its document (for the ranks), and the folder of its answers."""
+    """An evaluation: its recipe, the file with the recipe's document for the ranks, and the folder of its answers."""
 
     recipe: Recipe
     document: Path
@@ -42,13 +42,12 @@ def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequenc
     recipe = from_document(json.loads((run / "recipe.json").read_text(encoding="utf-8")))
     foreign = [o for o in overrides if not o.startswith("eval.")]
     if foreign:
-        raise UsageError(
-            f"-o {foreign[0]} cannot be used: the run is trained, only keys of the eval section can change, e.g. -o eval.cap=20"
-        )
-    values = {
-        f"{section}.{key}": value for section, entries in recipe.values().items() for key, value in entries.items()
-    }
-    flags = {key: (recipe.sources[key], value) for key, value in values.items()}
+        rule = "the run is trained, only keys of the eval section can change, e.g. -o eval.cap=20"
+        raise UsageError(f"-o {foreign[0]} cannot be used: {rule}")
+    flags = {}
+    for section, entries in recipe.values().items():
+        for key, value in entries.items():
+            flags[f"{section}.{key}"] = (recipe.sources[f"{section}.{key}"], value)
     if core_bundle is not None:
         flags["eval.core_bundle"] = ("--core-bundle", core_bundle)
     return resolve(recipe.preset, flags, overrides)
@@ -56,7 +55,7 @@ def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequenc
 
 @contextlib.contextmanager
 def asking(run: Path, recipe: Recipe, document: dict) -> Iterator[Asked]:
-    """The evaluation of `run` by `recipe`; `document` is its recipe.json, which the ranks are given in a file of its own."""
+    """The evaluation of `run` by `recipe`; `document` is its recipe.json, given to the ranks as a temporary file."""
     from job.recipe.derive import derive
 
     lesser = fullness(recipe.eval) < fullness_of_score(run, derive(recipe).rows)
@@ -70,15 +69,16 @@ def asking(run: Path, recipe: Recipe, document: dict) -> Iterator[Asked]:
 
 
 def fullness(asked: EvalConfig) -> tuple[bool, float]:
-    """Of two evaluations the one with the greater says more: CORE more than the smoke score, then the one with more items a task."""
+    """An order of evaluations: CORE says more than the smoke score, then more items a task say more."""
     return bool(asked.core_bundle), asked.cap or math.inf
 
 
 def fullness_of_score(run: Path, rows: int) -> tuple[bool, float]:
-    """`fullness` of the score that the run has of its finished model, which trained on `rows`; (False, 0) where it has none."""
-    if not is_sealed(run / "eval" / "ledger"):
+    """`fullness` of the run's score of its finished model, which trained on `rows`; (False, 0) where it has none."""
+    folder = run / "eval" / "ledger"
+    if not is_sealed(folder):
         return False, 0.0
-    sealed = open_sealed(run / "eval" / "ledger", kind=LEDGER)
+    sealed = open_sealed(folder, kind=LEDGER)
     final = folder_of(run, rows)
     if is_sealed(final) and open_sealed(final, kind=KIND, verify=False).id != sealed.made_from["weights"]:
         return False, 0.0

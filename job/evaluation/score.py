@@ -1,28 +1,29 @@
 """Scoring a bundle: batches of token rows through a model, answers sealed task by task.
 
-The reference scores one example at a time and makes the logits of every position. The same numbers cost far less:
+The reference (`tests/job/evaluation/reference.py`) scores one example at a time and computes the logits of every
+position. The same numbers cost far less here:
 
-- what an item's options share goes through the model once (`batches.py`): four choices after ten shots cost hardly more than one;
-- rows are sorted by length and cut into batches by a token budget, so that little is padded and a GPU is full. Padding is seen by no
-  token that counts, so it changes nothing;
-- the head, the largest matrix product of a small model, is applied only to the positions that are scored, and so is what the last
-  block does after its attention: of a d4's blocks that is a fifth, of a d24's a thirtieth;
+- the prefix that an item's options share goes through the model once (`batches.py`);
+- rows are sorted by length and cut into batches by a token budget, so that little is padded and a GPU is full;
+- the head, and the last block after its attention, are applied only to the positions that are scored;
 - results stay on the device until a task is done: one transfer, no waiting between batches.
 
-Memory: a forward pass sees at most max(token_budget, one item's padded rows) tokens, and the logits of `HEAD_ROWS` positions at once.
+Memory: a forward pass sees at most max(token_budget, one item's padded rows) tokens, and the logits of `HEAD_ROWS`
+positions at once.
 
-An answer is decided by which of two means is lower, and their last bits depend on the shape of the batch. Where the two lie within
-`TIE` nats the item is scored again alone, in plain rows as the reference has them: so answers depend neither on the budget nor on how
-many ranks share the work. `tests/job/evaluation/reference.py` is that reference.
+An answer is decided by which of two means is lower, and their last bits depend on the shape of the batch. Where the two
+lie within `TIE` nats the item is scored again alone, in plain rows as the reference has them: so answers depend neither
+on the budget nor on the number of ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from job.evaluation.batches import Batch, plain_shape, plan_batches, share, tensors_of
 from job.evaluation.bundle import LANGUAGE_MODELING, Bundle, Task
-from job.evaluation.items import TaskItems, seal_items
+from job.evaluation.items import seal_items
 from job.evaluation.ledger import Answer, Ledger, make_ledger, seal_answers, seal_ledger, sealed_answers
 from job.evaluation.prompts import Encoder, Item
 from job.reporter import Reporter
@@ -47,7 +48,7 @@ VERSION = 1
 
 
 class Model(Protocol):
-    """What is asked of a model: hidden states at N places, (B, T) -> (N, D), of plain rows or forks, and fp32 logits, (N, D) -> (N, V)."""
+    """The part of a model in use: hidden states at N places, (B, T) -> (N, D), and fp32 logits, (N, D) -> (N, V)."""
 
     def hidden(self, idx: Tensor, fork: Fork | None = None, only: Tensor | None = None) -> Tensor: ...
 
@@ -67,7 +68,8 @@ class Forward:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ids (B, T), places and words (N,), as of `tensors_of` -> nll, greedy, lead, each (N,).
 
-        nll in nats, fp32; greedy True where the word is the token of highest logit; lead the word's logit minus the best other.
+        nll in nats, fp32; greedy True where the word is the token of highest logit; lead the word's logit minus the
+        best other.
         """
         hidden = self.model.hidden(ids, fork, places)
         chunks = zip(hidden.split(HEAD_ROWS), words.split(HEAD_ROWS), strict=True)
@@ -85,7 +87,7 @@ def compare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return nll, greedy, own - rival
 
 
-# ---- answers ------------------------------------------------------------------------------------------------------------------
+# ---- answers
 
 
 def score_items(
@@ -102,9 +104,7 @@ def score_items(
 def _score_batches(
     forward: Forward, kind: str, items: Sequence[Item], batches: Sequence[Batch], device: torch.device | str
 ) -> dict[int, tuple[Answer, float]]:
-    results = []
-    for batch in batches:
-        results.append(forward(*tensors_of([items[i] for i in batch.items], batch, device)))
+    results = [forward(*tensors_of([items[i] for i in batch.items], batch, device)) for batch in batches]
     decided: dict[int, tuple[Answer, float]] = {}
     for batch, result in zip(batches, results, strict=True):
         nll, greedy, lead = (tensor.cpu().numpy() for tensor in result)
@@ -121,16 +121,16 @@ def _score_batches(
 
 
 def decide_by_greedy(item: Item, greedy: np.ndarray, lead: np.ndarray) -> tuple[Answer, float]:
-    """language_modeling: right when every token of the continuation is the most likely one. Also the distance from a tie, nats."""
+    """language_modeling: right when each token of the continuation is likeliest; and the nats to a tie."""
     margin = float(lead.min())
     return Answer(item.line, None, None, bool(greedy.all()), margin), abs(margin)
 
 
 def decide_by_loss(item: Item, losses: Sequence[np.ndarray]) -> tuple[Answer, float]:
-    """multiple_choice, schema: the option of lowest mean token loss, the first one on a tie. Also the distance from a tie, nats.
+    """multiple_choice, schema: the option of lowest mean token loss, the first on a tie; and the nats to a tie.
 
-    The reference takes the mean of no losses to be NaN, and then Python's min: an option without scored tokens is chosen when it
-    comes first and never otherwise. Such an answer has no margin.
+    The reference takes the mean of no losses to be NaN, and then Python's min: an option without scored tokens is
+    chosen when it comes first and never otherwise. Such an answer has no margin.
     """
     means = [float(loss.mean(dtype=np.float64)) if loss.size else math.inf for loss in losses]
     if math.isinf(means[0]):
@@ -141,15 +141,14 @@ def decide_by_loss(item: Item, losses: Sequence[np.ndarray]) -> tuple[Answer, fl
     return Answer(item.line, item.gold, chosen, chosen == item.gold, margin if math.isfinite(margin) else None), gap
 
 
-# ---- a bundle -----------------------------------------------------------------------------------------------------------------
+# ---- a bundle
 
 
 @contextlib.contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Keep torch's SDPA away from cuDNN meanwhile.
+    """Keep torch's SDPA away from cuDNN, which makes a plan for each new shape (0.44 s by a report on torch 2.11).
 
-    For attention with a mask on Hopper torch prefers cuDNN, which makes a plan for every new shape (0.44 s each by a public report on torch
-    2.11). Training sees a few shapes, the tasks more than a hundred on each rank, most of them a few times: most of a minute for nothing.
+    The tasks' batches have more than a hundred shapes on each rank, most of them a few times.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -178,23 +177,33 @@ def evaluate(
 ) -> Ledger:
     """Score every task of `bundle` that is not sealed below `out` yet; seal and return the ledger.
 
-    `cap`: items per task, None for all. `made_from` says what answered: {"weights", "tokenizer", "dtype", "backend"}, JSON-able;
-    with bundle, cap and max_tokens it decides whether sealed answers are this model's. `items`: where `seal_items` put the tokens or
-    is to put them, `out/items` by default. `max_tokens`: the context of a model of fixed positions, None for one that takes any
-    length. `token_budget`: tokens of a forward pass, 2,048 on a CPU and 32,768 elsewhere unless given. `workers`: processes that
-    make missing items. With `ranks`, every rank calls this and gets the same ledger; the first one writes. Raises what `seal_items`
-    raises.
+    - cap: items per task, None for all
+    - made_from: the model, {"weights", "tokenizer", "dtype", "backend"}; with bundle, cap and max_tokens it decides
+      whether sealed answers are this model's
+    - items: the folder of `seal_items`, `out/items` by default
+    - max_tokens: the context of a model of fixed positions, None for one that takes any length
+    - token_budget: tokens of a forward pass, 2,048 on a CPU and 32,768 elsewhere by default
+    - workers: processes that make missing items
+    - ranks: each calls this and gets the same ledger; the first one writes
+
+    Raises what `seal_items` raises.
     """
     ranks = ranks or Ranks()
     token_budget = token_budget or (CPU_TOKEN_BUDGET if torch.device(device).type == "cpu" else GPU_TOKEN_BUDGET)
-    options = {
-        "tokenizer_id": made_from["tokenizer"],
-        "cap": cap,
-        "max_tokens": max_tokens,
-        "workers": workers,
-        "reporter": reporter,
-    }
-    tokens = _shared_items(ranks, lambda: seal_items(bundle, tokenizer, items or out / "items", **options))
+    seal = functools.partial(
+        seal_items,
+        bundle,
+        tokenizer,
+        items or out / "items",
+        tokenizer_id=made_from["tokenizer"],
+        cap=cap,
+        max_tokens=max_tokens,
+        workers=workers,
+        reporter=reporter,
+    )
+    first = seal() if ranks.rank == 0 else None
+    ranks.all_gather(None)  # the other ranks wait while the first one makes what is missing
+    tokens = first or seal()
     made_from = {**made_from, "bundle": bundle.id, "cap": cap, "max_tokens": max_tokens, "scorer": VERSION}
     total = sum(len(task_items) for task_items in tokens.values())
     done = 0
@@ -220,13 +229,6 @@ def evaluate(
     return ledger
 
 
-def _shared_items(ranks: Ranks, seal: Callable[[], dict[str, TaskItems]]) -> dict[str, TaskItems]:
-    """Every rank's view of the sealed items; the first rank makes what is missing while the others wait."""
-    first = seal() if ranks.rank == 0 else None
-    ranks.all_gather(None)
-    return first or seal()
-
-
 def _score_task(
     forward: Forward, task: Task, items: Sequence[Item], token_budget: int, device: torch.device | str, ranks: Ranks
 ) -> tuple[list[Answer], float]:
@@ -240,17 +242,7 @@ def _score_task(
 
 
 def _report_task(reporter: Reporter, result: tuple[Task, Sequence[Answer], float], found: bool) -> None:
-    """Say how a task went; `found`: its answers were sealed already."""
+    """Emit a task's row; `found`: its answers were sealed already."""
     row = make_ledger("", [result], {}).tasks[0]
-    reporter.emit(
-        "eval.task",
-        task=row.label,
-        type=row.kind,
-        n=row.n,
-        shots=row.shots,
-        accuracy=row.accuracy,
-        baseline=row.baseline,
-        centered=row.centered,
-        seconds=row.seconds,
-        **({"found": True} if found else {}),
-    )
+    numbers = {key: getattr(row, key) for key in ("n", "shots", "accuracy", "baseline", "centered", "seconds")}
+    reporter.emit("eval.task", task=row.label, type=row.kind, **numbers, **({"found": True} if found else {}))

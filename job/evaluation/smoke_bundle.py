@@ -1,16 +1,17 @@
 """A bundle in CORE's format, made from held-out text: what a model that has trained for a minute can be asked.
 
-CORE asks for knowledge that no minute of training gives; a model of that age scores what a guesser scores, and a broken evaluator
-would look just the same. These 22 tasks ask for what it has seen instead: how text goes on. All are made from passages, places in a
-document with words before and words after, joined by a single space there:
+CORE asks for knowledge that no minute of training gives; a model of that age scores what a guesser scores, and a
+broken evaluator would look just the same. These 22 tasks ask for what it has seen instead: how text goes on. All are
+made from passages, places in a document with words before and words after, joined by a single space there:
 
-- multiple_choice: which of several continuations is the true one? The wrong ones come from another document, or are the true one with
-  its words in another order, or with the letters of its words in another order;
+- multiple_choice: which of several continuations is the true one? The wrong ones come from another document, or are
+  the true one with its words in another order, or with the letters of its words in another order;
 - schema: which of two contexts does the continuation belong to? The wrong one is changed in the same three ways;
-- language_modeling: the next words, where the passage runs into one of the text's most frequent phrases, or repeats itself.
+- language_modeling: the next words, where the passage runs into one of the text's most frequent phrases, or repeats
+  itself.
 
-The score over them is the smoke score: a sign of life and of progress on one text, comparable only between models on the same bundle.
-It is never CORE. Equal documents and seed give equal bytes.
+The score over them is the smoke score: a sign of life and of progress on one text, comparable only between models on
+the same bundle. It is never CORE. Equal documents and seed give equal bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PHRASE, REPEAT = "frequent phrase", "repeat"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One task: `context` and `continuation` in words, `source` of the wrong options (or, for language_modeling, of the passages)."""
+    """One task: lengths in words, and the `source` of the wrong options (for language_modeling, of the passages)."""
 
     label: str
     kind: str
@@ -82,7 +83,8 @@ RECIPES = (
 def write_smoke_bundle(documents: Sequence[str], folder: Path, seed: int) -> None:
     """Write core.yaml, eval_meta_data.csv and eval_data/*.jsonl into `folder`, which exists and is empty.
 
-    Of `documents` the first million characters are used. Raises DataError when they are too few for 22 tasks of 28 items.
+    Of `documents` the first million characters are used. Raises DataError when they are too few for 22 tasks of 28
+    items.
     """
     text = Text(documents)
     (folder / "eval_data").mkdir()
@@ -105,7 +107,7 @@ def write_smoke_bundle(documents: Sequence[str], folder: Path, seed: int) -> Non
             writer.writerow([r.label, "smoke", kind, r.shots, ITEMS, baseline, source])
 
 
-# ---- passages -----------------------------------------------------------------------------------------------------------------
+# ---- passages
 
 
 class Text:
@@ -136,7 +138,7 @@ class Text:
         return self.documents[document][words[max(i - count, 0)][0] : words[i - 1][1]]
 
     def after(self, place: tuple[int, int], count: int) -> str | None:
-        """The text of `count` words from the place on; None where the document ends before or a word is no word of a language."""
+        """The text of `count` words from the place on; None where the document ends before or a word is too long."""
         document, i = place
         words = self.words[document][i : i + count]
         if len(words) < count or any(end - start > LONGEST_WORD for start, end in words):
@@ -144,7 +146,7 @@ class Text:
         return self.documents[document][words[0][0] : words[-1][1]]
 
     def frequent_places(self, count: int) -> list[tuple[int, int]]:
-        """One place for each phrase (two words before the place, `count` from it on), the most frequent phrases first."""
+        """One place for each phrase (two words before it and `count` from it on), the most frequent phrases first."""
         if count not in self._frequent:
             phrases: dict[tuple[str, str | None], list[tuple[int, int]]] = collections.defaultdict(list)
             for place in self.places:
@@ -228,8 +230,8 @@ def _wrong(
 
 
 def _disordered(text: str, rng: random.Random, words: bool) -> str:
-    """`text` with its words, or the letters of each word, in another order; its spaces and line ends stay where they are."""
+    """`text` with its words, or the letters of each word, in another order; its white space stays."""
     parts = re.findall(r"\S+", text)
     shuffled = rng.sample(parts, len(parts)) if words else ["".join(rng.sample(part, len(part))) for part in parts]
-    parts = iter(shuffled)
-    return re.sub(r"\S+", lambda _: next(parts), text)
+    remaining = iter(shuffled)
+    return re.sub(r"\S+", lambda _: next(remaining), text)

@@ -1,8 +1,8 @@
-"""The evaluate stage: bits per byte, the tasks of a bundle, and a few samples of the finished model. fp8 is off here, always.
+"""The evaluate stage: bits per byte, the tasks of a bundle, and a few samples of the finished model; fp8 is always off.
 
-Each rank has its GPU and the whole model on it, in the dtype it was trained in; what the ranks exchange goes through gloo and the host.
-The model runs as it stands, uncompiled: the tasks' rows come in many shapes, each of which a compiler would work on for longer than
-the model does.
+Each rank has the whole model on its device, in the dtype it was trained in; ranks communicate through gloo and the
+host. The model runs uncompiled: the tasks' rows come in many shapes, each of which takes longer to compile than to
+run.
 """
 
 from __future__ import annotations
@@ -41,21 +41,15 @@ def main(context: RankContext) -> None:
     """
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe, derived, prepared = context.load()
+    assert context.run
     final = final_checkpoint(context.run, derived.rows, verify=context.rank == 0)
     device = device_of(context)
     backend = choose_backend(device, recipe)
     model = load(derived.config, final, device, recipe.train.dtype)
     with joined(context.rank, context.world_size) as ranks:
         if context.answers() != context.run / "eval":  # beside the run's own score, which has the rest
-            score(
-                context,
-                model,
-                prepared,
-                final,
-                ranks,
-                backend,
-                LesserReporter(context.reporter, context.answers().name),
-            )
+            reporter = LesserReporter(context.reporter, context.answers().name)
+            score(context, model, prepared, final, ranks, backend, reporter)
             return
         seal_bits_per_byte(context, model, prepared, final, ranks)
         score(context, model, prepared, final, ranks, backend, context.reporter)
@@ -64,7 +58,7 @@ def main(context: RankContext) -> None:
 
 
 class LesserReporter(Reporter):
-    """Marks every event as one of a lesser evaluation, which the run's record leaves out (job/evaluation/rescore.py)."""
+    """Marks each event as one of a lesser evaluation, which the run's record leaves out (job/evaluation/rescore.py)."""
 
     def __init__(self, reporter: Reporter, name: str) -> None:
         self._reporter, self._name = reporter, name
@@ -98,7 +92,8 @@ def load(config: GPTConfig, final: Sealed, device: torch.device, dtype: str) -> 
 
 
 def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks) -> None:
-    """`eval/bpb`: the model's and the bigram's bits per byte on the same held-out rows."""
+    """`eval/bpb`: bits per byte, on the same held-out rows, of the model and of a bigram model of its training rows."""
+    assert context.run
     folder = context.run / "eval" / "bpb"
     recipe = context.recipe()
     made_from = {"weights": final.id, "prepared": prepared.id, "val_tokens": recipe.train.val_tokens}
@@ -106,20 +101,14 @@ def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, fin
     if ranks.all_gather(missing)[0]:
         measured = validation.validate(model, prepared, recipe, context.reporter)
         if ranks.rank == 0:
+            trained = Rows(prepared, seed=recipe.data.seed).chunks(final.facts["rows"])
+            held_out, tokenizer = validation.validation_rows(prepared, recipe), prepared.tokenizer
+            bigram = bigram_bpb(trained, held_out, tokenizer.token_bytes, tokenizer.vocab_size)
             with sealing(folder, kind="bpb", made_from=made_from) as unsealed:
-                unsealed.facts |= measured | {"bigram_bpb": fit_bigram(prepared, recipe, final)}
+                unsealed.facts |= measured | {"bigram_bpb": bigram}
     if ranks.rank == 0:
         facts = open_sealed(folder, kind="bpb").facts
         context.reporter.emit("eval.bpb", step=final.facts["step"], rows=final.facts["rows"], **facts)
-
-
-def fit_bigram(prepared: Prepared, recipe: Recipe, final: Sealed) -> float | None:
-    """Bits per byte, on the model's validation rows, of a bigram model of the rows that the model was trained on."""
-    tokenizer = prepared.tokenizer
-    trained = Rows(prepared, seed=recipe.data.seed).chunks(final.facts["rows"])
-    return bigram_bpb(
-        trained, validation.validation_rows(prepared, recipe), tokenizer.token_bytes, tokenizer.vocab_size
-    )
 
 
 def score(
@@ -132,12 +121,8 @@ def score(
         eval_bundle(context.out, recipe, prepared, reporter)  # fetched by one rank, found by the others
     ranks.all_gather(None)
     bundle = eval_bundle(context.out, recipe, prepared, Reporter())
-    answered_by = {
-        "weights": final.id,
-        "tokenizer": prepared.id,
-        "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
-        "backend": backend,
-    }
+    dtype = str(model.wte.weight.dtype).removeprefix("torch.")
+    answered_by = {"weights": final.id, "tokenizer": prepared.id, "dtype": dtype, "backend": backend}
     score_bundle(
         Forward(model),
         prepared.tokenizer,

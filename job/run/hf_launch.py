@@ -1,4 +1,4 @@
-"""`speedrun evaluate --hf DIR`: scoring somebody else's model with the evaluator that scores ours.
+"""`speedrun evaluate --hf DIR`: scoring another model with the evaluator of our own.
 
     out/hf/<name of DIR>/{<task>/, ledger/, items/, logs/}
 
@@ -29,18 +29,17 @@ USED = ("eval.cap", "eval.core_bundle")
 
 
 def options(core_bundle: str | None, overrides: Sequence[str]) -> EvalConfig:
-    """What is asked of the model; without a bundle, the published one. UsageError for a key that a foreign model has no use for."""
+    """The `eval` section, by default with the published bundle; UsageError for a key that is not in USED."""
     for override in overrides:
         if override.partition("=")[0].strip() not in USED:
-            raise UsageError(
-                f"-o {override} cannot be used with --hf: only {' and '.join(USED)} can, e.g. -o eval.cap=1000"
-            )
+            rule = f"only {' and '.join(USED)} can, e.g. -o eval.cap=1000"
+            raise UsageError(f"-o {override} cannot be used with --hf: {rule}")
     flags = {"eval.core_bundle": ("--core-bundle", core_bundle or PUBLISHED_URL)}
     return resolve("smoke", flags, overrides).eval
 
 
 def evaluate(out: Path, folder: Path, asked: EvalConfig, *, ranks: int, console: Console) -> Ledger:
-    """Score the causal language model in `folder` on CORE, or go on where an interrupted evaluation stopped; its ledger."""
+    """Score the causal language model in `folder` on CORE, going on with the tasks that are sealed; its ledger."""
     check(folder)
     check_writable(out)
     results = folder_of(out, folder)
@@ -58,7 +57,7 @@ def evaluate(out: Path, folder: Path, asked: EvalConfig, *, ranks: int, console:
 
 
 def folder_of(out: Path, folder: Path) -> Path:
-    """Where the answers of the model in `folder` go."""
+    """The folder of the answers of the model in `folder`."""
     return out / "hf" / folder.resolve().name
 
 

@@ -48,7 +48,7 @@ def main(context: RankContext) -> None:
 def count_leaks(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter, *, from_text: bool = True) -> None:
     """Documents of the whole set that share text with CORE, where the recipe names CORE: noted beside the rows.
 
-    Counting reads all of the text again, so where a run waits (not `from_text`) only a count that was made before is reported.
+    Counting reads all of the text again: where a run waits (not `from_text`) only an earlier count is reported.
     """
     if recipe.eval.core_bundle:
         bundle = eval_bundle(out, recipe, prepared, reporter)

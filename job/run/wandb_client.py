@@ -5,8 +5,8 @@
 
 wandb has threads, signal handlers, prompts and a network of its own. None of it may touch the process that owns the
 exit code, so job/run/wandb_process.py is a process in a session of its own, at a low priority, that reads only the
-run's event files. This module is the supervisor's side: it starts the process, prints its messages, and at the end waits no
-longer than `FINISH` seconds for it, then kills it.
+run's event files. This module is the supervisor's side: it starts the process, prints its messages, and at the end
+waits no longer than `FINISH` seconds for it, then kills it.
 """
 
 from __future__ import annotations

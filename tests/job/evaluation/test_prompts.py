@@ -23,7 +23,7 @@ def test_the_common_prefix_is_common_and_cannot_be_longer(rows):
 
 @given(ROWS)
 def test_the_common_suffix_is_the_prefix_read_backwards(rows):
-    n = prompts.common_suffix(rows)
+    n = prompts.common_prefix([row[::-1] for row in rows])
     assert len({tuple(row[len(row) - n :]) for row in rows}) == 1
     assert n == min(map(len, rows)) or len({row[-1 - n] for row in rows}) > 1
 
