@@ -44,7 +44,7 @@ reference = _reference()
 
 @dataclasses.dataclass
 class TaskComparison:
-    """One task's answers by the production path, those of the reference by item (right, chosen, margin), and the CPU seconds of each."""
+    """One task's answers by the production path, the reference's by item (right, chosen, margin), and the CPU seconds."""
 
     label: str
     baseline: float
@@ -126,10 +126,10 @@ def bf16_products() -> Iterator[None]:
 def compare_task(
     task: Task, tokenizer: Tokenizer, model: GPT, cap: int, every: int = 1, whole: bool = True
 ) -> TaskComparison:
-    """Both ways through the task's items under `cap`, the reference through each `every`-th. Tokenising is in neither clock.
+    """Both ways through the task's items under `cap`, the reference through each `every`-th; tokenising is not timed.
 
-    whole: the reference makes the logits of every position; otherwise from the first scored one on, which is cheaper where only its
-    answers are wanted.
+    whole: the reference makes the logits of every position; otherwise from the first scored one on, which is cheaper
+    where only its answers are wanted.
     """
     pool = reference.pool_of(list(task.examples), cap)
     encode, bos = tokenizer.encode, tokenizer.bos_id

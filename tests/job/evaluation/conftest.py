@@ -13,7 +13,7 @@ PIECE = re.compile(r" ?\w+| ?[^\s\w]+|\s+(?!\S)|\s")
 
 
 class WordTokenizer:
-    """A piece of text (a word with the space before it, a run of punctuation, a run of spaces) is one token: a hash of it."""
+    """A piece of text (a word with the space before it, punctuation, a run of spaces) is one token: a hash of it."""
 
     def __init__(self, vocab_size: int = 512) -> None:
         self.vocab_size = vocab_size
@@ -71,7 +71,7 @@ def tiny_gpt():
 
 
 def a_bundle(folder: Path, **changes: str | bytes | None) -> Path:
-    """A small bundle of all three kinds in `folder`; `changes` replace files by name ("core" = core.yaml, "meta" = the baselines)."""
+    """A small bundle of all three kinds; `changes` replace files by name ("core": core.yaml, "meta": the baselines)."""
     files: dict[str, str | bytes | None] = {
         "core": "icl_tasks:\n"
         "- {label: pick, dataset_uri: pick.jsonl, num_fewshot: [2], icl_task_type: multiple_choice, "
@@ -80,11 +80,13 @@ def a_bundle(folder: Path, **changes: str | bytes | None) -> Path:
         "- {label: next, dataset_uri: next.jsonl, num_fewshot: [1], icl_task_type: language_modeling}\n",
         "meta": "Eval Task,Random baseline\npick,25\nwho,50\nnext,0\nunused,10\n",
         "pick": "".join(
-            f'{{"query": "Question {i}: which?", "choices": ["red {i}", "green", "a blue one", "none"], "gold": {i % 4}}}\n'
+            f'{{"query": "Question {i}: which?", "choices": ["red {i}", "green", "a blue one", "none"],'
+            f' "gold": {i % 4}}}\n'
             for i in range(9)
         ),
         "who": "".join(
-            f'{{"context_options": ["Ann saw {i} men and Ann", "Ann saw {i} men and they"], "continuation": "ran away {i}.", "gold": {i % 2}}}\n'
+            f'{{"context_options": ["Ann saw {i} men and Ann", "Ann saw {i} men and they"],'
+            f' "continuation": "ran away {i}.", "gold": {i % 2}}}\n'
             for i in range(7)
         ),
         "next": "".join(f'{{"context": " one two {i} ", "continuation": "three {i}"}}\n' for i in range(8)),

@@ -1,7 +1,7 @@
 """The plain scorer: one example at a time, every option in full, the logits of every position, no batches, no tricks.
 
-Written from the description of nanochat's evaluator alone and sharing no code with job/core_eval: the production path must give the
-same answer for every item.
+Written from the description of nanochat's evaluator alone and sharing no code with job/evaluation: the production path
+must give the same answer for every item.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def answer(
     starts: list[int],
     gold: int | None,
 ) -> tuple[bool, int | None, float]:
-    """Right or wrong, the option chosen, and how far the decision is from a tie (nats; NaN where an empty option decided).
+    """Right or wrong, the option chosen, and the nats to a tie (NaN where an empty option decided).
 
     `logits_of` gives the logits of all columns, (B, T, V), or of the last ones only, from the first that is scored on.
     """

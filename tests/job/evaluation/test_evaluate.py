@@ -129,7 +129,7 @@ def test_any_number_of_ranks_and_any_budget_give_the_same_ledger(make_bundle, tm
 
 
 def test_cudnn_plans_no_attention_while_tasks_are_scored(make_bundle, tmp_path, tiny_gpt, tokenizer):
-    """The switch is torch's own and is there on a CPU as well; a foreign model (--hf) is scored by the same function."""
+    """The switch is torch's own and exists on a CPU too; a foreign model (--hf) is scored by the same function."""
     seen = []
 
     class Asking(score.Forward):

@@ -1,4 +1,4 @@
-"""The production path against the plain reference on every task of the real bundle, with a model that has learned something.
+"""The production path against the plain reference on every task of the real bundle, with a trained model.
 
 `make bench` does the same at a cap of 100 items a task; that takes too long for a test.
 """

@@ -1,4 +1,4 @@
-"""What scoring does on a GPU, as far as it can be known without one: shapes, dtypes, devices, memory, and that nothing waits."""
+"""Scoring on a GPU, as far as it can be known without one: shapes, dtypes, devices, memory, and that nothing waits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BF16, FP32 = 2, 4
 
 
 class OnDevice(TorchDispatchMode):
-    """Every tensor is on the device (meta stands for it), nothing asks it for a number, and the bytes of the largest tensor are kept."""
+    """Every tensor is on the device (meta stands for it) and none is asked for a number; `largest` tensor in bytes."""
 
     def __init__(self) -> None:
         super().__init__()

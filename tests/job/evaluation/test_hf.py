@@ -1,4 +1,4 @@
-"""A tiny GPT-2 of random weights with a tokenizer of its own, as a local folder: the plain reference scores it through transformers alone."""
+"""A tiny random GPT-2 with a tokenizer, as a local folder; the plain reference scores it through transformers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`speedrun evaluate` on a run that has a score: what says less goes beside it, and the run's own command stays its own."""
+"""`speedrun evaluate` on a run that has a score: a lesser one goes beside it, and the run's own command still works."""
 
 from __future__ import annotations
 

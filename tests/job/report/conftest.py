@@ -1,4 +1,4 @@
-"""Synthetic run folders for the report's tests: real attempts, events and sealed folders, a clock that the test turns."""
+"""Synthetic run folders for the report's tests: real attempts, events and sealed folders, a clock set by the test."""
 
 from __future__ import annotations
 
