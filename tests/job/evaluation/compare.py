@@ -44,7 +44,7 @@ reference = _reference()
 
 @dataclasses.dataclass
 class TaskComparison:
-    """One task's answers by the production path, the reference's by item (right, chosen, margin), and the CPU seconds."""
+    """One task's answers by the production path, the reference's by item (right, chosen, margin), CPU seconds."""
 
     label: str
     baseline: float

@@ -291,7 +291,7 @@ def test_neither_torch_nor_plots_are_needed_to_read_a_result():
 
 @pytest.mark.parametrize("file", ["report.html", "report.md"])
 def test_slow_ranks_are_named_with_what_they_cost(run, file):
-    """200 steps of 500 ms; in two windows of 50 the others wait 40 ms a step: 4 of 100 s; what was taken back is out."""
+    """200 steps of 500 ms; in two windows of 50 the others wait 40 ms a step: 4 of 100 s; without what was undone."""
     attempt = run.start()
     run.pretrain(attempt, 0, 160)
     for step, rank in ((49, "3"), (99, "3"), (149, "5")):
