@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from job.cli.commands import main
-from job.cli.published_line import DEFAULT_RATIO
+from job.cli.published_line import DEFAULTS
 from job.recipe.config import resolve
 from model.scaling import RULES
 
@@ -108,7 +108,8 @@ def test_the_version_decides_the_ratio_and_the_validation(tmp_path: Path) -> Non
 
 
 def test_the_ratios_left_open_are_those_of_the_rules() -> None:
-    assert {run: RULES[resolve(run).model.generation].ratio for run in DEFAULT_RATIO} == DEFAULT_RATIO
+    ratios = {run: ratio for run, (ratio, _) in DEFAULTS.items()}
+    assert {run: RULES[resolve(run).model.generation].ratio for run in DEFAULTS} == ratios
 
 
 def test_a_preset_settles_everything_as_well(tmp_path: Path) -> None:
