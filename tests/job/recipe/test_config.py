@@ -63,7 +63,8 @@ def test_later_sources_win_and_are_named() -> None:
         ),
         (
             "data.vocab_size=65537",
-            "data.vocab_size=65537 cannot be used: give a size from 266 (bytes, specials and a merge) to 65536 (uint16)",
+            "data.vocab_size=65537 cannot be used: give a size from 266 (bytes, specials and a merge) to 65536"
+            " (uint16)",
         ),
         ("data.val_fraction=1", "data.val_fraction=1.0 cannot be used: give a share between 0 and 1, e.g. 0.01"),
         ("comm.sm_carveout=132", "comm.sm_carveout=132 cannot be used: give a number from 0 to 64"),

@@ -126,7 +126,8 @@ def test_more_ranks_than_gpus(strict: bool) -> None:
 
 @pytest.mark.usefixtures("only_fa2")
 def test_a_machine_without_the_memory_for_checkpoints_is_refused_or_said() -> None:
-    """A d24's 10 GB of state are 56 on eight GPUs: in blocks of powers of two, and eight times all weights for the warm-up."""
+    """A d24's 10 GB of state are 56 on eight GPUs: in blocks of powers of two, and eight times all weights for the
+    warm-up."""
     sentence = "checkpoints and the warm-up take 55.3 GB of this machine's memory on 8 ranks, and there are 48.0 GB: "
     with pytest.raises(PreflightError, match=sentence):
         said(allow_fa2=True, memory=48e9)

@@ -89,7 +89,8 @@ def test_each_line_is_one_json_object_with_time_attempt_and_sequence(tmp_path: P
 
 
 def test_after_a_full_disk_the_next_event_is_readable(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE cuts a line short as a full disk does; what is written once there is space again stands on a line of its own."""
+    """RLIMIT_FSIZE cuts a line short as a full disk does; what is written once there is space again stands on a line of
+    its own."""
     script = """
 import resource, signal, sys
 from pathlib import Path

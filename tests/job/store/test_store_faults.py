@@ -1,4 +1,5 @@
-"""Every fault of a network, a server, a disk or a killed client: recovered intact, or a sentence with all that is sealed safe on disk."""
+"""Every fault of a network, a server, a disk or a killed client: recovered intact, or a sentence with all that is
+sealed safe on disk."""
 
 from __future__ import annotations
 
