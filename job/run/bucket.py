@@ -20,12 +20,13 @@ from job.console import Console
 from job.errors import DataError, UsageError
 from job.evaluation.ledger import ANSWERS, LEDGER
 from job.evaluation.rescore import fullness_of_ledger
+from job.store import VARIABLE, open_store
 from job.store.attempt import Attempt, newest_attempt
 from job.store.checkpoint_folder import KIND as CHECKPOINT
 from job.store.checkpoint_folder import folder_of
 from job.store.fence import claimed, run_key, stored_claim
 from job.store.sealed import MANIFEST, atomic_write, is_sealed, open_sealed
-from job.store.stores import S3_URL, VARIABLE, Store, open_store, pull_sealed, sealed_names, stored_manifest
+from job.store.stores import S3_URL, Store, pull_sealed, sealed_names, stored_manifest
 
 PULLS = 8
 """small files and folders that are pulled at once"""

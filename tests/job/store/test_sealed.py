@@ -95,7 +95,7 @@ def test_another_version_kind_or_no_seal_is_refused(tmp_path: Path) -> None:
 
 KILLED_WRITER = """
     import os, signal, sys
-    from job import sealed
+    from job.store import sealed
     moment = sys.argv[2]
     real = getattr(sealed, moment)
     def die(*args):
@@ -124,7 +124,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     """RLIMIT_FSIZE makes the kernel refuse the write as a full disk does."""
     script = textwrap.dedent("""
         import resource, signal, sys
-        from job import sealed, errors
+        from job import errors
+        from job.store import sealed
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from job.errors import DataError, StorageError, UsageError
+from job.store import open_store
 from job.store.s3 import S3Store
 from job.store.sealed import MANIFEST, open_sealed, sealing, sha256_file
-from job.store.stores import FolderStore, Store, open_store, pull_sealed, push_sealed, sealed_names, stored_manifest
+from job.store.stores import FolderStore, Store, pull_sealed, push_sealed, sealed_names, stored_manifest
 
 RACERS, ROUNDS = 16, 20
 

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from job.errors import DataError, ExitCode, StorageError, UsageError
+from job.store import open_store
 from job.store.s3 import S3Store
 from job.store.sealed import MANIFEST, open_sealed, sealing
-from job.store.stores import open_store, pull_sealed, push_sealed, sealed_names
+from job.store.stores import pull_sealed, push_sealed, sealed_names
 
 ROOT = Path(__file__).parents[3]
 PART = 5 << 20
