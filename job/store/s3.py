@@ -178,9 +178,12 @@ class S3Store(Store):
         return self._call("listing", prefix, attempt)
 
     def delete(self, keys: Iterable[str]) -> None:
-        for key in keys:
+        def delete(key: str) -> None:
             named = {"Bucket": self._bucket, "Key": self._key(key)}
-            self._call("deleting", key, lambda client, named=named: client.delete_object(**named))
+            self._call("deleting", key, lambda client: client.delete_object(**named))
+
+        for key in keys:
+            delete(key)
 
     def sweep(self, prefix: str, older_than: float = 0.0) -> int:
         folder = self._key(prefix) + "/"

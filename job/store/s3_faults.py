@@ -63,7 +63,8 @@ def refusal(error: Exception, bucket: str, endpoint: str) -> str | None:
         return f"{endpoint} does not serve bucket {bucket} ({code}): check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION"
     if code == "NotImplemented":
         return (
-            f"{endpoint} cannot do {operation} with a condition, so two attempts at one run could not be told apart: use"
+            f"{endpoint} cannot do {operation} with a condition, so two attempts at one run could not be told apart:"
+            " use"
             " another store"
         )
     return None
