@@ -21,12 +21,12 @@ from job.evaluation.score import evaluate as score_bundle
 from job.machine import host
 from job.recipe.config import Recipe
 from job.reporter import Reporter
-from job.run import preflight
 from job.run.prepare import eval_bundle, items_folder
 from job.run.rank import RankContext
 from job.store.checkpoint_folder import final_checkpoint
 from job.store.sealed import Sealed, is_sealed, open_sealed, sealing
 from job.train import checkpoint, validation
+from job.train.kernels import choose_kernels, machine_of
 from job.train.loop import device_of
 from job.train.ranks import Ranks, joined
 from model.generate import generate
@@ -78,7 +78,7 @@ class LesserReporter(Reporter):
 def choose_backend(device: torch.device, recipe: Recipe) -> str:
     """Put the attention kernel in place; what computes, in words. A GPU without fp8 will do, whatever the model was trained with."""
     without_fp8 = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, fp8=False))
-    kernels = preflight.choose_kernels(without_fp8, preflight.machine_of(device), prove_on=device)
+    kernels = choose_kernels(without_fp8, machine_of(device), prove_on=device)
     return device.type if device.type == "cpu" else f"{device.type}, {kernels['attention']}"
 
 

@@ -209,5 +209,5 @@ def relative(got: Tensor, right: Tensor) -> float:
 
 
 def use_kernel(name: str) -> None:
-    """Put an attention kernel behind the model, as `job/run/preflight.py` does."""
+    """Put an attention kernel behind the model, as `job/train/kernels.py` does."""
     model.attention.activate(model.attention.Backend(name, name))

@@ -91,8 +91,8 @@ def test_the_stage_puts_the_model_on_its_device_in_bf16_and_names_the_kernel(mon
         asked.append(recipe.train.fp8)
         return {"attention": "attention: FlashAttention 3 (unversioned)", "fp8": "off"}
 
-    monkeypatch.setattr(stage.preflight, "choose_kernels", kernels)
-    monkeypatch.setattr(stage.preflight, "machine_of", lambda device: None)
+    monkeypatch.setattr(stage, "choose_kernels", kernels)
+    monkeypatch.setattr(stage, "machine_of", lambda device: None)
     assert stage.choose_backend(torch.device("cpu"), recipe) == "cpu"
     gpu = types.SimpleNamespace(type="cuda")
     assert stage.choose_backend(gpu, recipe) == "cuda, attention: FlashAttention 3 (unversioned)"
