@@ -67,8 +67,9 @@ def _driver() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
-    with contextlib.suppress(OSError, TypeError):
-        return re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
+    with contextlib.suppress(OSError):
+        found = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())
+        return found[0] if found else None
     return None
 
 

@@ -1,7 +1,6 @@
 """`speedrun doctor`: what preflight looks at, and with --deep whether the machine computes correctly, and how fast.
 
-    look      card, driver, versions, whether these are the lock's; GPUs, attention, fp8; temporary files, shared memory,
-              disk
+    look      card, driver, versions, whether these are the lock's; GPUs, attention, fp8; temporary files, disk
     --deep    on the first GPU: attention against the windowed SDPA, forward and backward milliseconds at the recipe's
               shapes; each fp8 layer shape's three products and the head's loss against fp32 (model/fp8_proof.py).
               Without a GPU the same at small sizes.
@@ -37,7 +36,7 @@ REPEATS = 11
 
 
 def examine(recipe: Recipe, out: Path, *, strict: bool, allow_fa2: bool, deep: bool) -> dict[str, Any]:
-    """The document: `stack`, `differs` (from the lock), `found` (sentences), `proofs` (rows), `refused` (a sentence or None)."""
+    """`stack`, `differs` (from the lock), `found` (sentences), `proofs` (rows), `refused` (a sentence or None)."""
     stack = describe_stack()
     found: list[str] = []
     proofs: list[dict[str, Any]] = []
