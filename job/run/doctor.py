@@ -28,7 +28,7 @@ from job.recipe.derive import derive
 from job.run import preflight
 from job.train.step_metrics import now, seconds_between
 from model import attention, fp8
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 
 REPEATS = 11
 """timings of one thing"""

@@ -37,7 +37,8 @@ from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from job.run.processes import python_environment
 from model import attention, fp8
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 
 CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
 """what CUDA calls the GPUs that `job.plan.quote` knows"""
