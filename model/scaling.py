@@ -27,8 +27,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.gpt import SMEAR_CHANNELS, ConfigError, GPTConfig, width_for_depth
-from model.optimizer import GroupSpec
+from model.config import SMEAR_CHANNELS, ConfigError, GPTConfig, width_for_depth
+from model.hyper import GroupSpec
 
 REFERENCE_BATCH = 1 << 19  # tokens a step that d12 was tuned with
 REFERENCE_WIDTH = 768  # d12's width

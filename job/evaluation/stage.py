@@ -29,8 +29,9 @@ from job.train import checkpoint, validation
 from job.train.kernels import choose_kernels, machine_of
 from job.train.loop import device_of
 from job.train.ranks import Ranks, joined
+from model.config import GPTConfig
 from model.generate import generate
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
 
 
 def main(context: RankContext) -> None:

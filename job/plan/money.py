@@ -14,7 +14,7 @@ from job.plan.memory import checkpoint_bytes
 from job.plan.published_runs import GPUS as REFERENCE_GPUS
 from job.plan.published_runs import RUNS, UNTIMED_STEPS
 from job.plan.steptime import REFERENCE, token_seconds
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 from model.scaling import flops_per_token
 
 CORE_ITEMS = 91_037

@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 from model import scaling
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 
 UNTIMED_STEPS = 11
 GPUS = 8

@@ -25,7 +25,7 @@ from job.machine.gpus import GPU, GPUS
 from job.plan.memory import BF16, FP32, muon_stacks, tables
 from job.plan.published_runs import FP8_OVER_BF16, RUNS, Run
 from job.plan.published_runs import GPUS as RANKS
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 from model.scaling import flops_per_token
 
 POLAR_ITERATIONS = 5

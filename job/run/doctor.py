@@ -29,7 +29,7 @@ from job.run import preflight
 from job.train.kernels import choose_kernels, layers_in_fp8
 from job.train.step_metrics import now, seconds_between
 from model import attention, fp8
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 
 REPEATS = 11
 """timings of one thing"""

@@ -11,7 +11,8 @@ from job.plan.quote import make_plan
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from model import attention, fp8
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 
 CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
 """CUDA's names of the GPUs that `speedrun plan` knows"""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import model.attention
 from model import fp8
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.optimizer import Optimizer
 from model.scaling import RULES, derive
 from model.schedule import Schedule

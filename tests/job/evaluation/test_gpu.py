@@ -15,7 +15,8 @@ from job.evaluation.batches import plan_batches, tensors_of
 from job.evaluation.prompts import Item
 from job.machine import host
 from job.recipe.config import resolve
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 
 VOCAB = 32_768
 WAITS = ("aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::equal")

@@ -22,7 +22,8 @@ from job.plan.memory import (
 )
 from model import fp8
 from model.attention import attention
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.optimizer import Optimizer, _share_out
 from model.scaling import RULES, derive
 from model.shards import Options

@@ -18,7 +18,7 @@ from job.plan.steptime import (
     step_seconds,
     token_seconds,
 )
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 
 BY_NAME = {run.name: run for run in RUNS}
 
