@@ -9,10 +9,8 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from job.store.attempt import UNTIMED_STEPS, Record
-
-GPT2_XL_CORE = 0.256525
-"""CORE of GPT-2 XL (1.6 B parameters), published with the CORE bundle (at most 1,000 items a task)"""
+from job.recipe.leaderboard import GPT2_XL_CORE, UNTIMED_STEPS
+from job.store.attempt import Record
 
 NONE = "–"
 SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

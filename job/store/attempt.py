@@ -23,14 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from job.recipe.leaderboard import UNTIMED_STEPS
 from job.reporter import Reporter
 from job.store.fence import TakenOver, claim_key, newest_claimed
 from job.store.sealed import storage_errors
 from job.store.stores import Store
-
-UNTIMED_STEPS = 11
-"""The leaderboard's clock leaves out steps 0-10 (compilation and warm-up): facts of the published runs, "N - 11
-steps"."""
 
 
 class Attempt(Reporter):

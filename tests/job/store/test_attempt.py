@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from job.errors import UsageError
-from job.store.attempt import UNTIMED_STEPS, Attempt, fold, newest_attempt, read_events
+from job.recipe.leaderboard import UNTIMED_STEPS
+from job.store.attempt import Attempt, fold, newest_attempt, read_events
 
 
 def _claim(run: Path, queue: multiprocessing.Queue) -> None:
