@@ -197,7 +197,6 @@ CIRCLES = {
     frozenset({"job.report.page", "job.report.render"}),
     frozenset({"job.train.checkpoint", "job.train.loop"}),
     frozenset({"model.fp8", "model.fp8_linear"}),
-    frozenset({"model.optimizer", "model.shards"}),
 }
 """circles that are still to be cut"""
 

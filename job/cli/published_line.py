@@ -90,8 +90,9 @@ def recipe_flags(preset: str | None, options: dict[str, Any]) -> tuple[str | Non
     if given and generation is None and preset is None:
         *most, last = DEFAULTS
         raise UsageError(
-            f"{LINE[next(iter(given))].name} leaves open which version of the training program is meant, and its defaults"
-            f" (batch, softcap, weight decay) changed: add --generation {', '.join(most)} or {last}, or name a --preset"
+            f"{LINE[next(iter(given))].name} leaves open which version of the training program is meant, and its"
+            f" defaults (batch, softcap, weight decay) changed: add --generation {', '.join(most)} or {last}, or name a"
+            " --preset"
         )
     if given.get("sample_every", -1) != -1:
         raise UsageError(
