@@ -88,8 +88,9 @@ def judged(run: Path, attempt: int, died: RankDied) -> SpeedrunError:
     before = f" (before it {', '.join(others)})" if others else ""
     error = SilentRankError(
         f"{last.rank} of {last.stage} died of {explained(last.signal)}, in the {ordinal(len(deaths))} attempt in a row"
-        f" that a death ended and that sealed nothing new{before}: starting again as it is will not help; see {died.log},"
-        " then take another machine or mend the cause; what is sealed is kept, and the same command makes one more attempt"
+        f" that a death ended and that sealed nothing new{before}: starting again as it is will not help; see"
+        f" {died.log}, then take another machine or mend the cause; what is sealed is kept, and the same command makes"
+        " one more attempt"
     )
     error.noted = died.noted
     return error
