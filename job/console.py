@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a live line on a terminal, plain lines elsewhere. Everything goes to stderr."""
+"""What a person sees while a stage runs: a live line on a terminal, plain lines elsewhere; all on stderr."""
 
 from __future__ import annotations
 

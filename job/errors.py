@@ -1,7 +1,7 @@
 """The one table of exit codes, and the exceptions that carry them.
 
-An expected failure is one sentence that says what is wrong and what to do; the command line prints it without a traceback
-and exits with the code of its class. Anything else that escapes is a bug of ours: traceback, exit 1.
+An expected failure is one sentence that says what is wrong and what to do; the command line prints it without a
+traceback and exits with the code of its class. Anything else that escapes is a bug of ours: traceback, exit 1.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.hyper import GroupSpec, StepHyper
+
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
     """What an update of a tensor of `dtype` computes in: at least fp32."""
@@ -31,12 +33,11 @@ class AdamWScalars(NamedTuple):
     eps: Tensor
 
     @classmethod
-    def of(
-        cls, step: int, lr: float, decay: float, betas: tuple[float, float], eps: float, dtype: torch.dtype
-    ) -> AdamWScalars:
+    def of(cls, spec: GroupSpec, hyper: StepHyper, step: int, dtype: torch.dtype) -> AdamWScalars:
         """`step` counts from 1; the bias corrections are computed in double precision."""
-        b1, b2 = betas
-        values = (1 - lr * decay, b1, 1 - b1, b2, 1 - b2, lr / (1 - b1**step), 1 / math.sqrt(1 - b2**step), eps)
+        lr, (b1, b2) = spec.lr * hyper.lr_mult, spec.betas
+        keep = 1 - lr * spec.weight_decay
+        values = (keep, b1, 1 - b1, b2, 1 - b2, lr / (1 - b1**step), 1 / math.sqrt(1 - b2**step), spec.eps)
         return cls(*(torch.tensor(value, dtype=dtype) for value in values))
 
 

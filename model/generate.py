@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from model.gpt import GPT, ConfigError
+from model.config import ConfigError
+from model.gpt import GPT
 
 
 @torch.inference_mode()

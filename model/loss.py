@@ -2,7 +2,7 @@
 
 The logits are the largest tensor of the whole model: 32 rows of 2048 tokens over 32,768 words are 8.6 GB in fp32, and a plain
 implementation holds four or five tensors of that size at once (logits, capped logits, log-probabilities, their gradients). None of
-them has to exist. The loss of one token needs only its own row, so rows are taken in chunks of at most `CHUNK_ELEMENTS` logits:
+them has to exist. The loss of one token needs only its own row, so rows are taken in chunks of at most `LOSS_CHUNK_ELEMENTS` logits:
 for each chunk the loss AND the gradients are computed, and the logits are dropped before the next.
 
 Working out the gradient already in the forward pass costs no recomputation: the backward pass of a mean is known up to one factor,
@@ -49,9 +49,9 @@ import torch
 from torch import Tensor
 
 from model import fp8
+from model.config import LOSS_CHUNK_ELEMENTS
 from model.fp8 import Fp8Error, Quantised
 
-CHUNK_ELEMENTS = 1 << 26  # logits per chunk on a GPU: 2048 rows at a vocabulary of 32,768
 CPU_CHUNK_ELEMENTS = 1 << 23
 BLOCK_ELEMENTS = 1 << 20  # logits that are fp32 at a time where nothing is compiled
 GRADIENT_SCALE = float(1 << 15)  # of dz in e5m2, whose largest is 57,344: |dz| is at most 1
@@ -242,7 +242,7 @@ def _nll(logp: Tensor, targets: Tensor) -> Tensor:
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Rows of each chunk: a multiple of 16, which fp8's products need, where a chunk has that many."""
-    step = max(1, (CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS) // weight.size(0))
+    step = max(1, (CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else LOSS_CHUNK_ELEMENTS) // weight.size(0))
     return _slices(hidden.size(0), step - step % fp8.MULTIPLE if step > fp8.MULTIPLE else step)
 
 

@@ -50,54 +50,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.adamw import AdamWScalars, adamw_update
+from model.adamw import adamw_update
 from model.collectives import Collectives, Named, Reduction, Traffic
+from model.hyper import GroupSpec, StepHyper
 from model.muon import muon_update
 from model.shards import MuonStack, Options, RowShard, Shard, Slice, SmallTensors
 
-__all__ = ["GroupSpec", "Optimizer", "Slice", "StepHyper", "Traffic"]
-
 SMALL = 1024
 Reader = Callable[[str, int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class StepHyper:
-    """What the schedule says for one step: multiplier of all learning rates, Muon's momentum, multiplier of Muon's decay."""
-
-    lr_mult: float = 1.0
-    momentum: float = 0.95
-    wd_mult: float = 1.0
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """One parameter group. AdamW reads betas and eps; Muon reads beta2 and the three switches, whose defaults are HEAD's.
-
-    FEB: norm_factor 1.02, muon_eq and muon_plus off, beta2 0.95. AdamW's decay is constant, Muon's is weight_decay * wd_mult.
-    """
-
-    name: str
-    kind: Literal["muon", "adamw"]
-    lr: float
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.8, 0.95)
-    eps: float = 1e-10
-    beta2: float = 0.9
-    norm_factor: float = 1.01
-    muon_eq: bool = True
-    muon_plus: bool = True
-
-    def adamw_scalars(self, hyper: StepHyper, step: int, dtype: torch.dtype) -> AdamWScalars:
-        """AdamW's numbers for step `step`, counted from 1."""
-        return AdamWScalars.of(step, self.lr * hyper.lr_mult, self.weight_decay, self.betas, self.eps, dtype)
 
 
 class Optimizer:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from model.gpt import ConfigError
-from model.optimizer import StepHyper
+from model.config import ConfigError
+from model.hyper import StepHyper
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Schedule:
             raise ConfigError(f"decay_shape is {self.decay_shape!r}: it must be 'cosine' or 'linear'")
 
     @classmethod
-    def for_generation(cls, steps: int, generation: str = "head", **overrides: object) -> Schedule:
+    def for_generation(cls, steps: int, generation: str = "head", **overrides: Any) -> Schedule:
         """`generation`'s schedule over `steps` steps, then `overrides`."""
         if generation not in GENERATIONS:
             raise ConfigError(f"no such generation: {generation!r}; there are {', '.join(GENERATIONS)}")
@@ -73,7 +74,7 @@ class Schedule:
         return 1.0 - done if self.decay_shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-GENERATIONS: dict[str, dict[str, object]] = {
+GENERATIONS: dict[str, dict[str, Any]] = {
     "head": {},
     "feb": {
         "warmup_steps": 0,

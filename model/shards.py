@@ -18,18 +18,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.adamw import adamw_update, math_dtype
+from model.adamw import AdamWScalars, adamw_update, math_dtype
 from model.collectives import Collectives, Named, Reduction
+from model.hyper import GroupSpec, StepHyper
 from model.muon import MuonScalars, muon_update, second_moment_shape, step_size
-
-if TYPE_CHECKING:
-    from model.optimizer import GroupSpec, StepHyper
 
 # An update's temporaries are made for about this many bytes of weights at a time: a CPU's cache, a share of a GPU's memory.
 CHUNK_BYTES = {"cpu": 1 << 20, "other": 128 << 20}
@@ -220,7 +217,7 @@ class RowShard:
 
     def update(self, hyper: StepHyper, step: int) -> Tensor:
         """AdamW on the owned rows, some at a time, then begin the gather."""
-        scalars = self.spec.adamw_scalars(hyper, step, math_dtype(self.parameter.dtype))
+        scalars = AdamWScalars.of(self.spec, hyper, step, math_dtype(self.parameter.dtype))
         own = self._own()
         for part in _chunks(len(own), own.element_size() * self.parameter[0].numel(), own.device):
             self.options.adamw(own[part], self.reduced[part], self.first[part], self.second[part], scalars)
@@ -277,7 +274,7 @@ class SmallTensors:
 
     def update(self, hyper: StepHyper, step: int) -> Tensor:
         for (_, p, spec), grad, first, second in zip(self.entries, self.reduced, self.first, self.second, strict=True):
-            adamw_update(p.detach(), grad, first, second, spec.adamw_scalars(hyper, step, math_dtype(p.dtype)))
+            adamw_update(p.detach(), grad, first, second, AdamWScalars.of(spec, hyper, step, math_dtype(p.dtype)))
         return torch.stack([_finite(grad) for grad in self.reduced])
 
     def finish(self) -> None:

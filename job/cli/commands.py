@@ -13,6 +13,7 @@ import click
 
 from job.cli.options import (
     bucket_options,
+    dry_option,
     json_option,
     machine_options,
     out_option,
@@ -26,6 +27,8 @@ from job.console import Console
 from job.errors import MEANING, ExitCode, SpeedrunError, UsageError
 
 STAGES = ("prepare", "pretrain", "evaluate", "report")
+AS_PRESET = "[default: what the preset is made for]"
+PRICE = "[default: the leaderboard's $3 an H100]"
 
 
 def exit_code_table() -> str:
@@ -89,8 +92,8 @@ def smoke(**options: Any) -> None:
 @out_option
 @bucket_options
 @talk_options
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
-def prepare(recipe: Any, out: Path, bucket: Any, quiet: bool, verbose: bool, dry_run: bool) -> None:
+@dry_option
+def prepare(recipe: Any, out: Path, bucket: Any, console: Console, dry_run: bool) -> None:
     """Tokenizer and packed rows, sealed below OUT/prepared; runs with the same data share them.
 
     \b
@@ -102,7 +105,7 @@ def prepare(recipe: Any, out: Path, bucket: Any, quiet: bool, verbose: bool, dry
     if dry_run:
         click.echo(launch.describe_plan(out, None, recipe, ("prepare",), ranks=1))
         return
-    launch.prepare_alone(out, recipe, console=Console(_verbosity(quiet, verbose)), bucket=bucket)
+    launch.prepare_alone(out, recipe, console=console, bucket=bucket)
 
 
 @main.command()
@@ -118,7 +121,8 @@ def pretrain(
     \b
     Example:
       speedrun pretrain --preset smoke -o train.steps=100
-      speedrun pretrain --generation run2 --depth=26 --target-param-data-ratio=8.5 --device-batch-size=16 --fp8 --dry-run
+      speedrun pretrain --generation run2 --depth=26 --target-param-data-ratio=8.5 --device-batch-size=16 --fp8
+      --dry-run
     """
     scoring = scored_at_the_end(core_every, options["recipe"])
     stages = STAGES if scoring else STAGES[:2]
@@ -127,21 +131,13 @@ def pretrain(
 
 @main.command()
 @recipe_options("run6")
-@click.option(
-    "--gpu",
-    metavar="NAME",
-    help="h100, h200, a100-80gb, or cpu for a plan without a GPU.  [default: what the preset is made for]",
-)
-@click.option("--gpus", type=int, metavar="N", help="How many, in one node.  [default: what the preset is made for]")
-@click.option(
-    "--price",
-    type=float,
-    metavar="DOLLARS",
-    help="What the whole node costs an hour.  [default: the leaderboard's $3 an H100]",
-)
+@click.option("--gpu", metavar="NAME", help=f"h100, h200, a100-80gb, or cpu for a plan without a GPU.  {AS_PRESET}")
+@click.option("--gpus", type=int, metavar="N", help=f"How many, in one node.  {AS_PRESET}")
+@click.option("--price", type=float, metavar="DOLLARS", help=f"What the whole node costs an hour.  {PRICE}")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, and nothing else, on stdout.")
 def plan(recipe: Any, gpu: str | None, gpus: int | None, price: float | None, as_json: bool) -> None:
-    """What a run would need and cost, before anything is rented: steps, text, memory, minutes, dollars. Computes, and does nothing else.
+    """What a run would need and cost, before anything is rented: steps, text, memory, minutes, dollars. Computes, and
+    does nothing else.
 
     \b
     Example:
@@ -210,13 +206,14 @@ def doctor(
 @click.option(
     "--core-bundle",
     metavar="PATH",
-    help="The CORE bundle: folder, .zip, .tar.zst, or the address of one.  [default: what the run's recipe says; with --hf, the published one]",
+    help="The CORE bundle: folder, .zip, .tar.zst, or the address of one.  [default: what the run's recipe says; with"
+    " --hf, the published one]",
 )
 @click.option(
     "-o", "overrides", multiple=True, metavar="eval.KEY=VALUE", help="Override one value of the recipe's eval section."
 )
 @ranks_option
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
+@dry_option
 @json_option
 @talk_options
 def evaluate(
@@ -229,11 +226,10 @@ def evaluate(
     ranks: int | None,
     dry_run: bool,
     as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    console: Console,
 ) -> None:
-    """Score a finished model: bits per byte, tasks, samples; then its report. Where the run has a score that says more (CORE before a
-    smoke score, more items before fewer), that one and the report stay, and this one goes beside it.
+    """Score a finished model: bits per byte, tasks, samples; then its report. Where the run has a score that says more
+    (CORE before a smoke score, more items before fewer), that one and the report stay, and this one goes beside it.
 
     \b
     Example:
@@ -241,12 +237,13 @@ def evaluate(
       speedrun evaluate --hf models/gpt2 -o eval.cap=1000
     """
     from job.evaluation import rescore
+    from job.evaluation.ledger import Ledger, table_lines
+    from job.report.result import build_result
     from job.run import launch
     from job.run.nodes import nodes_here
 
     if (run_id is None) == (hf is None):
         raise UsageError("say what is scored: --run-id ID for a run's model, or --hf DIR for another")
-    console = Console(_verbosity(quiet, verbose))
     nodes = nodes_here(ranks, run_id or "hf")
     if not nodes.is_first:
         console.say("the first node evaluates; there is nothing to do on this one")
@@ -256,28 +253,26 @@ def evaluate(
         _evaluate_hf(out, hf, core_bundle, overrides, nodes.ranks, dry_run, as_json, console)
         return
 
+    assert run_id is not None
     run_path = launch.existing_run(out, run_id, bucket)
     if bucket:
         bucket.pull_results(run_path)
     recipe = rescore.recipe_for_evaluation(run_path, core_bundle, overrides)
-    stages = (
-        STAGES[2:] if bucket is None else ("prepare", *STAGES[2:])
-    )  # what this machine may not have, the bucket has
+    stages = ("prepare", *STAGES[2:]) if bucket else STAGES[2:]  # the bucket has the data that this machine may lack
     with rescore.asking(run_path, recipe, launch.recipe_document(recipe, run_id)) as asked:
-        kept = (
-            f"the run has a fuller score, which stays as it is; this one is in {asked.folder}"
-            if asked.is_lesser
-            else ""
-        )
+        fuller = f"the run has a fuller score, which stays as it is; this one is in {asked.folder}"
+        kept = fuller if asked.is_lesser else ""
         if dry_run:
             plan = launch.describe_plan(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks)
             click.echo(f"{plan}\n{kept}".rstrip())
             return
         launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, asked=asked, bucket=bucket)
-    if asked.is_lesser:
-        _show_lesser(run_path, asked.folder, kept, as_json, quiet)
-    else:
-        _show_result(run_path, as_json, quiet)
+    if not asked.is_lesser:
+        _show_result(run_path, as_json, console)
+    elif as_json:
+        click.echo(json.dumps(build_result(run_path, asked.folder), indent=1))
+    elif console.verbosity >= 0:
+        click.echo("\n".join([*table_lines(Ledger.open(asked.folder)), kept]))
 
 
 @main.command()
@@ -286,7 +281,7 @@ def evaluate(
 @click.option("--run-id", required=True, metavar="ID", help="The run that is reported.")
 @json_option
 @talk_options
-def report(out: Path, bucket: Any, run_id: str, as_json: bool, quiet: bool, verbose: bool) -> None:
+def report(out: Path, bucket: Any, run_id: str, as_json: bool, console: Console) -> None:
     """Write the page and result.json of a run, finished or not.
 
     \b
@@ -300,7 +295,7 @@ def report(out: Path, bucket: Any, run_id: str, as_json: bool, quiet: bool, verb
     if bucket:
         bucket.pull_results(run_path)
     write_report(run_path)
-    _show_result(run_path, as_json, quiet)
+    _show_result(run_path, as_json, console)
 
 
 @main.command("wandb-sync")
@@ -328,8 +323,7 @@ def _run(
     fresh: bool,
     dry_run: bool,
     as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    console: Console,
     strict: bool = False,
     allow_fa2: bool = False,
     note: str | None = None,
@@ -343,7 +337,6 @@ def _run(
     from job.run.nodes import nodes_here
 
     run_id = run_id or recipe.preset
-    console = Console(_verbosity(quiet, verbose))
     nodes = nodes_here(ranks, run_id, recipe.preset)
     notes = [*([note] if note else []), *preflight.about_comm(recipe, nodes.world_size)]
     if dry_run:
@@ -354,7 +347,8 @@ def _run(
         console.say(sentence)
     if strict and bucket is None:
         raise UsageError(
-            "--strict is for machines that go away, and what is on this one would go with it: give --bucket s3://bucket/prefix"
+            "--strict is for machines that go away, and what is on this one would go with it: give --bucket"
+            " s3://bucket/prefix"
         )
     if not nodes.is_first:
         join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)
@@ -362,7 +356,7 @@ def _run(
     run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=nodes.world_size, bucket=bucket)
     launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, bucket=bucket, fresh=fresh)
     if "report" in stages:
-        _show_result(run_path, as_json, quiet)
+        _show_result(run_path, as_json, console)
 
 
 def _evaluate_hf(
@@ -391,27 +385,11 @@ def _evaluate_hf(
         click.echo("\n".join(table_lines(ledger)))
 
 
-def _show_result(run_path: Path, as_json: bool, quiet: bool) -> None:
+def _show_result(run_path: Path, as_json: bool, console: Console) -> None:
     from job.report.words import summary_lines
 
     text = (run_path / "report" / "result.json").read_text(encoding="utf-8")
     if as_json:
         click.echo(text, nl=False)
-    elif not quiet:
+    elif console.verbosity >= 0:
         click.echo("\n".join(summary_lines(json.loads(text), run_path / "report" / "report.html")))
-
-
-def _show_lesser(run_path: Path, answers: Path, kept: str, as_json: bool, quiet: bool) -> None:
-    from job.evaluation.ledger import Ledger, table_lines
-    from job.report.result import build_result
-
-    if as_json:
-        click.echo(json.dumps(build_result(run_path, answers), indent=1))
-    elif not quiet:
-        click.echo("\n".join([*table_lines(Ledger.open(answers)), kept]))
-
-
-def _verbosity(quiet: bool, verbose: bool) -> int:
-    if quiet and verbose:
-        raise UsageError("-q and -v contradict each other; give one of them")
-    return -1 if quiet else int(verbose)

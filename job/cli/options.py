@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from job.cli.published_line import line_options, recipe_flags
+from job.console import Console
+from job.errors import UsageError
 
 
 def out_option(command: Callable) -> Callable:
@@ -24,14 +26,15 @@ def out_option(command: Callable) -> Callable:
 
 
 def bucket_options(command: Callable) -> Callable:
-    """Options of the commands that work with a bucket; the command is given `bucket` (ready to be used, or None) instead of them."""
+    """Options of the commands that work with a bucket; the command is given `bucket`, ready, or None."""
 
     @click.option(
         "--bucket",
         "url",
         envvar="SPEEDRUN_BUCKET",
         metavar="URL",
-        help="Mirror everything to s3://bucket/prefix (or a folder: /x, ./x), and go on from what is there.  [env: SPEEDRUN_BUCKET]",
+        help="Mirror everything to s3://bucket/prefix (or a folder: /x, ./x), and go on from what is there."
+        "  [env: SPEEDRUN_BUCKET]",
     )
     @click.option(
         "--bucket-wait",
@@ -45,19 +48,27 @@ def bucket_options(command: Callable) -> Callable:
     def wrapped(url: str | None, bucket_wait: float, **others: Any) -> Any:
         from job.run.bucket import Bucket, check_place
 
-        wanted = url is not None and not others.get("hf")
-        if wanted:
+        bucket = None
+        if url is not None and not others.get("hf"):
             check_place(url, others["out"], strict=others.get("strict", False))
-        bucket = Bucket.at(url, 60 * bucket_wait) if wanted and not others.get("dry_run") else None
+            bucket = None if others.get("dry_run") else Bucket.at(url, 60 * bucket_wait)
         return command(bucket=bucket, **others)
 
     return wrapped
 
 
 def talk_options(command: Callable) -> Callable:
-    quiet = click.option("-q", "--quiet", is_flag=True, help="Say errors only.")
-    verbose = click.option("-v", "--verbose", is_flag=True, help="Say every event as well.")
-    return verbose(quiet(command))
+    """The command is given `console` instead of -q and -v."""
+
+    @click.option("-v", "--verbose", is_flag=True, help="Say every event as well.")
+    @click.option("-q", "--quiet", is_flag=True, help="Say errors only.")
+    @functools.wraps(command)
+    def wrapped(quiet: bool, verbose: bool, **others: Any) -> Any:
+        if quiet and verbose:
+            raise UsageError("-q and -v contradict each other; give one of them")
+        return command(console=Console(-1 if quiet else int(verbose)), **others)
+
+    return wrapped
 
 
 def json_option(command: Callable) -> Callable:
@@ -67,7 +78,7 @@ def json_option(command: Callable) -> Callable:
 
 
 def recipe_options(default_preset: str, *, published_line: bool = False) -> Callable[[Callable], Callable]:
-    """The options that make a recipe; the command is given `recipe` instead of them. `published_line`: the leaderboard's flags too."""
+    """The options that make a recipe, with or without the leaderboard's flags; the command is given `recipe`."""
 
     def decorate(command: Callable) -> Callable:
         @(line_options if published_line else lambda command: command)
@@ -113,6 +124,10 @@ def recipe_options(default_preset: str, *, published_line: bool = False) -> Call
     return decorate
 
 
+def dry_option(command: Callable) -> Callable:
+    return click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")(command)
+
+
 def ranks_option(command: Callable) -> Callable:
     words = "Processes on each machine.  [default: one a GPU, else 1]"
     return click.option("--ranks", type=click.IntRange(1, 64), metavar="N", help=words)(command)
@@ -120,28 +135,18 @@ def ranks_option(command: Callable) -> Callable:
 
 def run_options(command: Callable) -> Callable:
     """Options of the commands that make or continue a run."""
-    run_id = click.option(
-        "--run-id",
-        metavar="ID",
-        help="Name of the run; the same name goes on where it stopped.  [default: the preset's name]",
-    )
-    fresh = click.option(
-        "--fresh", is_flag=True, help="Discard what this run id has and start anew; prepared data are kept."
-    )
-    dry = click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
-    for option in (talk_options, json_option, dry, fresh, ranks_option, run_id, bucket_options, out_option):
+    name = "Name of the run; the same name goes on where it stopped.  [default: the preset's name]"
+    run_id = click.option("--run-id", metavar="ID", help=name)
+    discard = "Discard what this run id has and start anew; prepared data are kept."
+    fresh = click.option("--fresh", is_flag=True, help=discard)
+    for option in (talk_options, json_option, dry_option, fresh, ranks_option, run_id, bucket_options, out_option):
         command = option(command)
     return command
 
 
 def machine_options(command: Callable) -> Callable:
     """Options of the commands that train on rented machines (job/run/preflight.py)."""
-    strict = click.option(
-        "--strict",
-        is_flag=True,
-        help="Refuse a machine that would train slowly, and a run without s3://; for machines that cost money.",
-    )
-    fa2 = click.option(
-        "--allow-fa2", is_flag=True, help="With --strict, accept FlashAttention 2 where a faster kernel is missing."
-    )
-    return strict(fa2(command))
+    strict = "Refuse a machine that would train slowly, and a run without s3://; for machines that cost money."
+    allow_fa2 = "With --strict, accept FlashAttention 2 where a faster kernel is missing."
+    command = click.option("--allow-fa2", is_flag=True, help=allow_fa2)(command)
+    return click.option("--strict", is_flag=True, help=strict)(command)

@@ -29,7 +29,7 @@ from job.data.rows import Rows
 from job.data.workers import GRACE_SECONDS, end_with_parent
 from job.errors import ExitCode, SpeedrunError
 from job.reporter import Reporter
-from job.store.stores import store_of_environment
+from job.store import store_of_environment
 
 if TYPE_CHECKING:
     from job.recipe.config import DataConfig

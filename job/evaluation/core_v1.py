@@ -1,13 +1,10 @@
-"""CORE's bundle (nanochat's eval_bundle, DCLM's v1 baselines): its address, its files' SHA-256, GPT-2's score on it."""
+"""CORE's bundle (nanochat's eval_bundle, DCLM's v1 baselines): its address and its files' SHA-256."""
 
 from __future__ import annotations
 
 PUBLISHED_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ZIP_SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"
 """of that archive as public code states it; not verified, so a mismatch only warns"""
-
-GPT2_CORE = 0.256525
-"""CORE of GPT-2 XL (1.6 billion parameters, at most 1,000 items a task): what the leaderboard asks to beat"""
 
 TASKS = {
     "commonsense_reasoning": {

@@ -15,7 +15,6 @@ import torch
 from job.data.bigram import bigram_bpb
 from job.data.prepare import Prepared
 from job.data.rows import Rows
-from job.errors import PreflightError
 from job.evaluation.fetch import eval_bundle
 from job.evaluation.items import items_folder
 from job.evaluation.score import Forward
@@ -27,11 +26,12 @@ from job.run.rank import RankContext
 from job.store.checkpoint_folder import final_checkpoint
 from job.store.sealed import Sealed, is_sealed, open_sealed, sealing
 from job.train import checkpoint, validation
+from job.train.kernels import choose_kernels, machine_of
 from job.train.loop import device_of
 from job.train.ranks import Ranks, joined
-from model import attention
+from model.config import GPTConfig
 from model.generate import generate
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
 
 
 def main(context: RankContext) -> None:
@@ -71,15 +71,10 @@ class LesserReporter(Reporter):
 
 
 def choose_backend(device: torch.device, recipe: Recipe) -> str:
-    """Activate the attention kernel and describe it; PreflightError where it does not work. fp8 is not asked for."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    try:
-        backend = attention.choose_backend(recipe.train.attention, capability, attention.installed(), strict=False)
-        attention.activate(backend)
-        attention.prove(backend, device, gradients=False)
-    except attention.BackendError as error:
-        raise PreflightError(str(error)) from None
-    return device.type if device.type == "cpu" else f"{device.type}, {backend.description}"
+    """Put the attention kernel in place; what computes, in words. A GPU without fp8 will do, whatever the model was trained with."""
+    without_fp8 = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, fp8=False))
+    kernels = choose_kernels(without_fp8, machine_of(device), prove_on=device)
+    return device.type if device.type == "cpu" else f"{device.type}, {kernels['attention']}"
 
 
 def load(config: GPTConfig, final: Sealed, device: torch.device, dtype: str) -> GPT:

@@ -1,7 +1,8 @@
-"""What the kernel allows this group of processes: a container's --memory and --cpus, a unit's or a batch system's limits.
+"""What the kernel allows this group of processes: a container's --memory and --cpus, a unit's or a batch system's
+limits.
 
-Both generations of control groups are read. In a container the group is mounted as the root of the tree, elsewhere it lies at the
-path that /proc/self/cgroup names; where there is neither (macOS), nothing is known and None is returned.
+Both generations of control groups are read. In a container the group is mounted as the root of the tree, elsewhere it
+lies at the path that /proc/self/cgroup names; where there is neither (macOS), nothing is known and None is returned.
 """
 
 from __future__ import annotations

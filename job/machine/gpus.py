@@ -9,7 +9,7 @@ from job.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """One card. FLOP/s are dense (no sparsity), memory is what a program can see of it, bus is what a ring's collective moves."""
+    """One card: dense FLOP/s (no sparsity), and the memory that a program can see of it."""
 
     name: str
     title: str
@@ -29,7 +29,7 @@ class GPU:
     """dollars an hour and GPU as spot or preemptible, where a source is known"""
 
 
-# The H100's bus speed is assumed (a third of NVLink 4's 900 GB/s both ways, reached by large rings); the others' go with NVLink's.
+# The H100's bus speed is assumed (a third of NVLink 4's 900 GB/s both ways); the others' go with NVLink's.
 # Its prices: $24 an hour for eight is the leaderboard's own frame, $10 as spot the lowest seen in SkyPilot's catalogue.
 GPUS = {
     gpu.name: gpu

@@ -1,8 +1,9 @@
 """Whether the run of this container is well, for the image's HEALTHCHECK: `python -m job.machine.health`.
 
-A run appends to its event file whenever something happens (a step, a task, a row file). So the file that a process of this container
-holds open says where the run is and, by its age, whether anything still happens there; nothing has to be configured. Exit 0: well, or
-there is no run. Exit 1, with one sentence: no event for SPEEDRUN_QUIET_SECONDS (default 1800; a compilation or a row file may take a while).
+A run appends to its event file whenever something happens (a step, a task, a row file). So the file that a process of
+this container holds open says where the run is and, by its age, whether anything still happens there; nothing has to be
+configured. Exit 0: well, or there is no run. Exit 1, with one sentence: no event for SPEEDRUN_QUIET_SECONDS (default
+1800; a compilation or a row file may take a while).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import platform
@@ -28,11 +29,25 @@ def memory_bytes() -> int:
     return min(whole, cgroup.memory_limit() or whole)
 
 
-def gpus() -> int:
-    """GPUs that this process sees, at least 1: a machine without one computes on its CPU."""
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The GPUs that torch sees: how many, and the first one's name and compute capability (None without a GPU)."""
+
+    gpus: int = 0
+    name: str = ""
+    capability: tuple[int, int] | None = None
+
+
+def visible_gpus() -> int:
+    """GPUs that torch sees; asks the driver's library and touches no GPU."""
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
+
+
+def gpus() -> int:
+    """GPUs that this process sees, at least 1: a machine without one computes on its CPU."""
+    return max(1, visible_gpus())
 
 
 @functools.cache
@@ -59,7 +74,8 @@ def has_fast_bf16() -> bool:
 
 
 def compute_dtype(wanted: str, gpu: bool = False) -> torch.dtype:
-    """The dtype of activations: what the recipe says, or for "auto" bf16 where it is fast (`gpu`: on any) and fp32 elsewhere."""
+    """The dtype of activations: what the recipe says, or for "auto" bf16 where it is fast (`gpu`: on any) and fp32
+    elsewhere."""
     import torch
 
     bf16 = wanted == "bf16" or (wanted == "auto" and (gpu or has_fast_bf16()))
@@ -67,7 +83,8 @@ def compute_dtype(wanted: str, gpu: bool = False) -> torch.dtype:
 
 
 def gpu_names() -> str:
-    """Names, compute capabilities and driver of the GPUs as nvidia-smi lists them, each kind once; empty without a GPU, or without it."""
+    """Names, compute capabilities and driver of the GPUs as nvidia-smi lists them, each kind once; empty without a GPU,
+    or without it."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout

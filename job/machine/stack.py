@@ -1,6 +1,8 @@
-"""What a measurement was made on: card, driver, versions, revision, and whether these are the versions that the CUDA lock pins.
+"""What a measurement was made on: card, driver, versions, revision, and whether these are the versions that the CUDA
+lock pins.
 
-Nothing but the standard library and torch: measurements are also made where the rest of the project's packages are not installed.
+Nothing but the standard library and torch: measurements are also made where the rest of the project's packages are not
+installed.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def describe_stack() -> dict[str, Any]:
 
 
 def differences(stack: dict[str, Any]) -> list[str]:
-    """What of `stack` is not as locked, e.g. "torch 2.11.0 instead of 2.13.0"; without a GPU only what a CPU needs is looked at."""
+    """What of `stack` is not as locked, e.g. "torch 2.11.0 instead of 2.13.0"; without a GPU only what a CPU needs is
+    looked at."""
     wanted = LOCKED if stack["gpu"] else {name: LOCKED[name] for name in ("torch", "torchao")}
     found = {name: (stack[name] or "missing").partition("+")[0] for name in wanted}
     return [f"{name} {found[name]} instead of {version}" for name, version in wanted.items() if found[name] != version]
@@ -67,8 +70,9 @@ def _driver() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
-    with contextlib.suppress(OSError, TypeError):
-        return re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
+    with contextlib.suppress(OSError):
+        found = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())
+        return found[0] if found else None
     return None
 
 

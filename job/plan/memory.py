@@ -29,8 +29,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from model.gpt import SMEAR_CHANNELS, GPTConfig
-from model.loss import CHUNK_ELEMENTS
+from model.config import LOSS_CHUNK_ELEMENTS, SMEAR_CHANNELS, GPTConfig
 
 ACTIVATION = {"fp8": 29, "bf16": 36}
 PLAIN_LOGIT = 6
@@ -199,7 +198,7 @@ def step_memory(config: GPTConfig, rows: int, ranks: int, fp8: bool, *, plain_lo
 
 
 def _chunked_loss(config: GPTConfig, tokens: int) -> int:
-    chunk = CHUNK_LOGIT * min(CHUNK_ELEMENTS, tokens * config.padded_vocab)
+    chunk = CHUNK_LOGIT * min(LOSS_CHUNK_ELEMENTS, tokens * config.padded_vocab)
     return chunk + BF16 * tokens * config.width + FP32 * config.padded_vocab * config.width
 
 

@@ -1,8 +1,9 @@
 """Minutes by stage and dollars: what a node is paid for, from its boot to the last result.
 
-Only the training steps are on the leaderboard's clock; everything around them is on the bill. The figures of the other stages are
-estimates for this pipeline on eight GPUs, made from what the published program spends there (its 24 validation passes, two CORE
-passes and waiting for downloads are left out where this program does not have them). Nothing here was measured on a GPU by us.
+Only the training steps are on the leaderboard's clock; everything around them is on the bill. The figures of the other
+stages are estimates for this pipeline on eight GPUs, made from what the published program spends there (its 24
+validation passes, two CORE passes and waiting for downloads are left out where this program does not have them).
+Nothing here was measured on a GPU by us.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import dataclasses
 from job.machine.gpus import GPU
 from job.plan.memory import checkpoint_bytes
 from job.plan.published_runs import GPUS as REFERENCE_GPUS
-from job.plan.published_runs import RUNS, UNTIMED_STEPS
+from job.plan.published_runs import RUNS
 from job.plan.steptime import REFERENCE, token_seconds
-from model.gpt import GPTConfig
+from job.recipe.leaderboard import UNTIMED_STEPS
+from model.config import GPTConfig
 from model.scaling import flops_per_token
 
 CORE_ITEMS = 91_037

@@ -5,12 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from job.evaluation.core_v1 import GPT2_CORE
 from job.plan.memory import RESERVE
-from job.plan.quote import OnNode, Plan
+from job.plan.quote import OnNode, Plan, assumptions, warnings
+from job.recipe.leaderboard import GPT2_XL_CORE
 
 WIDTH = 100
 GIGA = 1e9
+WIDTHS = (11, 11, 8, 8, 13, 7, 8)
+"""of the memory table's columns"""
 TOO_FAR = 4
 """differences beyond which a published run is no comparison"""
 
@@ -30,7 +32,8 @@ def _head(plan: Plan) -> Iterator[str]:
     if on_node:
         low, high = on_node.minutes
         training = next(stage for stage in on_node.stages if stage.name.startswith("training"))
-        yield f"{_span(training.low, training.high)} minutes of training, {_span(low, high)} minutes on the node{_bill(on_node)}"
+        minutes = f"{_span(training.low, training.high)} minutes of training, {_span(low, high)} minutes on the node"
+        yield minutes + _bill(on_node)
     else:
         speeds = ", ".join(f"{minutes:.1f} minutes on {where}" for where, minutes in plan.cpu_minutes.items())
         yield from _paragraph(f"free, on your own machine; training, at assumed speeds: {speeds}")
@@ -38,14 +41,14 @@ def _head(plan: Plan) -> Iterator[str]:
 
 
 def _bill(on_node: OnNode) -> str:
-    if on_node.dollars is None:
+    price, spot = on_node.node.price, on_node.node.spot
+    if price is None:
         return ", dollars unknown: --price"
     low, high = (minutes / 60 for minutes in on_node.minutes)
-    price, spot = on_node.node.price, on_node.node.spot
     words = f", ${low * price:.2f} to ${high * price:.2f} at ${price:.2f}/h"
-    return words + (
-        f"\nas spot at ${spot:.2f}/h: ${low * spot:.2f} to ${high * spot:.2f}, without preemptions" if spot else ""
-    )
+    if spot:
+        words += f"\nas spot at ${spot:.2f}/h: ${low * spot:.2f} to ${high * spot:.2f}, without preemptions"
+    return words
 
 
 def _published(plan: Plan) -> str:
@@ -54,7 +57,8 @@ def _published(plan: Plan) -> str:
         return "No published recipe is near it."
     score = f"CORE {run.core:.4f}" + (f" (mean of {run.core_runs})" if run.core_runs > 1 else " (one run)")
     result = (
-        f"{run.name} ({run.when}): {run.seconds / 60:.1f} minutes on 8xH100, {score} against GPT-2 XL's {GPT2_CORE}, {run.bpb:.4f} bits"
+        f"{run.name} ({run.when}): {run.seconds / 60:.1f} minutes on 8xH100, {score} against GPT-2 XL's"
+        f" {GPT2_XL_CORE}, {run.bpb:.4f} bits"
         f" per byte on {run.dataset}."
     )
     return f"It is {result}" if not differences else f"Closest published recipe ({'; '.join(differences)}): {result}"
@@ -64,7 +68,8 @@ def _model(plan: Plan) -> Iterator[str]:
     config, scaling = plan.derived.config, plan.derived.scaling
     yield from _title("Model")
     yield (
-        f"depth {config.depth}, width {config.width:,}, {config.heads} heads of {config.head_dim}, context {config.seq_len:,},"
+        f"depth {config.depth}, width {config.width:,}, {config.heads} heads of {config.head_dim}, context"
+        f" {config.seq_len:,},"
         f" vocabulary {config.vocab_size:,}, short window {min(config.windows):,}"
     )
     for name, value in scaling.parameters.items():
@@ -119,7 +124,8 @@ def _node(plan: Plan) -> Iterator[str]:
         return
     card = on_node.node.gpu.memory
     yield from _title(f"Memory of one GPU, 10^9 bytes ({card * (1 - RESERVE) / GIGA:.1f} of {card / GIGA:.1f} usable)")
-    yield f"{'device batch':<14}{'parameters':>11}{'gradients':>11}{'states':>8}{'copies':>8}{'activations':>13}{'loss':>7}{'total':>8}"
+    heads = ("parameters", "gradients", "states", "copies", "activations", "loss", "total")
+    yield f"{'device batch':<14}" + "".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True))
     for memory, divides in on_node.memory:
         numbers = (
             memory.parameters,
@@ -130,7 +136,7 @@ def _node(plan: Plan) -> Iterator[str]:
             memory.loss,
             memory.total,
         )
-        cells = "".join(f"{n / GIGA:>{width}.1f}" for n, width in zip(numbers, (11, 11, 8, 8, 13, 7, 8), strict=True))
+        cells = "".join(f"{n / GIGA:>{width}.1f}" for n, width in zip(numbers, WIDTHS, strict=True))
         rows = f"{memory.rows} (recipe)" if memory.rows == plan.recipe.train.device_batch_size else str(memory.rows)
         verdict = "does not divide" if not divides else "fits" if memory.fits(card) else "does not fit"
         yield f"{rows:<14}{cells}  {verdict}"
@@ -139,8 +145,10 @@ def _node(plan: Plan) -> Iterator[str]:
     yield f"largest that fits: {largest}. The optimizer's {temporaries:.1f} come when the activations are gone."
     host = on_node.host
     yield from _paragraph(
-        f"Of the machine's own memory all ranks together take {host.total / GIGA:.1f} beside their processes: {host.pinned / GIGA:.1f} pinned"
-        f" for checkpoints, in blocks of powers of two, and {host.rehearsal / GIGA:.1f} for the warm-up's copy of the state."
+        f"Of the machine's own memory all ranks together take {host.total / GIGA:.1f} beside their processes:"
+        f" {host.pinned / GIGA:.1f} pinned"
+        f" for checkpoints, in blocks of powers of two, and {host.rehearsal / GIGA:.1f} for the warm-up's copy of the"
+        " state."
     )
     yield from _title("Time and money, minutes")
     published = f"; published for 8xH100: {plan.run.step_seconds * 1e3:,.0f} ms" if plan.is_published else ""
@@ -154,7 +162,7 @@ def _node(plan: Plan) -> Iterator[str]:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    for title, notes in (("To know before", plan.warnings), ("Assumptions", plan.assumptions)):
+    for title, notes in (("To know before", warnings(plan)), ("Assumptions", assumptions(plan))):
         if notes:
             yield from _title(title)
             for note in notes:

@@ -1,7 +1,7 @@
 """The published runs: what was trained, in how many seconds, how it scored. The reference of `speedrun plan`.
 
-The leaderboard's rule: 8xH100 SXM, the seconds of the optimizer steps from the twelfth on (the first eleven compile), nothing else.
-Nothing here was measured by this program.
+The leaderboard's rule: 8xH100 SXM, the seconds of the optimizer steps from the twelfth on (the first eleven compile),
+nothing else. Nothing here was measured by this program.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import dataclasses
 import functools
 from typing import Any
 
+from job.recipe.leaderboard import UNTIMED_STEPS
 from model import scaling
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 
-UNTIMED_STEPS = 11
 GPUS = 8
-FP8_OVER_BF16 = 740 / 630
-"""tokens per second in fp8 over bf16 on a d26, end to end, as the leaderboard's log states them"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +66,8 @@ RUNS = (
     Run("Run 4 (seed)", "PR #516, 8 Feb 2026", "fineweb-edu", 26, "feb", 7.25, HALF, 8967, 0.2626, 1, 0.750008),
     Run("Run 4 (upstream)", "324e69c, 4 Mar 2026", "climbmix", 24, "feb", 9.5, ONE, 2.01 * 3600, 0.2571, 7, 0.71854,
         switches=(("softcap", 20.0),)),
-    Run("Run 5", "6ed7d1d, 9 Mar 2026", "climbmix", 24, "head", 8.7, ONE, 1.80 * 3600, 0.2690, 1, 0.71808, switches=THIRDS),
+    Run("Run 5", "6ed7d1d, 9 Mar 2026", "climbmix", 24, "head", 8.7, ONE, 1.80 * 3600, 0.2690, 1, 0.71808,
+        switches=THIRDS),
     Run("Run 6", "a825e63, 14 Mar 2026", "climbmix", 24, "head", 8, ONE, 5934, 0.2626, 5, 0.71800),
     Run("PR #733", "d22, not merged", "climbmix", 22, "head", 11.05, ONE, 5294, 0.2634, 3, 0.7242,
         besides="a longer warm-down to 0 and a clip of q and k"),

@@ -5,7 +5,8 @@
                                               +--> step time   fitted to published runs     (job.plan.steptime)
                                               +--> stages      minutes, dollars             (job.plan.money)
 
-Where the recipe is a published run on the published machine, its published seconds stand for the training; elsewhere the fit.
+Where the recipe is a published run on the published machine, its published seconds stand for the training; elsewhere
+the fit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import math
 from typing import Any
 
+from job.data.hub import DATASETS, Dataset
 from job.errors import UsageError
 from job.machine.gpus import GPU, PRICE_SOURCE, check_count, check_price, find_gpu
 from job.plan import money, published_runs
@@ -21,14 +23,13 @@ from job.plan.memory import RESERVE, HostMemory, Memory, host_memory, largest_ba
 from job.plan.steptime import BEYOND, expected_error, optimizer_seconds, published_fit, step_seconds
 from job.recipe.config import DataConfig, Recipe, preset_header
 from job.recipe.derive import Derived, derive, micro_steps
+from job.recipe.leaderboard import UNTIMED_STEPS
+from model.scaling import BF16_TIME
 
 CROP_SHARE = 0.346
 """tokens that packing drops, published for FineWeb-Edu in rows of 2048; ClimbMix's was never published"""
 CHARS_PER_TOKEN = 4.11
 """characters a token, from Run 6's 147 shards for its 8.9e9 tokens, vocabulary 32,768"""
-SHARD_CHARS = 250e6
-SHARDS = {"climbmix": 6542, "fineweb-edu": 1822}
-"""training shards that there are; one more is validation"""
 TRAINING = "training, timed"
 DEVICE_BATCHES = (8, 16, 32)
 CPU_SPEEDS = {"a laptop (0.1 TFLOP/s)": 1e11, "a server with bf16 matrix instructions (1 TFLOP/s)": 1e12}
@@ -83,8 +84,10 @@ class OnNode:
 
     @property
     def dollars(self) -> tuple[float, float] | None:
-        price = self.node.price
-        return None if price is None else tuple(minutes / 60 * price for minutes in self.minutes)
+        if self.node.price is None:
+            return None
+        low, high = self.minutes
+        return low / 60 * self.node.price, high / 60 * self.node.price
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +103,6 @@ class Plan:
     """in what the recipe differs from it"""
     on_node: OnNode | None
     cpu_minutes: dict[str, float]
-    warnings: list[str]
-    assumptions: list[str]
 
     @property
     def is_published(self) -> bool:
@@ -116,20 +117,26 @@ class Plan:
             "recipe": self.recipe.values(),
             "derived": self.derived.explained(),
             "text": dataclasses.asdict(self.text),
-            "published_run": {"name": self.run.name, "differences": self.differences, "core": self.run.core, "bpb": self.run.bpb,
-                              "seconds": self.run.seconds, "step_seconds": self.run.step_seconds},
+            "published_run": {
+                "name": self.run.name,
+                "differences": self.differences,
+                "core": self.run.core,
+                "bpb": self.run.bpb,
+                "seconds": self.run.seconds,
+                "step_seconds": self.run.step_seconds,
+            },
             "node": None if self.on_node is None else _node_document(self.on_node),
             "cpu_minutes": self.cpu_minutes,
             "step_time_error": published_fit().errors,
-            "warnings": self.warnings,
-            "assumptions": self.assumptions,
-        }  # fmt: skip
+            "warnings": warnings(self),
+            "assumptions": assumptions(self),
+        }
 
 
 def make_plan(recipe: Recipe, gpu: str | None = None, gpus: int | None = None, price: float | None = None) -> Plan:
-    """The plan of `recipe` on `gpus` GPUs called `gpu`, or what its preset is made for; `price` in dollars an hour and node.
+    """The plan of `recipe` on `gpus` GPUs called `gpu`, or on its preset's machine; `price` in dollars a node-hour.
 
-    Raises UsageError for an unknown GPU, a price that is not positive, fp8 on a GPU without it, a batch that does not divide.
+    UsageError for an unknown GPU, a price that is not positive, fp8 on a GPU without it, a batch that does not divide.
     """
     derived = derive(recipe)
     node = find_node(recipe.preset, gpu, gpus, price)
@@ -138,7 +145,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None, gpus: int | None = None, p
     )
     on_node = None if node is None else place(recipe, derived, node, None if differences else run)
     flops = derived.scaling.flops.value
-    plan = Plan(
+    return Plan(
         recipe=recipe,
         derived=derived,
         text=text_needed(recipe.data, derived.rows, recipe.model.seq_len, recipe.train.val_tokens),
@@ -146,10 +153,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None, gpus: int | None = None, p
         differences=differences,
         on_node=on_node,
         cpu_minutes={} if on_node else {where: flops / speed / 60 for where, speed in CPU_SPEEDS.items()},
-        warnings=[],
-        assumptions=[],
     )
-    return dataclasses.replace(plan, warnings=_warnings(plan), assumptions=_assumptions(plan))
 
 
 def find_node(preset: str, gpu: str | None, gpus: int | None, price: float | None) -> Node | None:
@@ -207,7 +211,7 @@ def _training(derived: Derived, seconds: float, node: Node, published: published
     if published is not None and (node.gpu.name, node.gpus) == ("h100", published_runs.GPUS):
         minutes = published.seconds / 60
         return money.Stage(TRAINING, minutes, minutes, f"published: {published.name}")
-    minutes = max(0, derived.steps - published_runs.UNTIMED_STEPS) * seconds / 60
+    minutes = max(0, derived.steps - UNTIMED_STEPS) * seconds / 60
     error = expected_error(derived.config, node.gpu)
     return money.Stage(TRAINING, minutes * (1 - error), minutes * (1 + error), f"step time, {error:.1%} either way")
 
@@ -217,24 +221,25 @@ def text_needed(data: DataConfig, rows: int, seq_len: int, val_tokens: int) -> T
     crop = 0.0 if data.split_long else CROP_SHARE
     raw = math.ceil(rows * seq_len / (1 - crop))
     characters = math.ceil(raw * CHARS_PER_TOKEN)
-    available = SHARDS.get(data.source)
-    shards = None if available is None else math.ceil(characters / SHARD_CHARS)
+    dataset = DATASETS.get(data.source)
+    available = dataset.count - 1 if dataset else None  # the last shard is validation
+    shards = math.ceil(characters / dataset.text_bytes) if dataset else None
     return Text(data.source, rows, math.ceil(val_tokens / seq_len), crop, raw, characters, shards, available)
 
 
-def _warnings(plan: Plan) -> list[str]:
-    """What somebody should know before going on."""
+def warnings(plan: Plan) -> list[str]:
+    """To know before going on."""
     depth, width = plan.derived.config.depth, plan.derived.config.width
     said = list(preset_header(plan.recipe.preset).notes)
     if depth % 2:
         said.append(
-            f"depth {depth} is odd: its width is rounded up to {width}, that of depth {depth + 1}, so it is wider for its depth than"
+            f"depth {depth} is odd: its width is rounded up to {width}, that of depth {depth + 1}, so it is wider for"
+            " its depth than"
             " the models that every rule here was tuned on; an even depth is the safer choice"
         )
-    if plan.text.available is not None and plan.text.shards > plan.text.available:
-        said.append(
-            f"{plan.text.shards:,} shards are more than {plan.text.source} has ({plan.text.available:,}): rows will repeat"
-        )
+    text = plan.text
+    if text.available is not None and text.shards is not None and text.shards > text.available:
+        said.append(f"{text.shards:,} shards are more than {text.source} has ({text.available:,}): rows will repeat")
     if plan.on_node is None:
         return said
     rows, card = plan.recipe.train.device_batch_size, plan.on_node.node.gpu
@@ -248,7 +253,8 @@ def _warnings(plan: Plan) -> list[str]:
     return said
 
 
-def _assumptions(plan: Plan) -> list[str]:
+def assumptions(plan: Plan) -> list[str]:
+    """Where the numbers rest on something that nobody measured."""
     if plan.on_node is None:
         return [
             "the speeds are guesses: small models reach less, and the minutes are of training alone",
@@ -256,12 +262,13 @@ def _assumptions(plan: Plan) -> list[str]:
         ]
     said, node, fit = [], plan.on_node.node, published_fit()
     said.append(
-        f"step time: E = {fit.flops / 1e12:.0f} TFLOP/s and P = {fit.passes:.0f} passes, fitted to {len(fit.errors)} published fp8 runs;"
+        f"step time: E = {fit.flops / 1e12:.0f} TFLOP/s and P = {fit.passes:.0f} passes, fitted to {len(fit.errors)}"
+        " published fp8 runs;"
         f" a run left out of the fit is missed by at most {fit.worst:.1%}. Of it"
         f" {optimizer_seconds(plan.derived.config, node.gpu, node.gpus) * 1e3:.0f} ms are the optimizer, not fitted."
     )
     if not plan.recipe.train.fp8:
-        said.append(f"bf16 takes {published_runs.FP8_OVER_BF16:.2f} times as long as fp8, as published for a d26")
+        said.append(f"bf16 takes {BF16_TIME:.2f} times as long as fp8, as published for a d26")
     if node.gpu.name != "h100":
         said.append(f"nobody published such a run on the {node.gpu.title}: the H100's times, scaled by the data sheets")
     if expected_error(plan.derived.config, node.gpu) > fit.worst:
@@ -269,13 +276,15 @@ def _assumptions(plan: Plan) -> list[str]:
             f"{BEYOND:.0%} either way is assumed for what lies beyond the published runs (another GPU, another depth)"
         )
     said.append(
-        f"memory: parameters to copies from the shapes; activations by a model calibrated on which published batches fit; {RESERVE:.0%} of"
+        "memory: parameters to copies from the shapes; activations by a model calibrated on which published batches"
+        f" fit; {RESERVE:.0%} of"
         " the card is kept free"
     )
     if plan.text.crop_share:
         said.append(
-            f"packing drops {plan.text.crop_share:.1%} of the tokens (published for FineWeb-Edu, rows of 2048; ClimbMix's is unknown);"
-            f" {CHARS_PER_TOKEN} characters a token, {SHARD_CHARS / 1e6:.0f} million characters a shard"
+            f"packing drops {plan.text.crop_share:.1%} of the tokens (published for FineWeb-Edu, rows of 2048;"
+            " ClimbMix's is unknown);"
+            f" {CHARS_PER_TOKEN} characters a token, {Dataset.text_bytes / 1e6:.0f} million characters a shard"
         )
     said.append(
         PRICE_SOURCE if node.spot is not None else f"no price of the {node.gpu.title} is known here: give --price"

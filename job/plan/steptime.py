@@ -2,16 +2,18 @@
 
     step = tokens/GPU x (F / E  +  P x 2 d L / bandwidth)  +  moved / bus  +  polar / (0.6 x bf16 peak)
 
-F is the leaderboard's FLOPs per token. E is what the matrix units reach, in F's own units. The second term is everything that is
-bound by memory: norms, rotary, quantising, residuals; 2 d bytes is one pass over a token's bf16 residual stream, and P is how many
-passes a layer costs, forward and backward. The last two terms are the optimizer, which no published run overlaps with the backward
-pass: a reduce-scatter and an all-gather of all weights, and Muon's orthogonalisation on the rank that owns most matrices. They are
-not fitted; for a d26 they give 35.7 ms, and the difference of two published runs says 35.4 ms.
+F is the leaderboard's FLOPs per token. E is what the matrix units reach, in F's own units. The second term is
+everything that is bound by memory: norms, rotary, quantising, residuals; 2 d bytes is one pass over a token's bf16
+residual stream, and P is how many passes a layer costs, forward and backward. The last two terms are the optimizer,
+which no published run overlaps with the backward pass: a reduce-scatter and an all-gather of all weights, and Muon's
+orthogonalisation on the rank that owns most matrices. They are not fitted; for a d26 they give 35.7 ms, and the
+difference of two published runs says 35.4 ms.
 
-E and P are fitted to the fp8 runs (least squares of relative errors) each time: the data are eight lines. The error that counts is
-that of a run which was left out of the fit; `Fit.errors` has it for each. Other GPUs: E goes with their bf16 peak, P's term with
-their memory bandwidth, the bus with NVLink's. bf16 instead of fp8: the step without the optimizer takes 740/630 times as long, as
-published for a d26. The device batch is not in it: 32 instead of 16 rows brought about 1 % where it was tried.
+E and P are fitted to the fp8 runs (least squares of relative errors) each time: the data are eight lines. The error
+that counts is that of a run which was left out of the fit; `Fit.errors` has it for each. Other GPUs: E goes with their
+bf16 peak, P's term with their memory bandwidth, the bus with NVLink's. bf16 instead of fp8: the step without the
+optimizer takes 740/630 times as long, as published for a d26. The device batch is not in it: 32 instead of 16 rows
+brought about 1 % where it was tried.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ import numpy as np
 
 from job.machine.gpus import GPU, GPUS
 from job.plan.memory import BF16, FP32, muon_stacks, tables
-from job.plan.published_runs import FP8_OVER_BF16, RUNS, Run
 from job.plan.published_runs import GPUS as RANKS
-from model.gpt import GPTConfig
-from model.scaling import flops_per_token
+from job.plan.published_runs import RUNS, Run
+from model.config import GPTConfig
+from model.scaling import BF16_TIME, flops_per_token
 
 POLAR_ITERATIONS = 5
 POLAR_EFFICIENCY = 0.6
@@ -62,7 +64,8 @@ def optimizer_seconds(config: GPTConfig, gpu: GPU, ranks: int) -> float:
 
 
 def polar_flops(config: GPTConfig, ranks: int) -> int:
-    """Polar Express on the rank that owns most: a, A = X X^T, A A, A X, for every matrix m <= n: 4 m^2 n + 2 m^3 an iteration."""
+    """Polar Express on the rank that owns most: a, A = X X^T, A A, A X, for every matrix m <= n: 4 m^2 n + 2 m^3 an
+    iteration."""
     total = 0
     for stack in muon_stacks(config):
         m, n = sorted((stack.rows, stack.columns))
@@ -83,7 +86,7 @@ def token_seconds(config: GPTConfig, gpu: GPU, fp8: bool, fit: Fit | None = None
     fit = fit or published_fit()
     compute = flops_per_token(config) / (fit.flops * gpu.bf16 / REFERENCE.bf16)
     memory = fit.passes * _stream_bytes(config) / gpu.bandwidth
-    return (compute + memory) * (1.0 if fp8 else FP8_OVER_BF16)
+    return (compute + memory) * (1.0 if fp8 else BF16_TIME)
 
 
 def _stream_bytes(config: GPTConfig) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 from job.errors import UsageError
 from job.recipe.config import Recipe
 from model import scaling
-from model.gpt import ConfigError, GPTConfig
-from model.optimizer import GroupSpec
+from model.config import ConfigError, GPTConfig
+from model.hyper import GroupSpec
 from model.schedule import Schedule
 
 

@@ -9,10 +9,9 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from job.evaluation.core_v1 import GPT2_CORE
-from job.store.attempt import UNTIMED_STEPS, Record
-
 KINDS = {"multiple_choice": "multiple choice", "schema": "schema", "language_modeling": "language modeling"}
+from job.recipe.leaderboard import GPT2_XL_CORE, UNTIMED_STEPS
+from job.store.attempt import Record
 
 NONE = "–"
 SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -96,7 +95,7 @@ def score_sentence(result: dict[str, Any]) -> str:
     if core := result["core"]:
         return (
             f"CORE is {with_error(core, 4)} over {len(core['tasks'])} tasks ({_cap(core)}); "
-            f"{GPT2_CORE} is published for GPT-2 XL. The error is that of item sampling; "
+            f"{GPT2_XL_CORE} is published for GPT-2 XL. The error is that of item sampling; "
             "from run to run CORE varies by another 0.005 (published), and this is one run."
         )
     if smoke := result["smoke_score"]:

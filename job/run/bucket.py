@@ -1,9 +1,9 @@
-"""A run and its bucket, from the supervisor's side: what is taken from there at the start, and the uploader while it runs.
+"""A run and its bucket, from the supervisor's side.
 
-at the start    recipe compared, a claim beyond all others, events of earlier attempts, answers, the finished model where there is one;
-                a checkpoint when training asks for it; the prepared set is pulled by the prepare stage itself
-meanwhile       the uploader (job/run/uploader.py) mirrors what is sealed, and says when a newer attempt has taken over
-at the end      what is left is waited for, at most `wait` seconds; what did not arrive is on the local disk, and its path is said
+at the start    recipe compared, a claim beyond all others, events of earlier attempts, answers, the finished model if
+                there is one; a checkpoint when training asks for it; prepare itself pulls the prepared set
+meanwhile       the uploader (job/run/uploader.py) mirrors sealed folders, and says when a newer attempt has taken over
+at the end      uploads are waited for, at most `wait` seconds; what did not arrive is on the local disk
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from job.console import Console
 from job.errors import DataError, UsageError
 from job.evaluation.ledger import ANSWERS, LEDGER
 from job.evaluation.rescore import fullness_of_ledger
+from job.store import VARIABLE, open_store
 from job.store.attempt import Attempt, newest_attempt
 from job.store.checkpoint_folder import KIND as CHECKPOINT
 from job.store.checkpoint_folder import folder_of
 from job.store.fence import claimed, run_key, stored_claim
 from job.store.sealed import MANIFEST, atomic_write, is_sealed, open_sealed
-from job.store.stores import S3_URL, VARIABLE, Store, open_store, pull_sealed, sealed_names, stored_manifest
+from job.store.stores import S3_URL, Store, pull_sealed, sealed_names, stored_manifest
 
 PULLS = 8
 """small files and folders that are pulled at once"""
@@ -37,7 +38,7 @@ BPB = "bpb"
 
 
 def check_place(url: str, out: Path, *, strict: bool = False) -> None:
-    """UsageError unless `url` is s3://..., or plainly a folder (absolute, ./x, ../x, or there already) apart from `out`.
+    """UsageError unless `url` is s3://..., or plainly a folder (absolute, ./x, ../x, or existing) apart from `out`.
 
     A misspelled bucket must not become a folder on a machine that goes away: with `strict` no folder will do.
     """
@@ -45,40 +46,37 @@ def check_place(url: str, out: Path, *, strict: bool = False) -> None:
         raise UsageError(
             "--bucket is empty: write s3://bucket/prefix (is the variable that you gave set?), or leave --bucket out"
         )
-    if not url.startswith("s3://"):
-        if mistyped := re.fullmatch(r"s3[an]?(?::/*|/+)([^/].*)?", url.strip(), re.IGNORECASE):
-            if ":" in url or not os.path.isdir(url):
-                raise UsageError(f"--bucket {url} cannot be used: write s3://{mistyped[1] or 'bucket/prefix'}")
-        elif "://" in url:
-            raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix, or a folder")
-        if url.startswith("~"):
+    if url.startswith("s3://"):
+        if not S3_URL.fullmatch(url):
             raise UsageError(
-                f"--bucket {url} was not expanded by the shell: write {os.path.expanduser(url)}, or ./{url}"
+                f"--bucket {json.dumps(url)} names no bucket: write s3://bucket/prefix, the bucket in small letters"
             )
-        if strict:
-            raise UsageError(
-                f"--strict is for machines that go away, and the folder {url} would go with it: give --bucket s3://bucket/prefix"
-            )
-        _check_apart(Path(url), out)
-        if not (url.startswith(("/", "./", "../")) or os.path.isdir(url)):
-            name = url.strip("/ ")
-            raise UsageError(
-                f"--bucket {url} may mean a bucket or a folder, and no such folder is there: write s3://{name}, or ./{name} for a new folder"
-            )
-    elif not S3_URL.fullmatch(url):
+        return
+    if mistyped := re.fullmatch(r"s3[an]?(?::/*|/+)([^/].*)?", url.strip(), re.IGNORECASE):
+        if ":" in url or not os.path.isdir(url):
+            raise UsageError(f"--bucket {url} cannot be used: write s3://{mistyped[1] or 'bucket/prefix'}")
+    elif "://" in url:
+        raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix, or a folder")
+    if url.startswith("~"):
+        raise UsageError(f"--bucket {url} was not expanded by the shell: write {os.path.expanduser(url)}, or ./{url}")
+    if strict:
         raise UsageError(
-            f"--bucket {json.dumps(url)} names no bucket: write s3://bucket/prefix, the bucket in small letters"
+            f"--strict is for machines that go away, and the folder {url} would go with it: give --bucket"
+            " s3://bucket/prefix"
         )
-
-
-def _check_apart(folder: Path, out: Path) -> None:
-    """UsageError when one of a mirror and what it mirrors is in the other, so that copies would be copied."""
-    if _is_inside(folder, out):
+    if _is_inside(Path(url), out):
         raise UsageError(
-            f"--bucket {folder} is --out {out} or inside it, and would be mirrored into itself: choose a folder elsewhere, or s3://bucket/prefix"
+            f"--bucket {Path(url)} is --out {out} or inside it, and would be mirrored into itself: choose a folder"
+            " elsewhere, or s3://bucket/prefix"
         )
-    if any(_is_inside(out, folder / name) for name in ("prepared", "compiled", "runs")):
-        raise UsageError(f"--out {out} is among the copies that --bucket {folder} holds: choose an --out elsewhere")
+    if any(_is_inside(out, Path(url) / name) for name in ("prepared", "compiled", "runs")):
+        raise UsageError(f"--out {out} is among the copies that --bucket {Path(url)} holds: choose an --out elsewhere")
+    if not (url.startswith(("/", "./", "../")) or os.path.isdir(url)):
+        name = url.strip("/ ")
+        raise UsageError(
+            f"--bucket {url} may mean a bucket or a folder, and no such folder is there: write s3://{name}, or ./{name}"
+            " for a new folder"
+        )
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -119,24 +117,19 @@ class Bucket:
         mine, stored = newest_attempt(run), claimed(self.store, run.name)
         both = [number for number in stored if (run / "attempts" / str(number)).is_file()]
         remedy = "take another --run-id or --out, or --fresh to discard both"
-        if both and stored_claim(self.store, run.name, both[-1]) != json.loads(
-            (run / "attempts" / str(both[-1])).read_text()
-        ):
-            raise UsageError(
-                f"run {run.name} in {self.store.url} is not the one in {run}, though it has the same name; {remedy}"
-            )
+        if both:
+            claim = json.loads((run / "attempts" / str(both[-1])).read_text())
+            if stored_claim(self.store, run.name, both[-1]) != claim:
+                raise UsageError(
+                    f"run {run.name} in {self.store.url} is not the one in {run}, though it has the same name; {remedy}"
+                )
         later = [number for number in stored if mine and number > mine]
         with ThreadPoolExecutor(PULLS) as pool:
-            anew = [
-                n
-                for n, claim in zip(
-                    later, pool.map(lambda n: stored_claim(self.store, run.name, n), later), strict=True
-                )
-                if claim.get("fresh")
-            ]
-        if anew:
+            claims = list(pool.map(lambda n: stored_claim(self.store, run.name, n), later))
+        if anew := [number for number, claim in zip(later, claims, strict=True) if claim.get("fresh")]:
             raise UsageError(
-                f"run {run.name} was begun anew in {self.store.url} by attempt {anew[-1]}; {run} holds what it was before: {remedy}"
+                f"run {run.name} was begun anew in {self.store.url} by attempt {anew[-1]}; {run} holds what it was"
+                f" before: {remedy}"
             )
 
     def discard(self, run_id: str, console: Console) -> None:
@@ -148,7 +141,7 @@ class Bucket:
             console.say(f"--fresh: discarded what {self.store.url}/{run_key(run_id)} had")
 
     def begin(self, run: Path, attempt: Attempt, final_rows: int, console: Console, *, fresh: bool) -> None:
-        """After the claim: say where the run is mirrored to, sweep, discard or restore it, and say where it can be watched."""
+        """After the claim: sweep, discard or restore, and say where the run is mirrored to and can be watched."""
         console.say(f"mirroring run {run.name} to {self.place}")
         self.store.sweep(run_key(run.name))
         for shared in ("prepared", "compiled"):
@@ -158,12 +151,11 @@ class Bucket:
         self.restore(run, attempt, final_rows, console)
         if link := self.store.link(f"{run_key(run.name)}/report/report.html", LINK_SECONDS):
             sooner = ", with these temporary credentials much sooner" if "X-Amz-Security-Token" in link else ""
-            console.say(
-                f"live page, renewed every minute (the address expires in {LINK_SECONDS // 86400} days{sooner}):\n{link}"
-            )
+            days = LINK_SECONDS // 86400
+            console.say(f"live page, renewed every minute (the address expires in {days} days{sooner}):\n{link}")
 
     def restore(self, run: Path, attempt: Attempt, final_rows: int, console: Console) -> None:
-        """Pull what the bucket has of the run and this disk has not: claims, events, answers, and the finished model."""
+        """Pull what this disk lacks of the run: claims, events, answers, and the finished model."""
         began = time.monotonic()
         self.pull_record(run, before=attempt.number)
         self._drop_lesser_score(run)
@@ -187,7 +179,7 @@ class Bucket:
             list(pool.map(lambda item: self._pull(self._key(run, item[0]), *item), self._answers(run)))
 
     def pull_record(self, run: Path, before: int | None = None) -> None:
-        """The claims and events of attempts (with a smaller number than `before`), where the bucket has more of them."""
+        """Claims and events of attempts (numbered below `before`), where the bucket has more of them."""
         sizes = self.store.list(f"{run_key(run.name)}/attempts") | self.store.list(f"{run_key(run.name)}/events")
         wanted = []
         for key, size in sizes.items():
@@ -210,10 +202,7 @@ class Bucket:
         pull_sealed(self.store, self._key(run, folder), folder, kind=CHECKPOINT)
 
     def _drop_lesser_score(self, run: Path) -> None:
-        """Make room for the bucket's score of the same weights where it says more than this disk's, which would be put over it.
-
-        The report of the lesser one goes too.
-        """
+        """Remove this disk's score, and its report, where the bucket's score of the same weights says more."""
         ledger = run / "eval" / "ledger"
         if not is_sealed(ledger):
             return
@@ -224,14 +213,9 @@ class Bucket:
         if not stored or stored["made_from"]["weights"] != mine.made_from["weights"]:
             return
         if fullness_of_ledger(stored["facts"], stored["made_from"]) > fullness_of_ledger(mine.facts, mine.made_from):
-            folders = {
-                folder for folder, kind in self._answers(run) if kind == ANSWERS and folder.parent == ledger.parent
-            }
-            for folder in (
-                run / "report",
-                *folders,
-                ledger,
-            ):  # the ledger last: where this was cut short, it is done again
+            answers = [folder for folder, kind in self._answers(run) if kind == ANSWERS]
+            scored = {folder for folder in answers if folder.parent == ledger.parent}
+            for folder in (run / "report", *scored, ledger):  # the ledger last: cut short, it is done again
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _answers(self, run: Path) -> list[tuple[Path, str]]:

@@ -1,11 +1,11 @@
-"""What `speedrun doctor` says of a machine: what preflight looks at, and with --deep whether it computes what it should, and how fast.
+"""`speedrun doctor`: what preflight looks at, and with --deep whether the machine computes correctly, and how fast.
 
-    look        card, driver, versions, whether these are the lock's; GPUs, attention, fp8; temporary files, shared memory, disk
-    --deep      on the first GPU: attention against the blocks, forward and backward milliseconds at the recipe's shapes; each fp8 layer
-                shape's three products and the head's loss against fp32 (model/fp8_proof.py). Without a GPU the same at small sizes.
+    look      card, driver, versions, whether these are the lock's; GPUs, attention, fp8; temporary files, disk
+    --deep    on the first GPU: attention against the windowed SDPA, forward and backward milliseconds at the recipe's
+              shapes; each fp8 layer shape's three products and the head's loss against fp32 (model/fp8_proof.py).
+              Without a GPU the same at small sizes.
 
-The document is what a person reads as a page. What it finds wrong is in `refused`; a machine that computes wrongly is refused always, one
-that is slow or has no GPU with --strict.
+A machine that computes wrongly is refused always, one that is slow or has no GPU with --strict.
 """
 
 from __future__ import annotations
@@ -26,36 +26,48 @@ from job.plan.memory import checkpoint_bytes
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from job.run import preflight
+from job.train.kernels import choose_kernels, layers_in_fp8
 from job.train.step_metrics import now, seconds_between
 from model import attention, fp8
-from model.gpt import GPTConfig
+from model.config import GPTConfig
 
 REPEATS = 11
 """timings of one thing"""
 
 
 def examine(recipe: Recipe, out: Path, *, strict: bool, allow_fa2: bool, deep: bool) -> dict[str, Any]:
-    """The document: `stack`, `differs` (from the lock), `found` (sentences), `proofs` (rows), `refused` (a sentence or None)."""
+    """`stack`, `differs` (from the lock), `found` (sentences), `proofs` (rows), `refused` (a sentence or None)."""
     stack = describe_stack()
-    document = {"stack": stack, "differs": differences(stack), "deep": deep, "found": [], "proofs": [], "refused": None}
+    found: list[str] = []
+    proofs: list[dict[str, Any]] = []
+    refused = None
     try:
-        document["found"] += [_computer(), *_folders(recipe, out)]
+        bf16 = "with" if host.has_fast_bf16() else "without"
+        found.append(f"CPU: {host.cpu_name()}, {host.usable_cores()} usable cores, {bf16} bf16 instructions")
+        found += _folders(recipe, out)
         container.check_temporary_folder()
         here = preflight.this_machine()
         ranks = max(1, here.gpus)
         if here.gpus:
             container.check(recipe, ranks)
         said = preflight.check(recipe, ranks, strict=strict, allow_fa2=allow_fa2, machine=here)
-        document["found"] += said or ["no GPU that torch can use: the CPU would train"]
+        found += said or ["no GPU that torch can use: the CPU would train"]
         if deep:
-            _prove(recipe, here, document["proofs"], strict=strict, allow_fa2=allow_fa2)
+            _prove(recipe, here, proofs, strict=strict, allow_fa2=allow_fa2)
     except PreflightError as error:
-        document["refused"] = str(error)
-    return document
+        refused = str(error)
+    return {
+        "stack": stack,
+        "differs": differences(stack),
+        "deep": deep,
+        "found": found,
+        "proofs": proofs,
+        "refused": refused,
+    }
 
 
 def page(document: dict[str, Any]) -> str:
-    """For people: what was found, the proofs as a Markdown table, and that all is well where nothing is `refused`."""
+    """What was found, the proofs as a Markdown table, and that all is well where nothing is `refused`."""
     text = [*lines(document["stack"]), *document["found"]]
     if document["proofs"]:
         text += ["", "| proven | error | bound | ms |", "| --- | ---: | ---: | ---: |"]
@@ -63,18 +75,9 @@ def page(document: dict[str, Any]) -> str:
             error = "no number" if row["error"] is None else f"{row['error']:.4f}"
             text.append(f"| {row['what']} | {error} | {row['bound']:.4f} | {row['ms'] or ''} |")
     if not document["refused"]:
-        text += [
-            "",
-            "what was computed agrees"
-            if document["deep"]
-            else "nothing stands against it; --deep computes and compares",
-        ]
+        shallow = "nothing stands against it; --deep computes and compares"
+        text += ["", "what was computed agrees" if document["deep"] else shallow]
     return "\n".join(text)
-
-
-def _computer() -> str:
-    bf16 = "with" if host.has_fast_bf16() else "without"
-    return f"CPU: {host.cpu_name()}, {host.usable_cores()} usable cores, {bf16} bf16 instructions"
 
 
 def _folders(recipe: Recipe, out: Path) -> list[str]:
@@ -89,12 +92,10 @@ def _folders(recipe: Recipe, out: Path) -> list[str]:
     ]
 
 
-def _prove(
-    recipe: Recipe, here: preflight.Machine, rows: list[dict[str, Any]], *, strict: bool, allow_fa2: bool
-) -> None:
+def _prove(recipe: Recipe, here: host.Machine, rows: list[dict[str, Any]], *, strict: bool, allow_fa2: bool) -> None:
     """Fill `rows`; PreflightError for a kernel that fails or computes something else."""
     device = torch.device("cuda", 0) if here.gpus else torch.device("cpu")
-    preflight.choose_kernels(recipe, here, None, strict=strict, allow_fa2=allow_fa2, prove_on=device)
+    choose_kernels(recipe, here, None, strict=strict, allow_fa2=allow_fa2, prove_on=device)
     config, batch = derive(recipe).config, recipe.train.device_batch_size
     if not here.gpus:
         config, batch = GPTConfig.for_depth(2, 512, 128, recipe.model.generation, window_tile=32), 2
@@ -112,25 +113,20 @@ def _prove(
             _row(f"attention, window {window}", error, attention.PROOF_BOUND, f"{forward:.2f} + {both - forward:.2f}")
         )
     if recipe.train.fp8:
-        _prove_fp8(config, recipe.model.generation, batch * config.seq_len, device, rows)
+        from model import fp8_proof  # torchao takes seconds to import
+
+        tokens = batch * config.seq_len
+        try:
+            model = layers_in_fp8(config, tokens, recipe.model.generation)
+            for name, agreements in fp8_proof.measurements(model, tokens, device):
+                rows += [_row(f"{name}, {found.what}", found.error, found.bound) for found in agreements]
+        except fp8.Fp8Error as error:
+            raise PreflightError(str(error)) from None
     if wrong := next((row for row in rows if row["error"] is None or row["error"] > row["bound"]), None):
         found = "no number" if wrong["error"] is None else f"wrong by {wrong['error']:.1%}"
         raise PreflightError(
             f"{wrong['what']} is {found} where rounding explains {wrong['bound']:.1%}: take another machine"
         )
-
-
-def _prove_fp8(
-    config: GPTConfig, generation: str, tokens: int, device: torch.device, rows: list[dict[str, Any]]
-) -> None:
-    model = preflight.layers_in_fp8(config, tokens, generation)
-    from model import fp8_proof  # torchao takes seconds to import
-
-    try:
-        for name, agreements in fp8_proof.measurements(model, tokens, device):
-            rows += [_row(f"{name}, {found.what}", found.error, found.bound) for found in agreements]
-    except fp8.Fp8Error as error:
-        raise PreflightError(str(error)) from None
 
 
 def _row(what: str, error: float, bound: float, ms: str | None = None) -> dict[str, Any]:
@@ -155,4 +151,5 @@ def _attention_ms(config: GPTConfig, window: int, rows: int, device: torch.devic
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     taken = [(seconds_between(began, middle), seconds_between(began, ended)) for began, middle, ended in marks[2:]]
-    return tuple(1000 * statistics.median(each) for each in zip(*taken, strict=True))
+    forward, both = (1000 * statistics.median(each) for each in zip(*taken, strict=True))
+    return forward, both

@@ -1,8 +1,8 @@
 """Deaths at every start: when exit code 75 would only have the machine rented again for nothing.
 
-A rank that dies of a signal (a segmentation fault in a kernel, the watchdog's SIGABRT) ends its attempt with 75, and whatever started
-the attempt starts the next one. Where the cause is a broken device or build that goes on without end. So the events of all attempts are
-folded into the deaths that nothing good came of:
+A rank that dies of a signal (a segmentation fault in a kernel, the watchdog's SIGABRT) ends its attempt with 75, and
+whatever started the attempt starts the next one. With a broken device or build that goes on without end. So the
+events of all attempts are folded into the deaths that nothing good came of:
 
     what an attempt's events say                              the row of deaths
     a stage sealed something that no attempt had sealed       those in that stage are forgotten
@@ -11,9 +11,9 @@ folded into the deaths that nothing good came of:
     a signal to the supervisor, another error, done           as it is
     no last event (the machine vanished)                      as it is
 
-A row of three ends with exit code 15, and as long as it lasts every further start makes one attempt and ends so again. New is, in
-training, a checkpoint beyond all earlier ones; in evaluation, a task that was scored; in prepare, a tokenizer or row file (the held-out
-one too) that was made and not pulled from the store.
+A row of three ends with exit code 15, and as long as it lasts every further start makes one attempt and ends so again.
+New is, in training, a checkpoint beyond all earlier ones; in evaluation, a task that was scored; in prepare, a
+tokenizer or row file (the held-out one too) that was made and not pulled from the store.
 
 `speedrun prepare` and `evaluate --hf` have no attempts in which deaths could be counted: their first one ends with 15.
 """
@@ -84,12 +84,13 @@ def judged(run: Path, attempt: int, died: RankDied) -> SpeedrunError:
     if len(deaths) < LIMIT:
         return died
     last = died.death
-    others = dict.fromkeys(f"{death.rank} of {death.stage} by {death.signal}" for death in deaths[:-1] if death != last)
+    others = dict.fromkeys(f"{d.rank} of {d.stage} by {d.signal}" for d in deaths[:-1] if d != last)
     before = f" (before it {', '.join(others)})" if others else ""
     error = SilentRankError(
-        f"{last.rank} of {last.stage} died of {explained(last.signal)}, in the {ordinal(len(deaths))} attempt in a row that a death ended and that"
-        f" sealed nothing new{before}: starting again as it is will not help; see {died.log}, then take another machine or mend the cause;"
-        " what is sealed is kept, and the same command makes one more attempt"
+        f"{last.rank} of {last.stage} died of {explained(last.signal)}, in the {ordinal(len(deaths))} attempt in a row"
+        f" that a death ended and that sealed nothing new{before}: starting again as it is will not help; see"
+        f" {died.log}, then take another machine or mend the cause; what is sealed is kept, and the same command makes"
+        " one more attempt"
     )
     error.noted = died.noted
     return error
@@ -99,8 +100,8 @@ def without_attempts(died: RankDied) -> SilentRankError:
     """What a command ends with that keeps no record of its attempts."""
     death = died.death
     return SilentRankError(
-        f"{death.rank} of {death.stage} died of {explained(death.signal)}; what is sealed is kept, and the same command, typed again,"
-        " goes on from there"
+        f"{death.rank} of {death.stage} died of {explained(death.signal)}; what is sealed is kept, and the same"
+        " command, typed again, goes on from there"
     )
 
 

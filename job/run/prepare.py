@@ -17,10 +17,10 @@ from job.machine import host
 from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.run.rank import RankContext
+from job.store import store_of_environment
 from job.store.artifact_cache import Pool
 from job.store.checkpoint_folder import folder_of
 from job.store.sealed import is_sealed, sealing
-from job.store.stores import store_of_environment
 
 
 def main(context: RankContext) -> None:

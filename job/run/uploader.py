@@ -33,11 +33,12 @@ from job.errors import ExitCode, SpeedrunError
 from job.report.render import report_files
 from job.reporter import Reporter
 from job.run.rank import RankReporter
+from job.store import open_store
 from job.store.attempt import newest_attempt
 from job.store.checkpoint_folder import KEEP, folder_of, folders
 from job.store.fence import Fenced, TakenOver, claim_key, run_key
 from job.store.sealed import MANIFEST, is_sealed
-from job.store.stores import Store, open_store, push_sealed, sealed_names
+from job.store.stores import Store, push_sealed, sealed_names
 
 POLL = 0.5
 """seconds between two looks for sealed folders"""

@@ -31,7 +31,8 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from job.errors import ExitCode
-from job.store.attempt import UNTIMED_STEPS, Record, fold_event, newest_attempt
+from job.recipe.leaderboard import UNTIMED_STEPS
+from job.store.attempt import Record, fold_event, newest_attempt
 
 POLL = 1.0
 """seconds between two looks at the event files"""

@@ -1,12 +1,11 @@
 """Attempts and events: what happened, kept so that a crash in mid-line loses at most that line.
 
-Each start of a run is an attempt. It claims `attempts/N` by a create-only write (the operating system lets exactly one process
-make a file that must not exist) and from then on is the only writer of `events/N.jsonl`: one JSON object a line, appended and
-flushed. The newest claim wins; an older attempt that is still alive notices and stops before it publishes again. With a bucket the claim is
-made there as well (job/store/fence.py).
+Each start of a run is an attempt. It claims `attempts/N` by a create-only write and from then on is the only writer of
+`events/N.jsonl`: one JSON object a line, appended and flushed. The newest claim wins; an older attempt that is still
+alive stops before it publishes again. With a bucket the claim is made there as well (job/store/fence.py).
 
-`fold` reads the events of all attempts and gives the `Record`: clocks, curves, stages, scores. Nothing else keeps state: what is
-done is said by sealed folders, what happened by events.
+`fold` reads the events of all attempts and gives the `Record`: clocks, curves, stages, scores. Nothing else keeps
+state: sealed folders say what is done, events what happened.
 """
 
 from __future__ import annotations
@@ -24,13 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from job.recipe.leaderboard import UNTIMED_STEPS
 from job.reporter import Reporter
 from job.store.fence import TakenOver, claim_key, newest_claimed
 from job.store.sealed import storage_errors
 from job.store.stores import Store
-
-UNTIMED_STEPS = 11
-"""The leaderboard's clock leaves out steps 0-10 (compilation and warm-up): facts of the published runs, "N - 11 steps"."""
 
 
 class Attempt(Reporter):
@@ -45,9 +42,9 @@ class Attempt(Reporter):
 
     @classmethod
     def claim(cls, run: Path, store: Store | None = None, **notes: Any) -> Attempt:
-        """Claim the next free number; of several claimants at once each gets its own, and the highest is the newest.
+        """Claim the next free number, in the `store` first if there is one; `notes` go into the claim.
 
-        With a `store` the claim is made there first, so that claimants on other machines count as well. `notes` go into the claim.
+        Of several claimants at once each gets its own number, and the highest is the newest.
         """
         with storage_errors(run):
             (run / "attempts").mkdir(parents=True, exist_ok=True)
@@ -68,14 +65,10 @@ class Attempt(Reporter):
             number += 1
         return cls(run, number)
 
-    def superseded(self) -> int | None:
-        """The number of the attempt of this machine that took over, or None while this one is the newest."""
-        newest = newest_attempt(self.run)
-        return newest if newest > self.number else None
-
     def check_newest(self) -> None:
-        """Raise TakenOver when another attempt of this machine took over; those of others are seen by the uploader's `Fenced` store."""
-        if newest := self.superseded():
+        """TakenOver when another attempt of this machine took over; those of others the uploader's store sees."""
+        newest = newest_attempt(self.run)
+        if newest > self.number:
             raise TakenOver(self.run.name, self.number, newest)
 
     def emit(self, kind: str, **fields: Any) -> None:
@@ -187,6 +180,27 @@ class Record:
         return total
 
 
+LATEST = {
+    "attempt.started": "machine",
+    "prepare.tokenizer": "tokenizer",
+    "prepare.done": "prepared",
+    "prepare.leaks": "leaks",
+    "train.start": "train",
+    "eval.bpb": "bpb",
+    "eval.done": "score",
+}
+"""kinds of events of which the last one counts, and the field of the record that it becomes"""
+BY_KEY = {
+    "prepare.rows": ("shards", "shard"),
+    "train.step": ("steps", "step"),
+    "train.val": ("validations", "step"),
+    "train.slow_ranks": ("slow_ranks", "step"),
+    "checkpoint.sealed": ("checkpoints", "rows"),
+    "eval.task": ("tasks", "task"),
+}
+"""kinds of which the last one by key counts"""
+
+
 def fold(run: Path) -> Record:
     """Fold the events of all attempts of `run` into one Record."""
     record = Record()
@@ -196,7 +210,7 @@ def fold(run: Path) -> Record:
 
 
 def fold_event(record: Record, event: dict[str, Any]) -> None:
-    """Fold one more event into `record`; events come in the order of `read_events`. Those of lesser evaluations only take time."""
+    """Fold one more event, in the order of `read_events`, into `record`; those of lesser evaluations only take time."""
     fields = {k: v for k, v in event.items() if k not in ("attempt", "seq", "kind")}
     number, t = event["attempt"], event["t"]
     if not record.attempts or record.attempts[-1].number != number:
@@ -205,9 +219,13 @@ def fold_event(record: Record, event: dict[str, Any]) -> None:
     life.end = t
     if "lesser" in event:
         return
-    match event["kind"]:
-        case "attempt.started":
-            record.machine = fields
+    kind = event["kind"]
+    if kind in LATEST:
+        setattr(record, LATEST[kind], fields)
+    elif kind in BY_KEY:
+        name, key = BY_KEY[kind]
+        getattr(record, name)[event[key]] = fields
+    match kind:
         case "attempt.ended":
             life.exit_code, life.reason = event["exit_code"], event["reason"]
         case "stage.started":
@@ -217,29 +235,7 @@ def fold_event(record: Record, event: dict[str, Any]) -> None:
                 if span.attempt == number and span.stage == event["stage"]:
                     span.end = t
                     break
-        case "prepare.tokenizer":
-            record.tokenizer = fields
-        case "prepare.rows":
-            record.shards[event["shard"]] = fields
-        case "prepare.done":
-            record.prepared = fields
-        case "prepare.leaks":
-            record.leaks = fields
-        case "train.start":
-            record.train = fields
         case "train.step":
-            record.steps[event["step"]] = fields | {"attempt": number}
-        case "train.val":
-            record.validations[event["step"]] = fields
-        case "train.slow_ranks":
-            record.slow_ranks[event["step"]] = fields
-        case "checkpoint.sealed":
-            record.checkpoints[event["rows"]] = fields
-        case "eval.bpb":
-            record.bpb = fields
-        case "eval.task":
-            record.tasks[event["task"]] = fields
-        case "eval.done":
-            record.score = fields
+            record.steps[event["step"]]["attempt"] = number
         case "sample":
             record.samples[event["prompt"]] = event["text"]

@@ -1,10 +1,11 @@
 """Which attempt of a run may publish: claims in the store, and a store that looks at them before every write.
 
-    runs/<id>/attempts/N        one create-only object for each attempt, its nonce inside; the highest number is the newest
+    runs/<id>/attempts/N    one create-only object for each attempt, its nonce inside; the highest number is the newest
 
-A claim is never removed: the numbers of a run only grow, also over `--fresh`, so an attempt that slept through another's whole life
-still learns that it is no longer the newest. No clock and no lease is involved. What remains is the moment between the look and the
-write; nothing is lost in it, for a reader trusts hashes, and a newer attempt aborts what an older one has begun to upload.
+A claim is never removed: the numbers of a run only grow, also over `--fresh`, so an attempt that slept through
+another's whole life still learns that it is no longer the newest. No clock and no lease is involved. What remains is
+the moment between the look and the write; nothing is lost in it, for a reader trusts hashes, and a newer attempt aborts
+what an older one has begun to upload.
 """
 
 from __future__ import annotations

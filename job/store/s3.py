@@ -1,27 +1,27 @@
 """The store over S3 (boto3), whatever server stands behind it.
 
-boto3 moves the bytes: its classic transfer manager (the other one ignores the endpoint), parts of 64 MiB, a CRC32 of its own with each,
-which the server compares. Around that stands `_call`, because boto3 gives up early on some errors and at once on others (a flipped
-bit, expired credentials, a conflict of conditional writes): whatever fails is tried again, with fresh credentials where they were the
-reason, until `patience` is over. One attempt ends by its timeouts, so no call waits for ever. What an attempt left undone is found
-by looking, not by guessing:
+boto3 moves the bytes: its classic transfer manager (the other one ignores the endpoint), parts of 64 MiB, a CRC32 with
+each, which the server compares. `_call` stands around that, because boto3 gives up early on some errors and at once on
+others (a flipped bit, expired credentials, a conflict of conditional writes): whatever fails is tried again, with fresh
+credentials where they were the reason, until `patience` is over. One attempt ends by its timeouts, so no call waits for
+ever. What an attempt left undone is found by looking, not by guessing:
 
     an upload whose acknowledgement was lost        the object is there, and its metadata has our SHA-256
     a claim whose acknowledgement was lost          it is refused the second time, and what is there has our nonce
     a download with wrong bytes                     our SHA-256 differs; twice more, then DataError
 
-Refusals that no waiting heals (credentials, permissions, no such bucket) are UsageError in `prepare`, at the start. Later they are
-retried like all else: permissions are granted late, tokens renewed, buckets of a restarted server seen again.
-"""
+Refusals that no waiting heals (credentials, permissions, no such bucket) are UsageError in `prepare`, at the start;
+later they are retried like all else: permissions are granted late, tokens renewed, buckets of a restarted server seen
+again."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import os
+import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +57,7 @@ class WrongBytes(Exception):
 class Clients:
     """boto3's clients, made when first used, and made again from a fresh look at the credentials.
 
-    `small` makes one attempt and leaves the rest to `_call`; `bulk` retries a part by itself, so that a file is not begun again for it.
+    `small` makes one attempt and leaves the rest to `_call`; `bulk` retries a part by itself.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -67,8 +67,7 @@ class Clients:
 
     def get(self, kind: str) -> Any:
         with self._lock:
-            if not self._made:
-                self._made = self._make()
+            self._made = self._made or self._make()
             return self._made[kind]
 
     def renew(self, stale: Any) -> None:
@@ -85,14 +84,12 @@ class Clients:
             max_pool_connections=2 * PARALLEL * PARTS_AT_ONCE,
             tcp_keepalive=True,
         )
-        attempts = {"small": 1, "bulk": 3}
+        small, bulk = (Config(retries={"mode": "standard", "total_max_attempts": n}) for n in (1, 3))
         try:
             session = boto3.session.Session()
             return {
-                kind: session.client(
-                    "s3", config=common.merge(Config(retries={"mode": "standard", "total_max_attempts": n}))
-                )
-                for kind, n in attempts.items()
+                "small": session.client("s3", config=common.merge(small)),
+                "bulk": session.client("s3", config=common.merge(bulk)),
             }
         except (BotoCoreError, ValueError) as error:
             raise UsageError(
@@ -103,8 +100,8 @@ class Clients:
 class S3Store(Store):
     """`s3://bucket/prefix` at the endpoint and with the credentials of the usual AWS variables and files.
 
-    `timeout`: seconds of silence after which one request is given up; `patience`: seconds for which a failing call is tried again.
-    """
+    `timeout`: seconds of silence after which a request is given up; `patience`: seconds for which a call is tried
+    again."""
 
     def __init__(
         self, bucket: str, prefix: str, *, patience: float = PATIENCE, timeout: float = 30.0, part: int = PART
@@ -181,22 +178,38 @@ class S3Store(Store):
         return self._call("listing", prefix, attempt)
 
     def delete(self, keys: Iterable[str]) -> None:
+        def delete(key: str) -> None:
+            named = {"Bucket": self._bucket, "Key": self._key(key)}
+            self._call("deleting", key, lambda client: client.delete_object(**named))
+
         for key in keys:
-            self._call(
-                "deleting", key, lambda client, key=key: client.delete_object(Bucket=self._bucket, Key=self._key(key))
-            )
+            delete(key)
 
     def sweep(self, prefix: str, older_than: float = 0.0) -> int:
-        return self._call(
-            "sweeping", prefix, lambda client: self._abort_uploads(client, self._key(prefix) + "/", older_than)
-        )
+        folder = self._key(prefix) + "/"
+
+        def attempt(client: Any) -> int:
+            aborted = 0
+            try:
+                for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=folder):
+                    server_time = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+                    for upload in page.get("Uploads", []):
+                        key, age = upload["Key"], (server_time - upload["Initiated"]).total_seconds()
+                        if key.startswith(folder) and age >= older_than:
+                            client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload["UploadId"])
+                            aborted += 1
+            except ClientError as error:
+                if code_of(error) not in DENIED | {"NoSuchUpload", "NotImplemented"}:
+                    raise
+            return aborted
+
+        return self._call("sweeping", prefix, attempt)
 
     def prepare(self) -> None:
         first = copy.copy(self)
         first._at_start, first._patience = True, min(START_PATIENCE, self._patience)
-        first._call(
-            "listing", "", lambda client: client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
-        )
+        named = {"Bucket": self._bucket, "Prefix": self._prefix, "MaxKeys": 1}
+        first._call("listing", "", lambda client: client.list_objects_v2(**named))
         probe(first)
 
     def link(self, key: str, seconds: int) -> str | None:
@@ -211,7 +224,7 @@ class S3Store(Store):
         StorageError when patience is over, DataError when it has read wrong bytes for the last time.
         """
         began, wrong = time.monotonic(), 0
-        for pause in pauses():
+        for n in itertools.count():
             client = self._clients.get(kind)
             try:
                 return attempt(client)
@@ -222,23 +235,27 @@ class S3Store(Store):
                 raise DataError(
                     f"{self.url}/{key} is not the file that was sealed; delete its folder there and run again"
                 ) from cause
-            if self._at_start and (sentence := refusal(cause, self._bucket, client.meta.endpoint_url)):
+            endpoint = client.meta.endpoint_url
+            if self._at_start and (sentence := refusal(cause, self._bucket, endpoint)):
                 raise UsageError(f"--bucket {self.url} cannot be used: {sentence}") from cause
             if code_of(cause) in EXPIRED:
                 self._clients.renew(client)
             passed = time.monotonic() - began
+            if passed >= self._patience and self._at_start:
+                raise StorageError(
+                    f"{self.url} does not answer ({reason_of(cause, endpoint)}); check AWS_ENDPOINT_URL and the"
+                    " network,"
+                    " and run the same command again"
+                ) from cause
             if passed >= self._patience:
                 raise StorageError(
-                    self._given_up(f"{doing} {key}", passed, reason_of(cause, client.meta.endpoint_url), safe)
+                    f"{doing} {key} in {self.url} failed for {passed:.0f} s ({reason_of(cause, endpoint)});"
+                    f" {safe or 'everything sealed'} is safe on the local disk: run the same command again"
                 ) from cause
+            # with a random part, so that many clients do not come back at once
+            pause = min(10.0, 0.2 * 2 ** min(n, 6)) * random.uniform(0.5, 1.0)
             time.sleep(min(pause, self._patience - passed))
-        raise AssertionError("pauses() never ends")
-
-    def _given_up(self, doing: str, seconds: float, reason: str, safe: str) -> str:
-        if self._at_start:
-            return f"{self.url} does not answer ({reason}); check AWS_ENDPOINT_URL and the network, and run the same command again"
-        kept = f"{safe} is safe on the local disk: " if safe else "everything sealed is safe on the local disk: "
-        return f"{doing} in {self.url} failed for {seconds:.0f} s ({reason}); {kept}run the same command again"
+        raise AssertionError("itertools.count() never ends")
 
     def _read(self, client: Any, key: str) -> bytes | None:
         try:
@@ -258,24 +275,6 @@ class S3Store(Store):
             raise
         return head["ContentLength"] == size and head["Metadata"].get("sha256") == sha256
 
-    def _abort_uploads(self, client: Any, prefix: str, older_than: float) -> int:
-        aborted = 0
-        try:
-            for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix):
-                now = parsedate_to_datetime(
-                    page["ResponseMetadata"]["HTTPHeaders"]["date"]
-                )  # the server's clock, not ours
-                for upload in page.get("Uploads", []):
-                    if upload["Key"].startswith(prefix) and (now - upload["Initiated"]).total_seconds() >= older_than:
-                        client.abort_multipart_upload(
-                            Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                        )
-                        aborted += 1
-        except ClientError as error:
-            if code_of(error) not in DENIED | {"NoSuchUpload", "NotImplemented"}:
-                raise
-        return aborted
-
     def _transfer(self) -> TransferConfig:
         return TransferConfig(
             multipart_threshold=self._part,
@@ -287,9 +286,3 @@ class S3Store(Store):
 
     def _key(self, key: str) -> str:
         return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
-
-
-def pauses() -> Iterator[float]:
-    """Seconds between attempts: doubled from 0.2 to 10, each with a random part, so that many clients do not come back at once."""
-    for n in itertools.count():
-        yield min(10.0, 0.2 * 2**n) * (0.5 + int.from_bytes(os.urandom(2)) / 131072)

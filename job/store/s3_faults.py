@@ -45,15 +45,16 @@ def code_of(error: Exception) -> str:
 
 def refusal(error: Exception, bucket: str, endpoint: str) -> str | None:
     """What is wrong and what to do, for errors that no waiting heals; None for the others."""
-    code = code_of(error)
+    code, operation = code_of(error), getattr(error, "operation_name", "a request")
     if isinstance(error, NoCredentialsError):
         return "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, CredentialRetrievalError):
         return f"the credentials cannot be had ({error}): correct the AWS_ variables or files"
     if code in UNKNOWN:
-        return f"{endpoint} does not know these credentials ({code}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+        named = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+        return f"{endpoint} does not know these credentials ({code}): check {named}"
     if code in DENIED:
-        return f"{endpoint} refuses {operation_of(error)} ({code}): these credentials need {PERMISSIONS}"
+        return f"{endpoint} refuses {operation} ({code}): these credentials need {PERMISSIONS}"
     if code in EXPIRED:
         return f"the credentials have expired ({code}): renew them"
     if code in ("NoSuchBucket", "404"):
@@ -61,12 +62,12 @@ def refusal(error: Exception, bucket: str, endpoint: str) -> str | None:
     if code in ("InvalidBucketName", "PermanentRedirect", "IllegalLocationConstraintException"):
         return f"{endpoint} does not serve bucket {bucket} ({code}): check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION"
     if code == "NotImplemented":
-        return f"{endpoint} cannot do {operation_of(error)} with a condition, so two attempts at one run could not be told apart: use another store"
+        return (
+            f"{endpoint} cannot do {operation} with a condition, so two attempts at one run could not be told apart:"
+            " use"
+            " another store"
+        )
     return None
-
-
-def operation_of(error: Exception) -> str:
-    return getattr(error, "operation_name", "a request")
 
 
 def reason_of(error: Exception, endpoint: str) -> str:

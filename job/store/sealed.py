@@ -1,8 +1,9 @@
 """Sealed folders: a result exists when its manifest does.
 
-Every result (a tokenizer, a row file, a checkpoint, a task's answers, a report) is a folder of files plus `manifest.json`, written
-last. The writer works in a temporary sibling, hashes and fsyncs each file, writes the manifest, and renames the folder into
-place: whatever is killed, at whatever moment, leaves either a whole folder or a `.name.tmp-*` that the next writer sweeps.
+Every result (a tokenizer, a row file, a checkpoint, a task's answers, a report) is a folder of files plus
+`manifest.json`, written last. The writer works in a temporary sibling, hashes and fsyncs each file, writes the
+manifest, and renames the folder into place: whatever is killed leaves a whole folder or a `.name.tmp-*` that the next
+writer sweeps.
 
     with sealing(path, kind="tokenizer", made_from={...}) as folder:
         (folder.path / "tokenizer.json").write_bytes(...)
@@ -52,7 +53,8 @@ class Sealed:
         for (name, entry), found in zip(self.files.items(), hashes, strict=True):
             if found != entry["sha256"]:
                 raise DataError(
-                    f"{self.path / name} is not the file that was sealed (SHA-256 differs); delete {self.path} and run again"
+                    f"{self.path / name} is not the file that was sealed (SHA-256 differs); delete {self.path} and run"
+                    " again"
                 )
         return self
 
@@ -112,11 +114,13 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageError(
-                f"the disk is full: writing {path} failed; free some space and run the same command again (what was sealed is kept)"
+                f"the disk is full: writing {path} failed; free some space and run the same command again (what was"
+                " sealed is kept)"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(
-                f"{path} cannot be written ({error.strerror}); give user {os.getuid()} write permission or choose another --out"
+                f"{path} cannot be written ({error.strerror}); give user {os.getuid()} write permission or choose"
+                " another --out"
             ) from error
         raise
 
@@ -182,7 +186,7 @@ def seal_written(
     facts: Mapping[str, Any],
     files: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Seal as `path` the sibling folder `written`, whose files (name -> size, sha256) their writers have hashed and fsynced."""
+    """Seal as `path` the sibling folder `written`, whose `files` their writers have hashed and fsynced."""
     with storage_errors(path):
         write_manifest(written, kind=kind, made_from=made_from, facts=facts, files=files)
         _replace_folder(written, path)
@@ -210,9 +214,9 @@ def is_sealed(path: Path) -> bool:
 
 
 def open_sealed(path: Path, *, kind: str, verify: bool = True) -> Sealed:
-    """Open a sealed folder. Sizes are always compared, hashes unless `verify` is False.
+    """Open a sealed folder; DataError, naming the file, unless it is of this kind and what its manifest says.
 
-    Raises DataError, naming the file, when the folder is not sealed, of another kind or version, or not what its manifest says.
+    Sizes are always compared, hashes unless `verify` is False.
     """
     path = Path(path)
     try:

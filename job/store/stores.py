@@ -1,14 +1,14 @@
-"""The store: where a run's record goes that outlives the machine. One small interface over a folder and over S3.
+"""The store, which outlives the machine: one small interface over a folder and over S3, and sealed folders through it.
 
-    store = open_store("s3://bucket/prefix")         or a folder, e.g. a mounted disk
-    push_sealed(store, "runs/mine/checkpoints/000000000409600", folder)      files first, manifest last
-    pull_sealed(store, "prepared/0123456789abcdef/tokenizer", folder, kind="tokenizer")     verified, then sealed here too
-    store.create("runs/mine/attempts/3", claim)      True for exactly one of all that try
+    store = open_store("s3://bucket/prefix")    (job/store/__init__.py)      or a folder, e.g. a mounted disk
+    push_sealed(store, "runs/mine/checkpoints/000000000409600", folder)                    files first, manifest last
+    pull_sealed(store, "prepared/0123456789abcdef/tokenizer", folder, kind="tokenizer")    verified, then sealed here
+    store.create("runs/mine/attempts/3", claim)                        True for exactly one of all that try
 
-Keys are the paths below `--out`: the store mirrors `prepared/` and `runs/`. What holds locally holds there: a sealed folder exists when
-its manifest does, so files are put first and the manifest last, and a reader trusts nothing but a manifest and the hashes in it.
-Whatever a network can do to an object (lost, cut short, a flipped bit, an answer that never comes) is found by these hashes, and
-retried until `patience` is over; then StorageError, and what was to be stored is still on the local disk.
+Keys are the paths below `--out`: the store mirrors `prepared/` and `runs/`. A sealed folder exists when its manifest
+does, here as on a disk, and a reader trusts nothing but a manifest and the hashes in it. Whatever a network can do to
+an object (lost, cut short, a flipped bit, an answer that never comes) is found by these hashes, and retried until
+`patience` is over; then StorageError, and what was to be stored is still on the local disk.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from job.errors import DataError, SpeedrunError, StorageError, UsageError
 from job.store.sealed import (
@@ -37,8 +38,6 @@ from job.store.sealed import (
     sweep,
 )
 
-VARIABLE = "SPEEDRUN_BUCKET"
-"""the environment variable in which a supervisor names the store to its children"""
 S3_URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*\S)?)?")
 """bucket and prefix; a space at the end would be another place, and nobody sees it"""
 PARALLEL = 4
@@ -52,7 +51,8 @@ CLAIMANTS = 2
 class Store(abc.ABC):
     """Objects by key (relative, `/` between parts). Every method may be called from several threads.
 
-    Raises StorageError when the store refuses or does not answer in time, DataError when it holds other bytes than were sealed.
+    Raises StorageError when the store refuses or does not answer in time, DataError when it holds other bytes than were
+    sealed.
     """
 
     url: str
@@ -68,7 +68,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def create(self, key: str, data: bytes) -> bool:
-        """Write the object unless there is one: True when it now holds this very `data` (which a nonce makes unique), by this call."""
+        """Write the object unless there is one; True when it holds this `data` (which a nonce makes unique)."""
 
     @abc.abstractmethod
     def put_file(self, key: str, path: Path, sha256: str) -> None:
@@ -88,15 +88,15 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self) -> None:
-        """Before anything is written: UsageError for a store that cannot be written or cannot fence claims. Leaves nothing behind."""
+        """UsageError for a store that cannot be written or cannot fence claims; leaves nothing behind."""
 
     @abc.abstractmethod
     def sweep(self, prefix: str, older_than: float = 0.0) -> int:
-        """Remove what killed writers left unfinished below the folder `prefix`, and say how many there were.
+        """Remove the unfinished uploads below the folder `prefix` that are `older_than` seconds old; how many there
+        were.
 
-        Nobody sees unfinished uploads, but they are paid for. Whoever still writes there loses that upload, and begins it again: so
-        sweep a run's folder after its claim, when older attempts are over; in one that others share, give an age in seconds.
-        """
+        They are invisible but paid for. A writer that is still alive loses its upload and begins it again: sweep a
+        run's folder after its claim, when older attempts are over; in a shared folder give an age."""
 
     def link(self, key: str, seconds: int) -> str | None:
         """An address at which a browser sees the object for so long; None where the store has no such thing."""
@@ -167,7 +167,8 @@ class FolderStore(Store):
             probe(self)
         except (OSError, StorageError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
-            raise UsageError(f"--bucket {self.root} cannot be used ({cause.strerror}); choose another folder") from None
+            reason = cause.strerror if isinstance(cause, OSError) else error
+            raise UsageError(f"--bucket {self.root} cannot be used ({reason}); choose another folder") from None
 
     def sweep(self, prefix: str, older_than: float = 0.0) -> int:
         swept, now = 0, time.time()
@@ -218,23 +219,6 @@ def fsync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def open_store(url: str, patience: float = PATIENCE) -> Store:
-    """The store at `url`: `s3://bucket/prefix`, or a folder. Nothing is asked of it yet."""
-    if url.startswith("s3://"):
-        from job.store.s3 import S3Store
-
-        return S3Store.at(url, patience=patience)
-    if "://" in url:
-        raise UsageError(f"--bucket {url} cannot be used: write s3://bucket/prefix, or a folder")
-    return FolderStore(Path(url))
-
-
-def store_of_environment() -> Store | None:
-    """The store that the supervisor named to this process; None where the run has none."""
-    url = os.environ.get(VARIABLE)
-    return open_store(url) if url else None
-
-
 def probe(store: Store) -> None:
     """UsageError unless exactly one of several writers of one key wins."""
     key = f".probe-{secrets.token_hex(8)}"
@@ -249,7 +233,8 @@ def probe(store: Store) -> None:
     store.delete([key])
     if winners != 1:
         raise UsageError(
-            f"--bucket {store.url} cannot be used: its server ignores conditional writes ({winners} of {CLAIMANTS} writers created the "
+            f"--bucket {store.url} cannot be used: its server ignores conditional writes ({winners} of {CLAIMANTS}"
+            " writers created the "
             "same object), so two attempts at one run could both publish; choose a store that honours If-None-Match"
         )
 
@@ -268,7 +253,7 @@ def missing(store: Store, key: str) -> DataError:
     )
 
 
-def stored_manifest(store: Store, key: str) -> dict | None:
+def stored_manifest(store: Store, key: str) -> dict[str, Any] | None:
     """The manifest of the sealed folder `key`; None where there is none. DataError when it is no manifest."""
     data = store.get(f"{key}/{MANIFEST}")
     if data is None:
@@ -294,18 +279,21 @@ def push_sealed(
     *,
     known: dict[str, str] | None = None,
 ) -> int:
-    """Put the sealed `folder` at `key`; bytes put. What is there already, byte for byte by its manifest, is not put again.
+    """Put the sealed `folder` at `key` and say how many bytes that took; a file that is there already is not put again.
 
-    `before_manifest()` runs when all files are there: it may raise, and then the folder does not exist in the store. `known` (key to
-    SHA-256) names files that an earlier call put, and is added to: what was put before a failure is not put again.
-    Another folder at `key` is replaced: its manifest goes first where a file of the same name differs, its other files go last.
+    `before_manifest()` runs when all files are there: it may raise, and then the folder does not exist in the store.
+    `known` (key to SHA-256) names files that an earlier call put, and is added to. Another folder at `key` is replaced:
+    its manifest goes first where a file of the same name differs, its other files go last.
     """
     manifest = (folder / MANIFEST).read_bytes()
     old = store.get(f"{key}/{MANIFEST}")
     if old == manifest:
         return 0
     known = {} if known is None else known
-    files, stored = json.loads(manifest)["files"], _files_of(old)
+    files: dict[str, dict[str, Any]] = json.loads(manifest)["files"]
+    stored: dict[str, str] = {}
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # a manifest that cannot be read
+        stored = {name: entry["sha256"] for name, entry in json.loads(old or b"{}").get("files", {}).items()}
     there = {name for name, entry in files.items() if entry["sha256"] in (stored.get(name), known.get(f"{key}/{name}"))}
     if any(name in files and files[name]["sha256"] != sha256 for name, sha256 in stored.items()):
         store.delete([f"{key}/{MANIFEST}"])
@@ -324,13 +312,6 @@ def push_sealed(
     return size
 
 
-def _files_of(manifest: bytes | None) -> dict[str, str]:
-    """SHA-256 by file of a stored manifest; nothing where it cannot be read."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-        return {name: entry["sha256"] for name, entry in json.loads(manifest or b"{}").get("files", {}).items()}
-    return {}
-
-
 def pull_sealed(store: Store, key: str, path: Path, *, kind: str) -> Sealed:
     """Make `path` the sealed folder that the store has at `key`, every byte verified; DataError where there is none."""
     manifest = stored_manifest(store, key)
@@ -338,19 +319,16 @@ def pull_sealed(store: Store, key: str, path: Path, *, kind: str) -> Sealed:
         raise DataError(f"{store.url}/{key} is not there or was never sealed (no {MANIFEST})")
     sweep(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+    def get(item: tuple[str, dict[str, Any]]) -> None:
+        name, entry = item
+        store.get_file(f"{key}/{name}", temporary / check_key(name), entry["size"], entry["sha256"])
+
     with storage_errors(path):
         temporary.mkdir(parents=True)
         try:
             with ThreadPoolExecutor(PARALLEL) as pool:
-                items = manifest["files"].items()
-                list(
-                    pool.map(
-                        lambda i: store.get_file(
-                            f"{key}/{i[0]}", temporary / check_key(i[0]), i[1]["size"], i[1]["sha256"]
-                        ),
-                        items,
-                    )
-                )
+                list(pool.map(get, manifest["files"].items()))
             noted = {name: manifest[name] for name in ("made_from", "facts", "files")}
             seal_written(temporary, path, kind=manifest["kind"], **noted)
         except BaseException:

@@ -28,11 +28,11 @@ from job.errors import DivergedError, InterruptedRun, UsageError
 from job.machine import host
 from job.recipe.config import CommConfig, Recipe
 from job.recipe.derive import Derived
-from job.run import preflight
 from job.run.prepare import count_leaks
 from job.run.rank import RankContext
 from job.store import checkpoint_folder
 from job.train import checkpoint, compile_cache
+from job.train.kernels import choose_kernels, machine_of
 from job.train.step_metrics import Reading, Readings, SlowRanks
 from job.train.validation import validate
 from model import fp8
@@ -272,7 +272,7 @@ def main(context: RankContext) -> None:
         derived.rows,
         functools.partial(count_leaks, context.out, recipe),
     )
-    kernels = preflight.choose_kernels(recipe, preflight.machine_of(device), context.world_size, prove_on=device)
+    kernels = choose_kernels(recipe, machine_of(device), context.world_size, prove_on=device)
     with training_rows(prepared, job, context.reporter, feeds=context.local_rank == 0) as rows:
         run = build(context, recipe, derived, prepared, rows, device)
         if device.type == "cuda":

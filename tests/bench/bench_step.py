@@ -18,8 +18,10 @@ from torch import Tensor
 import model.gpt
 import model.loss
 from job.machine.host import has_fast_bf16
-from model.gpt import GPT, GPTConfig
-from model.optimizer import Optimizer, StepHyper
+from model.config import GPTConfig
+from model.gpt import GPT
+from model.hyper import StepHyper
+from model.optimizer import Optimizer
 from model.scaling import RULES, derive
 
 V, T, B, ROUNDS = 8192, 512, 16, 3

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from job.store import open_store
 from job.store.s3 import S3Store
 from job.store.sealed import sealing
-from job.store.stores import open_store, push_sealed
+from job.store.stores import push_sealed
 
 FILES, SIZE = 16, 64 << 20
 TURNS = 3

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from job.store.attempt import UNTIMED_STEPS, read_events
+from job.recipe.leaderboard import UNTIMED_STEPS
+from job.store.attempt import read_events
 
 STEPS = 200
 TURN = 2.0

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import model.attention
 from model import fp8
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.optimizer import Optimizer
 from model.scaling import RULES, derive
 from model.schedule import Schedule
@@ -209,5 +210,5 @@ def relative(got: Tensor, right: Tensor) -> float:
 
 
 def use_kernel(name: str) -> None:
-    """Put an attention kernel behind the model, as `job/run/preflight.py` does."""
+    """Put an attention kernel behind the model, as `job/train/kernels.py` does."""
     model.attention.activate(model.attention.Backend(name, name))

@@ -275,11 +275,13 @@ def step(depth: int, counting: Counting) -> None:
     import torch
     from torch._dynamo.utils import counters
 
+    import model.hyper
     import model.loss
     import model.optimizer
     from model import fp8
     from model.collectives import Collectives
-    from model.gpt import GPT, GPTConfig
+    from model.config import GPTConfig
+    from model.gpt import GPT
     from model.scaling import RULES, derive
 
     class OneOfEight(Collectives):
@@ -309,7 +311,7 @@ def step(depth: int, counting: Counting) -> None:
     model.optimizer.Collectives = OneOfEight
     optimizer = model.optimizer.Optimizer(gpt.groups(), specs, compile=True)
     gpt.loss(ids, ids).backward()
-    optimizer.step(model.optimizer.StepHyper())
+    optimizer.step(model.hyper.StepHyper())
     assert not counters["graph_break"], counters["graph_break"]
 
 

@@ -11,7 +11,8 @@ from torch._dynamo.utils import counters
 
 from job.machine.host import compute_dtype
 from model import fp8
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.optimizer import Optimizer
 from model.scaling import RULES, derive
 from model.schedule import Schedule

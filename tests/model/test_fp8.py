@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model import fp8
+from model.config import GPTConfig
 from model.fp8 import E4M3, E5M2, Fp8Error, quantise
-from model.gpt import GPT, GPTConfig, Linear
+from model.gpt import GPT, Linear
+from model.hyper import StepHyper
 from model.loss import cross_entropy
-from model.optimizer import Optimizer, StepHyper
+from model.optimizer import Optimizer
 from model.scaling import RULES, derive
 
 SMALL = GPTConfig.for_depth(2, 256, 32, width=128, head_dim=64)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from model import fp8, fp8_proof
+from model.config import GPTConfig
 from model.fp8 import E4M3, E5M2, Fp8Error
 from model.fp8_proof import FEWEST_TOKENS, SPREAD, disagreement, measurements, prove, rounding, shapes
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
 
 CPU = torch.device("cpu")
 REAL_PRODUCT = torch._scaled_mm

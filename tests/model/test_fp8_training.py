@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model.attention
 from job.machine.host import has_fast_bf16, usable_cores
 from model import fp8
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.optimizer import Optimizer
 from model.scaling import RULES, derive
 from model.schedule import Schedule

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model.config import ConfigError, GPTConfig
 from model.generate import generate
-from model.gpt import GPT, ConfigError, GPTConfig
+from model.gpt import GPT
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.gpt import GPT, ConfigError, GPTConfig, Linear
+from model.config import ConfigError, GPTConfig
+from model.gpt import GPT, Linear
 
 TINY = GPTConfig(depth=4, vocab_size=64, seq_len=12, width=32, head_dim=8, window_tile=3)  # windows 3, 3, 3, 12
 

@@ -122,7 +122,7 @@ def peak_bytes(loss: Callable[[Tensor, Tensor, Tensor], Tensor], rows: int, word
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-@pytest.mark.parametrize("chunk", [model.loss.CPU_CHUNK_ELEMENTS, model.loss.CHUNK_ELEMENTS], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("chunk", [model.loss.CPU_CHUNK_ELEMENTS, model.loss.LOSS_CHUNK_ELEMENTS], ids=["cpu", "gpu"])
 def test_peak_memory_is_a_tenth_of_the_plain_loss(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """And beside the gradients and the copies of the weight no more than the plan counts for a chunk."""
     monkeypatch.setattr(model.loss, "CPU_CHUNK_ELEMENTS", chunk)

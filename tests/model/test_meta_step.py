@@ -16,8 +16,10 @@ from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
 import model.loss
 from model import fp8
-from model.gpt import GPT, GPTConfig
-from model.optimizer import Optimizer, StepHyper
+from model.config import GPTConfig
+from model.gpt import GPT
+from model.hyper import StepHyper
+from model.optimizer import Optimizer
 from model.scaling import RULES, derive
 
 VOCAB, T = 32_768, 2048
@@ -79,7 +81,7 @@ def test_a_step_is_legal(depth: int, rows: int, generation: str) -> None:
     assert seen.calls["aten::_scaled_mm"] == 3 * (in_fp8 - 1) + 3 * chunks
     left_in_bf16 = len(fp8.layers(gpt, generation)[1]) if generation == "head" else len(config.value_embed_layers)
     assert seen.calls["aten::mm"] + seen.calls["aten::bmm"] <= 3 * left_in_bf16
-    assert seen.largest <= max(model.loss.CHUNK_ELEMENTS, 4 * config.width * rows * T, VOCAB * config.width)
+    assert seen.largest <= max(model.loss.LOSS_CHUNK_ELEMENTS, 4 * config.width * rows * T, VOCAB * config.width)
     for name, parameter in gpt.named_parameters():
         assert parameter.grad.shape == parameter.shape and parameter.grad.dtype == parameter.dtype, name
 

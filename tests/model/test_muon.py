@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from model.hyper import GroupSpec, StepHyper
 from model.muon import POLAR_EXPRESS, equalize_rows, normuon, polar_express, step_size
-from model.optimizer import GroupSpec, Optimizer, StepHyper
+from model.optimizer import Optimizer
 
 FEB = {"norm_factor": 1.02, "muon_eq": False, "muon_plus": False, "beta2": 0.95}
 HEAD = {"norm_factor": 1.01, "muon_eq": True, "muon_plus": True, "beta2": 0.9}

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.gpt import GPT, GPTConfig
-from model.optimizer import GroupSpec, Optimizer, StepHyper
+from model.config import GPTConfig
+from model.gpt import GPT
+from model.hyper import GroupSpec, StepHyper
+from model.optimizer import Optimizer
 
 TINY = GPTConfig(depth=3, vocab_size=300, seq_len=16, width=64, head_dim=16)
 

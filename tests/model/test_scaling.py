@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.gpt import GPT, ConfigError, GPTConfig
+from model.config import ConfigError, GPTConfig
+from model.gpt import GPT
 from model.scaling import (
     RULES,
     Derived,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.gpt import ConfigError
+from model.config import ConfigError
 from model.schedule import Schedule
 
 

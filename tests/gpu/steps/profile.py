@@ -9,7 +9,7 @@ from bench import Bench, Result
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import model.gpt
-from model.optimizer import StepHyper
+from model.hyper import StepHyper
 
 MARK = "speedrun: "
 """of our own marks, which also appear on the device's time line, over the kernels that they hold"""

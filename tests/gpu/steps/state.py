@@ -13,10 +13,12 @@ import torch.distributed as dist
 from bench import Bench, Result, relative
 from torch import Tensor
 
-from model.gpt import GPT, GPTConfig
-from model.optimizer import Optimizer, Slice
+from model.config import GPTConfig
+from model.gpt import GPT
+from model.optimizer import Optimizer
 from model.scaling import RULES, derive
 from model.schedule import Schedule
+from model.shards import Slice
 
 RANKED = GPTConfig.for_depth(3, 512, 128, width=128, head_dim=64, window_tile=32)
 RANKED_ROWS, RANKED_STEPS = 8, 5

@@ -18,7 +18,7 @@ from torch._dynamo.utils import compilation_time_metrics, counters
 
 import model.attention
 import model.gpt
-from model.optimizer import StepHyper
+from model.hyper import StepHyper
 
 PHASES = 14
 """of the compiler's own clock, the largest"""

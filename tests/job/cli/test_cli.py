@@ -54,7 +54,10 @@ def test_every_example_is_a_command_line_that_parses(name: str, command: click.C
 
 
 def test_help_imports_neither_torch_nor_boto3_and_answers_at_once() -> None:
-    script = "import sys\nfrom job.cli.commands import main\nmain(['--help'], standalone_mode=False)\nassert not {'torch', 'boto3', 'numpy'} & set(sys.modules)"
+    script = (
+        "import sys\nfrom job.cli.commands import main\nmain(['--help'], standalone_mode=False)\n"
+        "assert not {'torch', 'boto3', 'numpy'} & set(sys.modules)"
+    )
     spent = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -94,7 +97,8 @@ def test_the_readme_shows_every_command() -> None:
         (
             ["run", "-o", "train.total_batch_size=5120"],
             2,
-            "speedrun: train.total_batch_size or train.device_batch_size cannot be used: a batch of 5,120 tokens is not a multiple of"
+            "speedrun: train.total_batch_size or train.device_batch_size cannot be used: a batch of 5,120 tokens is"
+            " not a multiple of"
             " 16 rows of 256 tokens on each of 1 rank (4,096): take 4,096 or 8,192\n",
         ),
         (["evaluate", "--run-id", "nothing"], 2, "speedrun: no run nothing below "),

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from job.cli.commands import main
-from job.cli.published_line import DEFAULT_RATIO
+from job.cli.published_line import DEFAULTS
 from job.recipe.config import resolve
 from model.scaling import RULES
 
@@ -19,9 +19,11 @@ LINES = {
     " --target-param-data-ratio=12",
     "run2": f"--depth=26 --run=d26-feb2-fp8-ratio8.5 --model-tag=d26_feb2_fp8_ratio8.5 --device-batch-size=16 {REST}"
     " --core-metric-every=999999 --target-param-data-ratio=8.5 --fp8",
-    "run3": f"--depth=26 --run=d26_feb4 --model-tag=d26_feb4_double_batch_ratio8.25 --device-batch-size=16 --total-batch-size=1048576 {REST}"
+    "run3": "--depth=26 --run=d26_feb4 --model-tag=d26_feb4_double_batch_ratio8.25 --device-batch-size=16"
+    f" --total-batch-size=1048576 {REST}"
     " --core-metric-every=999999 --target-param-data-ratio=8.25 --fp8",
-    "run4": f"--depth=26 --run=d26_r725_05M --model-tag=d26_r725_05M --device-batch-size=16 --total-batch-size=524288 {REST}"
+    "run4": "--depth=26 --run=d26_r725_05M --model-tag=d26_r725_05M --device-batch-size=16 --total-batch-size=524288"
+    f" {REST}"
     " --core-metric-every=999999 --target-param-data-ratio=7.25 --fp8",
     "run6": "--depth=24 --target-param-data-ratio=8 --device-batch-size=16 --fp8 --run=dummy",
 }
@@ -51,8 +53,10 @@ def test_a_published_line_gives_the_published_run(tmp_path: Path, run: str) -> N
     assert said(result, "steps")[1] == f"{STEPS[run]:,}"
     assert said(result, "model.generation")[1] == ("head" if run == "run6" else "feb")
     assert said(result, "train.total_batch_size")[1:] in (
-        ["524,288", "--generation", run], ["0", "--generation", run], [said(result, "batch_tokens")[1], "--total-batch-size"]
-    )  # fmt: skip
+        ["524,288", "--generation", run],
+        ["0", "--generation", run],
+        [said(result, "batch_tokens")[1], "--total-batch-size"],
+    )
     assert said(result, "train.checkpoint_every")[1] == "0"
     scored = run != "run6"  # the only line that says nothing of CORE
     assert ("  evaluate: to do\n" in result.stdout) == ("CORE is scored once" in result.stdout) == scored
@@ -61,7 +65,8 @@ def test_a_published_line_gives_the_published_run(tmp_path: Path, run: str) -> N
 def test_a_score_within_the_steps_is_made_after_the_last_one_and_that_is_said(tmp_path: Path) -> None:
     last = pretrain(tmp_path, "--generation", "run1", *LINES["run1"].split()).stdout.splitlines()[-1]
     assert last == (
-        "--core-metric-every=3000: CORE is scored once, after the last of 16,704 steps, not every 3,000 steps: neither the weights nor the"
+        "--core-metric-every=3000: CORE is scored once, after the last of 16,704 steps, not every 3,000 steps: neither"
+        " the weights nor the"
         " timed seconds change by that"
     )
     last = pretrain(
@@ -108,7 +113,8 @@ def test_the_version_decides_the_ratio_and_the_validation(tmp_path: Path) -> Non
 
 
 def test_the_ratios_left_open_are_those_of_the_rules() -> None:
-    assert {run: RULES[resolve(run).model.generation].ratio for run in DEFAULT_RATIO} == DEFAULT_RATIO
+    ratios = {run: ratio for run, (ratio, _) in DEFAULTS.items()}
+    assert {run: RULES[resolve(run).model.generation].ratio for run in DEFAULTS} == ratios
 
 
 def test_a_preset_settles_everything_as_well(tmp_path: Path) -> None:

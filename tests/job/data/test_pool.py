@@ -20,9 +20,10 @@ from job.evaluation.leaks import seal_leaks
 from job.evaluation.smoke_bundle import write_smoke_bundle
 from job.recipe.config import resolve
 from job.run import prepare as stage
+from job.store import VARIABLE
 from job.store.artifact_cache import Pool
 from job.store.sealed import MANIFEST
-from job.store.stores import VARIABLE, FolderStore, push_sealed
+from job.store.stores import FolderStore, push_sealed
 
 SHARD = "shard_{:05d}.parquet".format
 ROWS = 1000

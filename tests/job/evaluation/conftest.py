@@ -60,7 +60,8 @@ def tiny_gpt():
     """A GPT whose every parameter is random, so that every position matters and the options' losses lie apart."""
     import torch
 
-    from model.gpt import GPT, GPTConfig
+    from model.config import GPTConfig
+    from model.gpt import GPT
 
     model = GPT(GPTConfig(depth=2, vocab_size=512, seq_len=64, width=32, head_dim=16, window_divisor=4, window_tile=16))
     generator = torch.Generator().manual_seed(7)

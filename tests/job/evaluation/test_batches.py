@@ -85,7 +85,8 @@ def test_a_forked_row_holds_the_prefix_once_and_knows_every_tokens_place():
 
 @pytest.mark.parametrize("generation", ["head", "feb"])
 def test_a_fork_gives_each_branch_the_hidden_states_of_a_row_of_its_own(generation):
-    from model.gpt import GPT, GPTConfig
+    from model.config import GPTConfig
+    from model.gpt import GPT
 
     overrides = {"width": 32, "head_dim": 16, "window_tile": 8}
     model = GPT(GPTConfig.for_depth(4, vocab_size=300, seq_len=64, generation=generation, **overrides)).double()

@@ -15,8 +15,8 @@ from job.evaluation.batches import plan_batches, tensors_of
 from job.evaluation.prompts import Item
 from job.machine import host
 from job.recipe.config import resolve
-from model import attention
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 
 VOCAB = 32_768
 WAITS = ("aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::equal")
@@ -86,13 +86,15 @@ def test_the_stage_puts_the_model_on_its_device_in_bf16_and_names_the_kernel(mon
     assert host.compute_dtype("auto", gpu=True) == host.compute_dtype("bf16") == torch.bfloat16
     assert host.compute_dtype("fp32", gpu=True) == torch.float32
     recipe = resolve("smoke", {}, ["train.fp8=true"])
-    proven = []
-    backend = attention.Backend("fa3", "attention: FlashAttention 3 (unversioned)")
+    asked = []
+
+    def kernels(recipe, machine, *, prove_on):
+        asked.append(recipe.train.fp8)
+        return {"attention": "attention: FlashAttention 3 (unversioned)", "fp8": "off"}
+
+    monkeypatch.setattr(stage, "choose_kernels", kernels)
+    monkeypatch.setattr(stage, "machine_of", lambda device: None)
     assert stage.choose_backend(torch.device("cpu"), recipe) == "cpu"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(attention, "choose_backend", lambda *given, **how: backend)
-    monkeypatch.setattr(attention, "activate", lambda chosen: None)
-    monkeypatch.setattr(attention, "prove", lambda chosen, device, gradients: proven.append((chosen, gradients)))
     gpu = types.SimpleNamespace(type="cuda")
     assert stage.choose_backend(gpu, recipe) == "cuda, attention: FlashAttention 3 (unversioned)"
-    assert proven == [(backend, False)], "a GPU without fp8 will do"
+    assert asked == [False, False], "an evaluation needs no fp8"

@@ -1,4 +1,5 @@
-"""What a control group allows, what a container lacks, and whether its run is well: read from files laid out as the kernel does."""
+"""What a control group allows, what a container lacks, and whether its run is well: read from files laid out as the
+kernel does."""
 
 from __future__ import annotations
 

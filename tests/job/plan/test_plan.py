@@ -12,7 +12,7 @@ from job.cli.commands import main
 from job.errors import UsageError
 from job.machine.gpus import GPUS
 from job.plan.page import WIDTH, page
-from job.plan.quote import make_plan
+from job.plan.quote import make_plan, warnings
 from job.recipe.config import preset_names, resolve
 
 GOLDEN = Path(__file__).with_name("plan_run6.txt")
@@ -112,23 +112,23 @@ def test_shards_and_crop() -> None:
 
 def test_more_text_than_there_is() -> None:
     made = make_plan(resolve("run1", overrides=["train.param_data_ratio=200"]))
-    assert any("more than fineweb-edu has (1,822)" in warning for warning in made.warnings)
+    assert any("more than fineweb-edu has (1,822)" in warning for warning in warnings(made))
 
 
 def test_odd_depths_are_allowed_and_advised_against() -> None:
     made = make_plan(resolve("run6", overrides=["model.depth=25"]))
     assert made.derived.config.width == 1664
-    assert any(warning.startswith("depth 25 is odd: its width is rounded up to 1664") for warning in made.warnings)
-    assert make_plan(resolve("run6")).warnings == []
+    assert any(warning.startswith("depth 25 is odd: its width is rounded up to 1664") for warning in warnings(made))
+    assert warnings(make_plan(resolve("run6"))) == []
 
 
 def test_a_device_batch_that_does_not_fit_names_the_one_that_does() -> None:
     made = make_plan(resolve("run6", overrides=["train.device_batch_size=32"]))
     assert any(
-        "do not fit the H100 SXM 80 GB: take -o train.device_batch_size=16" in warning for warning in made.warnings
+        "do not fit the H100 SXM 80 GB: take -o train.device_batch_size=16" in warning for warning in warnings(made)
     )
     tight = make_plan(resolve("run1", overrides=["model.depth=60"]), "a100-80gb")
-    assert any("take a smaller model or a larger card" in warning for warning in tight.warnings)
+    assert any("take a smaller model or a larger card" in warning for warning in warnings(tight))
 
 
 @pytest.mark.parametrize(

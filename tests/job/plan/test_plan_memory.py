@@ -22,7 +22,8 @@ from job.plan.memory import (
 )
 from model import fp8
 from model.attention import attention
-from model.gpt import GPT, GPTConfig
+from model.config import GPTConfig
+from model.gpt import GPT
 from model.optimizer import Optimizer, _share_out
 from model.scaling import RULES, derive
 from model.shards import Options
@@ -127,7 +128,8 @@ def test_the_largest_batch_divides_and_fits() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_what_the_compiler_keeps_of_a_block_is_what_the_plan_counts(precision: str) -> None:
-    """Counted on a small block whose windows are whole, as the GPU's kernel sees them; copies of weights are counted elsewhere."""
+    """Counted on a small block whose windows are whole, as the GPU's kernel sees them; copies of weights are counted
+    elsewhere."""
     torch._dynamo.reset()  # other tests' compiled blocks count against the limit of this one's
     rows, T, d = 3, 256, 256
     model = GPT(GPTConfig.for_depth(4, 512, T, width=d, window_pattern="L"), torch.bfloat16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from job.machine.gpus import GPUS
-from job.plan.published_runs import FP8_OVER_BF16, RUNS
+from job.plan.published_runs import RUNS
 from job.plan.steptime import (
     BEYOND,
     REFERENCE,
@@ -18,16 +18,21 @@ from job.plan.steptime import (
     step_seconds,
     token_seconds,
 )
-from model.gpt import GPTConfig
+from model.config import GPTConfig
+from model.scaling import BF16_TIME
 
 BY_NAME = {run.name: run for run in RUNS}
 
 
 def test_the_published_runs_are_as_published() -> None:
-    steps = {"Run 1": 16704, "Run 2": 14889, "Run 3": 7226, "Run 4 (seed)": 12700, "Run 4 (upstream)": 6612, "Run 5": 6055,
-             "Run 6": 5568, "PR #733": 6001, "PR #830": 5312}  # fmt: skip
-    milliseconds = {"Run 1": 655.9, "Run 2": 705.2, "Run 3": 1375.0, "Run 4 (seed)": 706.6, "Run 4 (upstream)": 1096, "Run 5": 1072,
-                    "Run 6": 1067.7, "PR #733": 883.8, "PR #830": 926}  # fmt: skip
+    steps = {
+        "Run 1": 16_704, "Run 2": 14_889, "Run 3": 7_226, "Run 4 (seed)": 12_700, "Run 4 (upstream)": 6_612,
+        "Run 5": 6_055, "Run 6": 5_568, "PR #733": 6_001, "PR #830": 5_312,
+    }  # fmt: skip
+    milliseconds = {
+        "Run 1": 655.9, "Run 2": 705.2, "Run 3": 1375.0, "Run 4 (seed)": 706.6, "Run 4 (upstream)": 1096, "Run 5": 1072,
+        "Run 6": 1067.7, "PR #733": 883.8, "PR #830": 926,
+    }  # fmt: skip
     assert {run.name: run.steps for run in RUNS} == steps
     assert {run.name: run.step_seconds * 1e3 for run in RUNS} == pytest.approx(milliseconds, rel=3e-4)
 
@@ -38,7 +43,7 @@ def test_every_fp8_run_is_predicted_from_the_others(name: str) -> None:
 
 
 def test_the_bf16_run_is_predicted_with_the_published_ratio() -> None:
-    assert FP8_OVER_BF16 == 740 / 630
+    assert BF16_TIME == 740 / 630
     run = BY_NAME["Run 1"]
     assert predicted_step(run, published_fit()) == pytest.approx(run.step_seconds, rel=0.05)
 

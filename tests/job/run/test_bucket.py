@@ -1,4 +1,5 @@
-"""Runs with a bucket, through the command line and against a real S3 server: mirrored, resumed elsewhere, fenced, never waited for."""
+"""Runs with a bucket, through the command line and against a real S3 server: mirrored, resumed elsewhere, fenced, never
+waited for."""
 
 from __future__ import annotations
 
@@ -122,7 +123,8 @@ def test_a_fresh_machine_with_another_recipe_is_refused(
 ) -> None:
     said = with_s3(with_s3.tiny("run", tmp_path, "--bucket", shared.url, "-o", "train.steps=10"), code=2).stderr
     assert said == (
-        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to discard the old run\n"
+        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to"
+        " discard the old run\n"
     )
     assert not (tmp_path / "runs").exists()
 
@@ -140,7 +142,8 @@ def test_report_on_a_machine_without_the_run(
 def test_killed_in_mid_upload_a_fresh_machine_ends_with_the_same_weights(
     finished: tuple[Path, str], prepared: Path, tmp_path: Path, with_s3: Any, s3: Any, gate: Any
 ) -> None:
-    """The last checkpoint is taken away, made again, and the gate shuts when its upload begins: the one before is what the bucket has."""
+    """The last checkpoint is taken away, made again, and the gate shuts when its upload begins: the one before is what
+    the bucket has."""
     with_s3(with_s3.tiny("pretrain", prepared, "--bucket", s3.url))
     shutil.rmtree(prepared / "runs" / "t" / "checkpoints" / FINAL)
     gone = [{"Key": f"{s3.prefix}/{key}"} for key in stored(s3) if key.startswith(f"runs/t/checkpoints/{FINAL}/")]

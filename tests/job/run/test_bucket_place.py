@@ -1,4 +1,5 @@
-"""What --bucket may name: s3://, or plainly a folder apart from --out; said in one sentence, with the right spelling."""
+"""What --bucket may name: s3://, or plainly a folder apart from --out; said in one sentence, with the right
+spelling."""
 
 from __future__ import annotations
 
@@ -73,8 +74,9 @@ def test_what_is_a_place(url: str, here: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "out"),
     [
-        ("out", "out"), ("./out", "out"), ("./out/", "out"), ("out/mirror", "out"), ("./there/../out", "out"), ("out/runs/r/eval", "out"),
-        ("./link", "out"), ("./link/x", "out"), ("out", "link"), (".", "."), ("./x", "."), ("./new", "new"), ("/x", "/"),
+        ("out", "out"), ("./out", "out"), ("./out/", "out"), ("out/mirror", "out"), ("./there/../out", "out"),
+        ("out/runs/r/eval", "out"), ("./link", "out"), ("./link/x", "out"), ("out", "link"), (".", "."), ("./x", "."),
+        ("./new", "new"), ("/x", "/"),
     ],
 )  # fmt: skip
 def test_a_mirror_in_what_it_mirrors_is_refused(url: str, out: str, here: Path) -> None:
@@ -93,7 +95,8 @@ def test_a_run_among_the_copies_is_refused(out: str) -> None:
 
 
 def test_a_folder_by_another_mount_is_the_same_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two paths without a link between them, one device and inode: what a bind mount makes (simulated: mounting needs root)."""
+    """Two paths without a link between them, one device and inode: what a bind mount makes (simulated: mounting needs
+    root)."""
     (here / "out").mkdir()
     (here / "mounted").mkdir()
     inode, stat = os.stat(here / "out"), os.stat
@@ -127,7 +130,8 @@ def test_a_paid_machine_wants_a_bucket(name: str, monkeypatch: pytest.MonkeyPatc
     refused = command(name, "--strict", "--bucket", "./mirror")
     assert refused.exit_code == 2
     assert refused.stderr == (
-        "speedrun: --strict is for machines that go away, and the folder ./mirror would go with it: give --bucket s3://bucket/prefix\n"
+        "speedrun: --strict is for machines that go away, and the folder ./mirror would go with it: give --bucket"
+        " s3://bucket/prefix\n"
     )
     assert command(name, "--strict", "--bucket", "s3://mine").exit_code == 0
     monkeypatch.setattr("job.run.preflight.check", lambda *_, **__: [])  # as on a machine with GPUs

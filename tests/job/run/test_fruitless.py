@@ -1,4 +1,5 @@
-"""Which attempts make a row of deaths: the rule as a table, as properties, and in real runs whose ranks die at every start."""
+"""Which attempts make a row of deaths: the rule as a table, as properties, and in real runs whose ranks die at every
+start."""
 
 from __future__ import annotations
 
@@ -129,8 +130,10 @@ def test_the_verdict_names_rank_signal_and_remedy(tmp_path: Path) -> None:
     error = judged(tmp_path, third.number, died)
     assert error.exit_code == ExitCode.SILENT_RANK and error.noted == died.noted
     assert str(error).startswith(
-        "rank 3 on node 1 of pretrain died of SIGABRT, in the third attempt in a row that a death ended and that sealed nothing new"
-        " (before it rank 3 on node 1 of pretrain by SIGSEGV): starting again as it is will not help; see logs/3.log, then"
+        "rank 3 on node 1 of pretrain died of SIGABRT, in the third attempt in a row that a death ended and that"
+        " sealed nothing new"
+        " (before it rank 3 on node 1 of pretrain by SIGSEGV): starting again as it is will not help; see logs/3.log,"
+        " then"
     )
     third.emit("checkpoint.sealed", rows=8)
     assert judged(tmp_path, third.number, died) is died and isinstance(died, InterruptedRun)

@@ -1,4 +1,5 @@
-"""The store: one set of expectations for a folder and for a real S3 server, then what is said about servers that cannot be used."""
+"""The store: one set of expectations for a folder and for a real S3 server, then what is said about servers that cannot
+be used."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from job.errors import DataError, StorageError, UsageError
+from job.store import open_store
 from job.store.s3 import S3Store
 from job.store.sealed import MANIFEST, open_sealed, sealing, sha256_file
-from job.store.stores import FolderStore, Store, open_store, pull_sealed, push_sealed, sealed_names, stored_manifest
+from job.store.stores import FolderStore, Store, pull_sealed, push_sealed, sealed_names, stored_manifest
 
 RACERS, ROUNDS = 16, 20
 
@@ -298,7 +300,10 @@ def test_a_server_that_ignores_conditional_writes_is_refused_with_a_sentence(
 ) -> None:
     weak = s3_server.S3(weak_server, "bucket", "", "user", "secret")
     weak.enter(monkeypatch)
-    sentence = r"its server ignores conditional writes \(2 of 2 writers created the same object\), so two attempts at one run could both publish"
+    sentence = (
+        r"its server ignores conditional writes \(2 of 2 writers created the same object\), so two attempts at one run"
+        " could both publish"
+    )
     with pytest.raises(UsageError, match=sentence):
         open_store(f"{weak.url}/x").prepare()
     assert weak.keys() == []

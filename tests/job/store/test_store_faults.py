@@ -1,4 +1,5 @@
-"""Every fault of a network, a server, a disk or a killed client: recovered intact, or a sentence with all that is sealed safe on disk."""
+"""Every fault of a network, a server, a disk or a killed client: recovered intact, or a sentence with all that is
+sealed safe on disk."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 
 from job.errors import DataError, ExitCode, StorageError, UsageError
+from job.store import open_store
 from job.store.s3 import S3Store
 from job.store.sealed import MANIFEST, open_sealed, sealing
-from job.store.stores import open_store, pull_sealed, push_sealed, sealed_names
+from job.store.stores import pull_sealed, push_sealed, sealed_names
 
 ROOT = Path(__file__).parents[3]
 PART = 5 << 20

@@ -1,0 +1,96 @@
+"""Which attention kernel and which matrix products a process computes with: chosen, priced, and proven on its
+device."""
+
+from __future__ import annotations
+
+import torch
+
+from job.errors import PreflightError, UsageError
+from job.machine.host import Machine
+from job.plan.quote import make_plan
+from job.recipe.config import Recipe
+from job.recipe.derive import derive
+from model import attention, fp8
+from model.config import GPTConfig
+from model.gpt import GPT
+
+CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
+"""CUDA's names of the GPUs that `speedrun plan` knows"""
+
+
+def machine_of(device: torch.device) -> Machine:
+    """As a rank sees its own device."""
+    if device.type != "cuda":
+        return Machine()
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return Machine(torch.cuda.device_count(), name, capability)
+
+
+def choose_kernels(
+    recipe: Recipe,
+    machine: Machine,
+    ranks: int | None = None,
+    *,
+    strict: bool = False,
+    allow_fa2: bool = False,
+    prove_on: torch.device | None = None,
+) -> dict[str, str]:
+    """Activate the attention kernel in this process; the kernel and fp8 with the reason, in words. PreflightError if
+    none.
+
+    ranks: that train, for the price of a slower kernel; None where nothing is trained. prove_on: a rank's device, on
+    which the kernel and, for training, the products in fp8 are compiled and compared first ("proof" says how well they
+    agree).
+    """
+    proof = {}
+    try:
+        backend = attention.choose_backend(
+            recipe.train.attention,
+            machine.capability,
+            attention.installed(),
+            strict=strict,
+            allow_fa2=allow_fa2,
+            price="" if ranks is None else price_of(attention.FA2_COST, recipe, machine, ranks),
+        )
+        attention.activate(backend)
+        if prove_on is not None:
+            attention.prove(backend, prove_on, gradients=ranks is not None)
+        device = torch.device("cpu" if machine.capability is None else "cuda")
+        in_fp8 = fp8.require_hardware(device, machine.capability, machine.name) if recipe.train.fp8 else "off"
+        if recipe.train.fp8 and ranks is not None and prove_on is not None:
+            proof = {"proof": _prove_fp8(recipe, prove_on)}
+    except (attention.BackendError, fp8.Fp8Error) as error:
+        raise PreflightError(str(error)) from None
+    return {"attention": backend.description, "fp8": in_fp8} | proof
+
+
+def _prove_fp8(recipe: Recipe, device: torch.device) -> str:
+    """How well the products of the recipe's model agree with fp32 on `device`; Fp8Error where they do not."""
+    from model import fp8_proof  # torchao takes seconds to import: only where there is fp8
+
+    tokens = recipe.train.device_batch_size * recipe.model.seq_len
+    proof = fp8_proof.prove(layers_in_fp8(derive(recipe).config, tokens, recipe.model.generation), tokens, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the comparison's blocks have other sizes than training's
+    return proof
+
+
+def layers_in_fp8(config: GPTConfig, tokens: int, generation: str) -> GPT:
+    """A model on the meta device, its large layers in fp8."""
+    with torch.device("meta"):
+        model = GPT(config)
+    fp8.apply(model, tokens, generation)
+    return model
+
+
+def price_of(share: float, recipe: Recipe, machine: Machine, ranks: int) -> str:
+    """Minutes and dollars of `share` of the training's time; empty for a GPU whose speed nobody has published."""
+    try:
+        on_node = make_plan(recipe, CUDA_NAMES[machine.name], ranks).on_node
+    except (KeyError, UsageError):
+        return ""
+    if on_node is None:
+        return ""
+    minutes, hourly = share * sum(on_node.training) / 2, on_node.node.price
+    dollars = "" if hourly is None else f" or ${minutes / 60 * hourly:.2f} of this run at ${hourly:g} an hour"
+    return f"{minutes:.1f} minutes{dollars}"
