@@ -48,50 +48,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.kernels import Fp8Error
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 SMALLEST_SIDE = {"feb": 16, "head": 128}
-BF16_TIME = 740 / 630
-"""a bf16 step's time over an fp8 one's: tokens per second of a d26 on 8xH100, published"""
-
-
-class Fp8Error(ValueError):
-    """fp8 that cannot be: one sentence with the offending value and what to do."""
-
-
-def require_hardware(device: torch.device, capability: tuple[int, int] | None = None, name: str = "") -> str:
-    """One sentence on why fp8 works on this device; Fp8Error with one sentence on why not.
-
-    capability, name: of a CUDA device, (9, 0) and "NVIDIA H100 80GB HBM3"; asked of the device when not given.
-    """
-    if device.type == "cpu":
-        return "fp8 on a CPU is computed exactly as on a GPU but slower than bf16: it is for tests"
-    if device.type != "cuda":
-        raise Fp8Error(f"there is no fp8 on {device.type}: set train.fp8=false")
-    capability = capability or torch.cuda.get_device_capability(device)
-    name = name or torch.cuda.get_device_name(device)
-    generation = _generation(capability)
-    if capability >= (8, 9):
-        return f"{name} ({generation}) multiplies fp8 at twice its bf16 rate"
-    raise Fp8Error(
-        f"{name} ({generation}) has no fp8 matrix units (Ada, Hopper and Blackwell have): set train.fp8=false, "
-        f"which takes {BF16_TIME - 1:.0%} longer than the same card with fp8 would (as published for a d26)"
-    )
-
-
-def _generation(capability: tuple[int, int]) -> str:
-    major, minor = capability
-    if capability == (8, 9):
-        return "Ada"
-    names = {
-        7: "Turing" if minor >= 5 else "Volta",
-        8: "Ampere",
-        9: "Hopper",
-        10: "Blackwell",
-        11: "Blackwell",
-        12: "Blackwell",
-    }
-    return names.get(major, f"compute capability {major}.{minor}")
 
 
 class Quantised(NamedTuple):
@@ -126,7 +87,8 @@ def layers(model: nn.Module, generation: str = "head") -> tuple[list[str], list[
 
     Raises Fp8Error for a matrix of a block or the head whose dimensions are not divisible by 16.
     """
-    chosen, left = [], []
+    chosen: list[str] = []
+    left: list[str] = []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             sides = (layer.in_features, layer.out_features)
@@ -154,7 +116,7 @@ def apply(model: nn.Module, tokens: int, generation: str = "head") -> list[str]:
         raise Fp8Error(
             f"no layer has both sides of at least {SMALLEST_SIDE[generation]}: set train.fp8=false for a model this small"
         )
-    from model.fp8_linear import exchange  # takes seconds to import: only where there is fp8
+    from model.fp8_linear import convert_to_float8  # takes seconds to import: only where there is fp8
 
-    exchange(model, set(chosen))
+    convert_to_float8(model, set(chosen))
     return chosen

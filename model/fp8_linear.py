@@ -35,7 +35,7 @@ class Float8Linear(TorchaoLinear):
         return self._kept[1]
 
 
-def exchange(model: nn.Module, names: set[str]) -> None:
+def convert_to_float8(model: nn.Module, names: set[str]) -> None:
     """Replace the linear layers of these names by fp8 ones on the same parameters."""
     config = Float8LinearConfig()
     convert_to_float8_training(

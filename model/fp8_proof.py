@@ -34,15 +34,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.fp8 import E4M3, E5M2, Fp8Error
-from model.fp8_linear import Float8Linear, exchange
+from model.fp8 import E4M3, E5M2
+from model.fp8_linear import Float8Linear, convert_to_float8
 from model.gpt import GPT, Linear
+from model.kernels import Fp8Error
 from model.loss import cross_entropy
 
 FEWEST_TOKENS = 256
@@ -93,18 +95,11 @@ def measurements(model: GPT, tokens: int, device: torch.device) -> Iterator[tupl
     tokens = max(tokens, FEWEST_TOKENS) if device.type == "cuda" else FEWEST_TOKENS
     for (inputs, outputs), name in shapes(model).items():
         label = f"{name} ({inputs} to {outputs} channels)"
-        yield label, _named(label, lambda i=inputs, o=outputs: layer_agreements(i, o, tokens, device))
+        yield label, _named(label, partial(layer_agreements, inputs, outputs, tokens, device))
     config = model.config
     label = f"head and loss ({config.width} channels to {config.vocab_size} words)"
-    yield (
-        label,
-        _named(
-            label,
-            lambda: loss_agreements(
-                config.width, config.vocab_size, config.padded_vocab, config.softcap, tokens, device
-            ),
-        ),
-    )
+    head = config.width, config.vocab_size, config.padded_vocab, config.softcap
+    yield label, _named(label, partial(loss_agreements, *head, tokens, device))
 
 
 def shapes(model: nn.Module) -> dict[tuple[int, int], str]:
@@ -186,6 +181,7 @@ def _reference_loss(
         loss = F.cross_entropy(logits, right, reduction="sum") / len(targets)
         loss.backward()
         total += loss.detach()
+    assert hidden.grad is not None and weight.grad is not None
     return total, hidden.grad, weight.grad
 
 
@@ -193,8 +189,10 @@ def fp8_layer(inputs: int, outputs: int, device: torch.device) -> Float8Linear:
     """One layer of this shape, put into fp8 as a model's are; its weight is not filled."""
     with device:
         holder = nn.ModuleList([Linear(inputs, outputs)])
-    exchange(holder, {"0"})
-    return holder[0]
+    convert_to_float8(holder, {"0"})
+    layer = holder[0]
+    assert isinstance(layer, Float8Linear)
+    return layer
 
 
 def rounding(dtype: torch.dtype) -> float:

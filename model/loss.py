@@ -50,7 +50,8 @@ from torch import Tensor
 
 from model import fp8
 from model.config import LOSS_CHUNK_ELEMENTS
-from model.fp8 import Fp8Error, Quantised
+from model.fp8 import Quantised
+from model.kernels import Fp8Error
 
 CPU_CHUNK_ELEMENTS = 1 << 23
 BLOCK_ELEMENTS = 1 << 20  # logits that are fp32 at a time where nothing is compiled

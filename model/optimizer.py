@@ -51,18 +51,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.adamw import adamw_update
 from model.collectives import Collectives, Named, Reduction, Traffic
 from model.hyper import GroupSpec, StepHyper
 from model.muon import muon_update
+from model.partition import Parameter, partition
 from model.shards import MuonStack, Options, RowShard, Shard, Slice, SmallTensors
 
-SMALL = 1024
 Reader = Callable[[str, int, int], Tensor]
 
 
@@ -91,12 +92,11 @@ class Optimizer:
         options = Options(polar_dtype, transport_dtype, bucket_bytes)
         if compile:
             # One variant for every shape of the model: more than the eight that torch allows by default.
-            fused = [
-                torch.compile(f, fullgraph=True, dynamic=False, recompile_limit=64) for f in (muon_update, adamw_update)
-            ]
-            options = replace(options, muon=fused[0], adamw=fused[1])
+            settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "recompile_limit": 64}
+            muon, adamw = torch.compile(muon_update, **settings), torch.compile(adamw_update, **settings)
+            options = replace(options, muon=muon, adamw=adamw)
         self._comm = Collectives(process_group)
-        self._shards = _share_out(groups, specs, self._comm, options)
+        self._shards = build_shards(groups, specs, self._comm, options)
         self._reductions: list[Reduction] = [reduction for shard in self._shards for reduction in shard.reductions]
         self._parameters = [named for reduction in self._reductions for named in reduction.parameters]
         self._step = torch.zeros(1, dtype=torch.int64)
@@ -252,28 +252,25 @@ def _fill(slices: Iterable[Slice], reader: Reader) -> None:
         s.tensor.copy_(rows)
 
 
-def _share_out(
+def build_shards(
     groups: dict[str, Named], specs: dict[str, GroupSpec], comm: Collectives, options: Options
 ) -> list[Shard]:
-    """Every parameter into exactly one shard. Muon's stacks are filled from the last parameter, whose gradient comes first."""
+    """Every parameter into exactly one shard, as `model.partition` divides them."""
     _check(groups, specs)
+    kinds = {group: specs[group].kind for group in groups}
+    described = {g: [Parameter(name, tuple(p.shape), p.dtype) for name, p in named] for g, named in groups.items()}
+    parameters = {name: p for named in groups.values() for name, p in named}
+    group_of = {name: group for group, named in groups.items() for name, _ in named}
     shards: list[Shard] = []
-    small: dict[torch.dtype, list[tuple[str, nn.Parameter, GroupSpec]]] = {}
-    turn = 0
-    for key, named in groups.items():
-        spec = specs[key]
-        stacks: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
-        for name, p in reversed(named):
-            if spec.kind == "muon":
-                stacks.setdefault((p.shape, p.dtype), []).append((name, p))
-            elif p.numel() < SMALL:
-                small.setdefault(p.dtype, []).append((name, p, spec))
-            else:
-                shards.append(RowShard(name, p, spec, comm, options))
-        for stack in stacks.values():
-            shards.append(MuonStack(stack, spec, comm, turn, options))
-            turn += len(stack)
-    return shards + [SmallTensors(entries, comm) for entries in small.values()]
+    for shard in partition(described, kinds):
+        named = [(p.name, parameters[p.name]) for p in shard.parameters]
+        if shard.kind == "matrices":
+            shards.append(MuonStack(named, shard, specs[shard.group], comm, options))
+        elif shard.kind == "rows":
+            shards.append(RowShard(named[0], shard, specs[shard.group], comm, options))
+        else:
+            shards.append(SmallTensors([(name, p, specs[group_of[name]]) for name, p in named], comm))
+    return shards
 
 
 def _check(groups: dict[str, Named], specs: dict[str, GroupSpec]) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 
 from model.config import SMEAR_CHANNELS, ConfigError, GPTConfig, width_for_depth
 from model.hyper import GroupSpec
+from model.partition import parameter_groups
 
 REFERENCE_BATCH = 1 << 19  # tokens a step that d12 was tuned with
 REFERENCE_WIDTH = 768  # d12's width
@@ -197,19 +198,9 @@ _COUNTED = {
 
 
 def parameter_counts(config: GPTConfig) -> dict[str, int]:
-    """Parameters by group, in the order and under the names of `GPT.groups`, in closed form."""
-    L, d, table = config.depth, config.width, config.padded_vocab * config.width
-    gated = len(config.value_embed_layers)
-    counts = {
-        "matrices": 12 * d * d * L + gated * config.ve_gate_channels * config.heads,
-        "wte": table,
-        "value_embeds": gated * table,
-        "head": table,
-        "resid_lambdas": L,
-        "x0_lambdas": L,
-        "smear_backout": (SMEAR_CHANNELS + 1) * config.smear + config.backout,
-    }
-    return {name: count for name, count in counts.items() if count}
+    """Parameters by group, under the names of `GPT.groups`."""
+    groups = parameter_groups(config, None, None)
+    return {name: sum(p.size for p in groups[name]) for name in _COUNTED if name in groups}
 
 
 def scaling_parameters(config: GPTConfig) -> int:

@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,14 @@ def memory_bytes() -> int:
     return min(whole, cgroup.memory_limit() or whole)
 
 
-def gpus() -> int:
-    """GPUs that this process sees, at least 1: a machine without one computes on its CPU."""
+def gpu_count() -> int:
+    """GPUs that torch sees; torch is asked, which takes seconds to import, only where there is NVIDIA's driver or it is there already."""
+    drivers = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")
+    if "torch" not in sys.modules and not any(Path(device).exists() for device in drivers):
+        return 0
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
 @functools.cache

@@ -22,7 +22,7 @@ import functools
 import numpy as np
 
 from job.machine.gpus import GPU, GPUS
-from job.plan.memory import BF16, FP32, muon_stacks, tables
+from job.plan.memory import BF16, FP32, muon_stacks, shards
 from job.plan.published_runs import FP8_OVER_BF16, RUNS, Run
 from job.plan.published_runs import GPUS as RANKS
 from model.config import GPTConfig
@@ -54,9 +54,10 @@ class Fit:
 
 def optimizer_seconds(config: GPTConfig, gpu: GPU, ranks: int) -> float:
     """The part of a step that no micro-step hides: transport of gradients and weights, Muon on the busiest rank."""
-    matrices = sum(FP32 * ranks * stack.slots(ranks) * stack.size for stack in muon_stacks(config))
-    table = config.padded_vocab * config.width
-    full = matrices + sum(count * table * width for count, width in tables(config))
+    matrices = sum(FP32 * ranks * stack.slots(ranks) * stack.parameters[0].size for stack in muon_stacks(config))
+    full = matrices + sum(
+        p.size * p.dtype for shard in shards(config) if shard.kind == "rows" for p in shard.parameters
+    )
     moved = 2 * full * (ranks - 1) / ranks
     return moved / gpu.bus + polar_flops(config, ranks) / (POLAR_EFFICIENCY * gpu.bf16)
 
@@ -65,7 +66,7 @@ def polar_flops(config: GPTConfig, ranks: int) -> int:
     """Polar Express on the rank that owns most: a, A = X X^T, A A, A X, for every matrix m <= n: 4 m^2 n + 2 m^3 an iteration."""
     total = 0
     for stack in muon_stacks(config):
-        m, n = sorted((stack.rows, stack.columns))
+        m, n = sorted(stack.parameters[0].shape)
         total += stack.slots(ranks) * POLAR_ITERATIONS * (4 * m * m * n + 2 * m**3)
     return total
 

@@ -27,8 +27,9 @@ from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from job.run import preflight
 from job.train.step_metrics import now, seconds_between
-from model import attention, fp8
+from model import attention
 from model.config import GPTConfig
+from model.kernels import Fp8Error
 
 REPEATS = 11
 """timings of one thing"""
@@ -129,7 +130,7 @@ def _prove_fp8(
     try:
         for name, agreements in fp8_proof.measurements(model, tokens, device):
             rows += [_row(f"{name}, {found.what}", found.error, found.bound) for found in agreements]
-    except fp8.Fp8Error as error:
+    except Fp8Error as error:
         raise PreflightError(str(error)) from None
 
 

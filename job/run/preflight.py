@@ -25,20 +25,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-
-import torch
+from typing import TYPE_CHECKING
 
 from job.errors import PreflightError, UsageError
 from job.machine import container
-from job.machine.host import compute_dtype, memory_bytes
+from job.machine.host import gpu_count, has_fast_bf16, memory_bytes
 from job.plan.memory import host_memory
 from job.plan.quote import make_plan
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from job.run.processes import python_environment
-from model import attention, fp8
-from model.config import GPTConfig
-from model.gpt import GPT
+from model import kernels
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.config import GPTConfig
+    from model.gpt import GPT
 
 CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
 """what CUDA calls the GPUs that `job.plan.quote` knows"""
@@ -56,7 +59,7 @@ class Machine:
 
 def this_machine() -> Machine:
     """Asked in a process of its own: a process that has touched a GPU keeps some of its memory until it ends."""
-    if not torch.cuda.device_count():  # asks the driver's library, and touches nothing
+    if not gpu_count():
         return Machine()
     command = [sys.executable, "-m", "job.run.preflight"]
     asked = subprocess.run(command, env=python_environment(os.environ), capture_output=True, text=True, check=False)
@@ -70,6 +73,8 @@ def this_machine() -> Machine:
 
 def machine_of(device: torch.device) -> Machine:
     """As a rank sees its own device."""
+    import torch
+
     if device.type != "cuda":
         return Machine()
     return Machine(
@@ -93,28 +98,31 @@ def choose_kernels(
     """
     proof = {}
     try:
-        backend = attention.choose_backend(
+        backend = kernels.choose_backend(
             recipe.train.attention,
             machine.capability,
-            attention.installed(),
+            kernels.installed(),
             strict=strict,
             allow_fa2=allow_fa2,
-            price="" if ranks is None else price_of(attention.FA2_COST, recipe, machine, ranks),
+            price="" if ranks is None else price_of(kernels.FA2_COST, recipe, machine, ranks),
         )
-        attention.activate(backend)
+        kernels.activate(backend)
         if prove_on is not None:
+            from model import attention
+
             attention.prove(backend, prove_on, gradients=ranks is not None)
-        device = torch.device("cpu" if machine.capability is None else "cuda")
-        in_fp8 = fp8.require_hardware(device, machine.capability, machine.name) if recipe.train.fp8 else "off"
+        in_fp8 = kernels.require_fp8(machine.capability, machine.name) if recipe.train.fp8 else "off"
         if recipe.train.fp8 and ranks is not None and prove_on is not None:
             proof = {"proof": prove_fp8(recipe, prove_on)}
-    except (attention.BackendError, fp8.Fp8Error) as error:
+    except (kernels.BackendError, kernels.Fp8Error) as error:
         raise PreflightError(str(error)) from None
     return {"attention": backend.description, "fp8": in_fp8} | proof
 
 
 def prove_fp8(recipe: Recipe, device: torch.device) -> str:
     """How well the products of the recipe's model agree with fp32 on `device`; Fp8Error where they do not."""
+    import torch
+
     tokens = recipe.train.device_batch_size * recipe.model.seq_len
     model = layers_in_fp8(derive(recipe).config, tokens, recipe.model.generation)
     from model import fp8_proof  # torchao takes seconds to import: only where there is fp8
@@ -127,6 +135,11 @@ def prove_fp8(recipe: Recipe, device: torch.device) -> str:
 
 def layers_in_fp8(config: GPTConfig, tokens: int, generation: str) -> GPT:
     """A model without its numbers, its large layers in fp8."""
+    import torch
+
+    from model import fp8
+    from model.gpt import GPT
+
     with torch.device("meta"):
         model = GPT(config)
     fp8.apply(model, tokens, generation)
@@ -192,11 +205,11 @@ def check(
 
 def about_comm(recipe: Recipe, world_size: int, gpus: int | None = None) -> list[str]:
     """Which changed keys of [comm] do nothing here, and why; UsageError for one that cannot be. gpus: those that torch sees."""
-    gpus = torch.cuda.device_count() if gpus is None else gpus
     changed = [f.name for f in dataclasses.fields(recipe.comm) if getattr(recipe.comm, f.name) != f.default]
+    gpus = gpu_count() if gpus is None else gpus
     on_gpus_only = ("high_priority", "sm_carveout")
-    computes_in = compute_dtype(recipe.train.dtype, gpu=gpus > 0)
-    if "bf16" in changed and world_size > 1 and computes_in != torch.bfloat16:
+    in_bf16 = recipe.train.dtype == "bf16" or (recipe.train.dtype == "auto" and (gpus > 0 or has_fast_bf16()))
+    if "bf16" in changed and world_size > 1 and not in_bf16:
         raise UsageError(
             "comm.bf16=true cannot be used where training computes in fp32: ranks would read different weights; say -o train.dtype=bf16"
         )
@@ -206,6 +219,8 @@ def about_comm(recipe: Recipe, world_size: int, gpus: int | None = None) -> list
 
 
 def _no_gpu() -> str:
+    import torch
+
     reason = (
         "this is torch's CPU build"
         if torch.version.cuda is None
@@ -217,4 +232,6 @@ def _no_gpu() -> str:
 
 
 if __name__ == "__main__":
+    import torch
+
     print(json.dumps(dataclasses.asdict(machine_of(torch.device("cuda", 0)))))

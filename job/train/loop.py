@@ -37,6 +37,7 @@ from job.train.step_metrics import Reading, Readings, SlowRanks
 from job.train.validation import validate
 from model import fp8
 from model.gpt import GPT
+from model.kernels import Fp8Error
 from model.optimizer import Optimizer
 
 
@@ -233,7 +234,7 @@ def use_fp8(model: GPT, recipe: Recipe) -> None:
     """fp8 in the large layers; UsageError where the recipe's sizes do not allow it."""
     try:
         fp8.apply(model, recipe.train.device_batch_size * recipe.model.seq_len, recipe.model.generation)
-    except fp8.Fp8Error as error:
+    except Fp8Error as error:
         raise UsageError(str(error)) from None
 
 

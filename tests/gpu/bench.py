@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import model.attention
+import model.kernels
 from model import fp8
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -211,4 +212,4 @@ def relative(got: Tensor, right: Tensor) -> float:
 
 def use_kernel(name: str) -> None:
     """Put an attention kernel behind the model, as `job/run/preflight.py` does."""
-    model.attention.activate(model.attention.Backend(name, name))
+    model.kernels.activate(model.kernels.Backend(name, name))

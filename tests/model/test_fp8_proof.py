@@ -11,9 +11,10 @@ from torch import Tensor
 
 from model import fp8, fp8_proof
 from model.config import GPTConfig
-from model.fp8 import E4M3, E5M2, Fp8Error
+from model.fp8 import E4M3, E5M2
 from model.fp8_proof import FEWEST_TOKENS, SPREAD, disagreement, measurements, prove, rounding, shapes
 from model.gpt import GPT
+from model.kernels import Fp8Error
 
 CPU = torch.device("cpu")
 REAL_PRODUCT = torch._scaled_mm
