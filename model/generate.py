@@ -22,7 +22,7 @@ def generate(model: GPT, ids: list[int], max_new_tokens: int, temperature: float
     generator = torch.Generator(device=device).manual_seed(seed)
     out = torch.tensor([ids], device=device)
     for _ in range(max_new_tokens):
-        logits = model.readout(model.hidden(out)[:, -1])
+        logits = model.lm_head(model.hidden(out)[:, -1])
         if temperature == 0:
             token = logits.argmax(dim=-1, keepdim=True)
         else:

@@ -19,13 +19,13 @@ move exactly as many bytes as the all-reduce that they replace. What can be owne
 
 Per step each rank therefore sends (W-1)/W of: all gradients, once, all weights, once, small tensors twice (`traffic` counts it).
 
-**When it is sent.** The last micro-step's backward completes gradients from the head down to the embedding. `arm()` before it
+**When it is sent.** The last micro-step's backward completes gradients from the head down to the embedding. `begin_overlap()` before it
 lets a hook on every parameter notice that; when all gradients of a bucket (some matrices of one shape, one table) are there, they
 are packed and their reduce-scatter starts, while the backward goes on below. Collectives must start in the same order on every
 rank. That order is not guessed: the first armed backward only watches, rank 0's order of arrival is sent to all, and from then on
 a bucket waits for those before it. A model compiled as one graph completes all gradients at its end and so overlaps nothing;
 compiled block by block it overlaps as an eager one does. `step()` launches what is missing, then goes through the shards in the
-order in which their gradients arrive: update, start the gather, next; gathers travel while later shards compute. Without `arm()`
+order in which their gradients arrive: update, start the gather, next; gathers travel while later shards compute. Without `begin_overlap()`
 the same collectives run after the backward, with the same operands in the same order: the result is the same, bit for bit.
 
 **What is sent** is the parameter's own dtype, or `transport_dtype` where that is narrower. With bfloat16 transport the owner keeps
@@ -102,7 +102,7 @@ class Optimizer:
         self._step = torch.zeros(1, dtype=torch.int64)
         self.flagged = [name for shard in self._shards for name in shard.flagged]
         self.nonfinite = torch.zeros(len(self.flagged), dtype=torch.bool, device=self._parameters[0][1].device)
-        self._armed = False
+        self._overlapping = False
         self._order = list(range(len(self._reductions)))
         self._order_agreed = False
         self._missing: list[int] = []
@@ -127,14 +127,14 @@ class Optimizer:
             for _, parameter in reduction.parameters:
 
                 def arrived(_: Tensor, index: int = index) -> None:
-                    if self._armed:
+                    if self._overlapping:
                         self._arrived(index)
 
                 parameter.register_post_accumulate_grad_hook(arrived)
 
-    def arm(self) -> None:
+    def begin_overlap(self) -> None:
         """The next backward is the step's last: reduce each gradient as soon as it is complete."""
-        self._armed = True
+        self._overlapping = True
         self._missing = [len(reduction.parameters) for reduction in self._reductions]
         self._ready.clear()
 
@@ -144,7 +144,7 @@ class Optimizer:
         if self._missing[index] < 0:
             name = self._reductions[index].parameters[0][0]
             raise RuntimeError(
-                f"a second backward pass reached the reduction of {name}: arm() goes before the last one only."
+                f"a second backward pass reached the reduction of {name}: begin_overlap() goes before the last one only."
             )
         if self._missing[index] == 0:
             self._ready.append(index)
@@ -175,7 +175,7 @@ class Optimizer:
         for shard in self._shards:
             shard.finish()
         self.nonfinite = ~torch.cat([finite[number] for number in range(len(self._shards))])
-        self._armed, self._next = False, 0
+        self._overlapping, self._next = False, 0
 
     def _last_launch(self, number: int) -> int:
         """When the last gradients of shard `number` were sent: the first to be complete is the first to be updated."""
@@ -184,7 +184,7 @@ class Optimizer:
 
     def _agree(self) -> None:
         """After the first armed backward: the order in which its gradients arrived on rank 0 becomes everybody's."""
-        if self._armed and not self._order_agreed and len(self._ready) == len(self._order):
+        if self._overlapping and not self._order_agreed and len(self._ready) == len(self._order):
             self._order = self._comm.agree(self._ready, self.nonfinite.device)
             self._order_agreed = True
 
@@ -194,7 +194,7 @@ class Optimizer:
             reduction.wait()
         for _, parameter in self._parameters:
             parameter.grad = None
-        self._armed, self._next = False, 0
+        self._overlapping, self._next = False, 0
 
     def state_slices(self) -> list[Slice]:
         """The state that this rank has to save: every name's every row on exactly one rank, whatever the number of ranks."""
@@ -225,7 +225,7 @@ class Optimizer:
             shard.round_foreign()
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def preserve_state(self) -> Iterator[None]:
         """Whatever happens inside leaves weights, state and step count bit for bit as they were: for warming up.
 
         The copies are kept in host memory. What survives is what warming up is for: compiled code, the order of launches.

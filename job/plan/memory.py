@@ -18,7 +18,7 @@ Modelled, with three constants (bytes), calibrated on what is published:
 
 **The host's** (`HostMemory`), exact too, of all ranks of a machine together: pinned buffers for each slice that a rank saves
 (`job/train/checkpoint.py`), each rounded up to a power of two as CUDA's host allocator does, and the copy of weights and state that the warm-up
-puts back afterwards (`Optimizer.rehearsal`), both at once. What the processes take beside these is not counted.
+puts back afterwards (`Optimizer.preserve_state`), both at once. What the processes take beside these is not counted.
 
 Known to hold: a d24 with the plain loss fits at 16 rows and not at 32, a d26 not at 32, a d22 with a chunked loss fits at 32; a d12
 in bf16 at 32 rows took 34e9 bytes (36.6e9 here).

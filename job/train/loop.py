@@ -104,7 +104,7 @@ def accumulate_gradients(run: Run) -> torch.Tensor:
     micro_steps = run.batches.micro_steps
     for micro, (inputs, targets) in enumerate(run.batches.of_step(run.step)):
         if micro == micro_steps - 1 and run.recipe.comm.overlap:
-            run.optimizer.arm()
+            run.optimizer.begin_overlap()
         loss = run.model.loss(inputs, targets) / micro_steps
         loss.backward()
         total += loss.detach()
@@ -180,10 +180,10 @@ def warm_up(run: Run) -> None:
     Leaves no trace.
     """
     rows = torch.zeros(run.batches.device_rows, run.recipe.model.seq_len, dtype=torch.int64, device=run.batches.device)
-    with run.optimizer.rehearsal():
+    with run.optimizer.preserve_state():
         for _ in range(2):
             if run.recipe.comm.overlap:
-                run.optimizer.arm()
+                run.optimizer.begin_overlap()
             run.model.loss(rows, rows).backward()
             run.optimizer.step(run.derived.schedule.at(run.step))
     if 0 < run.recipe.train.val_every < run.derived.steps:

@@ -102,7 +102,7 @@ class Trainee:
 
     def gradients(self, rows: Tensor) -> Tensor:
         """The loss of rows (B, T + 1), whose gradients are left in the parameters."""
-        self.optimizer.arm()
+        self.optimizer.begin_overlap()
         loss = self.model.loss(rows[:, :-1], rows[:, 1:])
         loss.backward()
         return loss.detach()

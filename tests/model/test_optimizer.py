@@ -130,7 +130,7 @@ def test_a_rehearsal_leaves_every_bit() -> None:
     model, optimizer = build(torch.bfloat16)
     train(model, optimizer, range(2))
     weights, state = bits(model), [s.tensor.clone() for s in optimizer.state_slices()]
-    with optimizer.rehearsal():
+    with optimizer.preserve_state():
         train(model, optimizer, range(2, 4))
         assert bits(model) != weights
     assert bits(model) == weights

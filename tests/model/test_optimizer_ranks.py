@@ -69,7 +69,7 @@ def train(
         mine = rows.chunk(world)[rank].chunk(micro_steps)
         for number, part in enumerate(mine):
             if overlap and number == micro_steps - 1:
-                optimizer.arm()
+                optimizer.begin_overlap()
             (model.loss(part[:, :-1], part[:, 1:]) / micro_steps).backward()
         optimizer.step(hyper(step))
 
@@ -178,16 +178,16 @@ def scenario_odd(rank: int, world: int):
         return sum(((rank + 1) * p.sin()).sum() for _, p in everything)
 
     for _ in range(3):
-        optimizer.arm()
+        optimizer.begin_overlap()
         loss().backward()
         optimizer.step(StepHyper())
     result = {"weights": {name: p.detach().clone() for name, p in everything}, "slices": slices_of(optimizer)}
-    optimizer.arm()
+    optimizer.begin_overlap()
     loss().backward()
     with pytest.raises(RuntimeError, match="second backward"):
         loss().backward()
     optimizer.zero_grad()  # also of what was on its way
-    optimizer.arm()
+    optimizer.begin_overlap()
     loss().backward()
     optimizer.step(StepHyper())
     return result
