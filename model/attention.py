@@ -1,11 +1,12 @@
 """Causal attention with a window, B T H D in and out.
 
-A query at position i sees the keys i - window ... i: `window` predecessors and itself (the meaning of `window_size=(window, 0)` in
-the flash-attention kernels, so that weights trained with either agree). A window of T - 1 or more is full causal attention.
+A query at position i sees the keys i - window ... i: `window` predecessors and itself (the meaning of
+`window_size=(window, 0)` in the flash-attention kernels, so that weights trained with either agree). A window of T - 1
+or more is full causal attention.
 
-A short window must not cost a T x T mask. The sequence is cut into blocks as long as the window: then every key that a query may
-see lies in the query's own block or in the one before it, and all blocks share one mask of (window, 2 window). Work and memory grow
-with T x window; nothing is approximated.
+A short window must not cost a T x T mask. The sequence is cut into blocks as long as the window: then every key that a
+query may see lies in the query's own block or in the one before it, and all blocks share one mask of (window, 2
+window). Work and memory grow with T x window; nothing is approximated.
 
     keys of         block b-1    block b
     query 0         x x x x x    x . . . .        the first query of a block sees the whole previous block and itself,
@@ -14,10 +15,11 @@ with T x window; nothing is approximated.
 
 The first block has no predecessor and is plainly causal.
 
-On a GPU the window is the kernel's business: torch's `varlen_attn` takes it, with the rows of a batch as sequences of one length. What
-kernel stands behind that call is chosen once per process, before the first step (`model/kernels.py`). A package's kernel
-is compiled for the GPU when it is first called, by each rank, and then has to agree with the blocks before anything is trained with it
-(`prove`). The kernels compute in 16 bits; a model that computes in fp32 on a GPU takes the blocks.
+On a GPU the window is the kernel's business: torch's `varlen_attn` takes it, with the rows of a batch as sequences of
+one length. What kernel stands behind that call is chosen once per process, before the first step (`model/kernels.py`).
+A package's kernel is compiled for the GPU when it is first called, by each rank, and then has to agree with the blocks
+before anything is trained with it (`prove`). The kernels compute in 16 bits; a model that computes in fp32 on a GPU
+takes the blocks.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from torch import Tensor
 from model.kernels import Backend, BackendError
 
 PROOF_LENGTH, PROOF_BOUND = 256, 0.03
-"""T of the proof, which is also a window that sees everything; and what its bf16 may be wrong by, of the largest value"""
+"""T of the proof, which is also a window that sees everything; and what its bf16 may be wrong by, of the largest
+value"""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
@@ -80,7 +83,8 @@ def _later_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | N
 
 
 def block_mask(window: int, device: torch.device) -> Tensor:
-    """(window, 2 window) bool: query i of a block sees the keys i ... i + window of the previous block followed by its own."""
+    """(window, 2 window) bool: query i of a block sees the keys i ... i + window of the previous block followed by its
+    own."""
     query = torch.arange(window, device=device).unsqueeze(1)
     key = torch.arange(2 * window, device=device).unsqueeze(0)
     return (key >= query) & (key <= query + window)
@@ -98,8 +102,8 @@ def _sdpa(
 
 
 def prove(backend: Backend, device: torch.device, gradients: bool) -> None:
-    """Whether a package's kernel, compiled for `device` by this call, gives the blocks' outputs, and gradients if these are wanted;
-    BackendError if not."""
+    """Whether a package's kernel, compiled for `device` by this call, gives the blocks' outputs, and gradients if these
+    are wanted; BackendError if not."""
     if not backend.packaged:
         return
     instead = "install it again or say -o train.attention=fa2"
@@ -113,8 +117,8 @@ def prove(backend: Backend, device: torch.device, gradients: bool) -> None:
 
 
 def disagreement(device: torch.device, window: int, gradients: bool) -> float:
-    """Largest difference between attention in bf16 on `device` and in fp32 on the CPU, in the output and perhaps the three gradients,
-    each relative to the largest value there."""
+    """Largest difference between attention in bf16 on `device` and in fp32 on the CPU, in the output and perhaps the
+    three gradients, each relative to the largest value there."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, weight = (torch.randn(2, PROOF_LENGTH, 2, 128, generator=generator).bfloat16() for _ in range(4))
 

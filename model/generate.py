@@ -1,4 +1,5 @@
-"""Sampling, plainly: the whole prefix goes through the model for every new token. Fine for a few samples of a few dozen tokens."""
+"""Sampling, plainly: the whole prefix goes through the model for every new token. Fine for a few samples of a few dozen
+tokens."""
 
 from __future__ import annotations
 

@@ -1,23 +1,25 @@
 """The GPT of the leaderboard: both published generations from one configuration.
 
-The skeleton is a pre-norm transformer without biases or gains. What sets it apart, in the order in which a token meets it:
+The skeleton is a pre-norm transformer without biases or gains. What sets it apart, in the order in which a token meets
+it:
 
-* the embedding is normalised (RMS, no gain: all norms here are), then **smear** adds a gated part of the previous token's embedding
-  to each token: a bigram for next to nothing. The result, x0, is kept;
+* the embedding is normalised (RMS, no gain: all norms here are), then **smear** adds a gated part of the previous
+  token's embedding to each token: a bigram for next to nothing. The result, x0, is kept;
 * each block sees lambda_i x + mu_i x0: the residual stream is scaled, and the embedding is shown again at every depth;
-* attention rotates q and k (**rotary**, half-split pairs, the whole head), THEN normalises them per head and scales both by
-  `qk_scale`: logits are bounded by construction. Three layers of four look back over a short **window** only;
-* every second layer adds a **value embedding** to v: a second table, looked up by the token itself, gated per head by the first few
-  channels of the block's input. Half of all parameters live here and they cost no matrix product;
+* attention rotates q and k (**rotary**, half-split pairs, the whole head), THEN normalises them per head and scales
+  both by `qk_scale`: logits are bounded by construction. Three layers of four look back over a short **window** only;
+* every second layer adds a **value embedding** to v: a second table, looked up by the token itself, gated per head by
+  the first few channels of the block's input. Half of all parameters live here and they cost no matrix product;
 * the MLP is d -> 4d -> d with relu squared;
-* **backout** subtracts a learned part of the mid-depth stream before the final norm: what only early layers needed leaves again;
+* **backout** subtracts a learned part of the mid-depth stream before the final norm: what only early layers needed
+  leaves again;
 * logits are softcapped, c tanh(z / c), in fp32.
 
-Precision: master weights are fp32, and a linear layer casts its weight to the dtype of its input; there is no autocast. The
-embedding tables are stored in the compute dtype, which thereby decides the dtype of the whole residual stream.
+Precision: master weights are fp32, and a linear layer casts its weight to the dtype of its input; there is no autocast.
+The embedding tables are stored in the compute dtype, which thereby decides the dtype of the whole residual stream.
 
-Weights are drawn by parameter *name*: every parameter has its own generator, seeded by a hash of (seed, name). No order of
-creation, no number of processes and no other parameter can change them.
+Weights are drawn by parameter *name*: every parameter has its own generator, seeded by a hash of (seed, name). No order
+of creation, no number of processes and no other parameter can change them.
 
 Sources: the leaderboard's documents and the history of its training program, February ("feb") and July 2026 ("head").
 """
@@ -171,8 +173,9 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor, shared: SharedPrefix | None = None, positions: Tensor | None = None) -> Tensor:
         """idx (B, T) int64 -> (B, T, width) after the final norm, in the compute dtype. T may exceed config.seq_len.
 
-        With `shared` each row is a prefix and its suffixes, and every token is what it would be in a row of its own sequence alone.
-        With `positions`, (N,) int64 into B x T, their states alone, (N, width): the last block computes little else.
+        With `shared` each row is a prefix and its suffixes, and every token is what it would be in a row of its own
+        sequence alone. With `positions`, (N,) int64 into B x T, their states alone, (N, width): the last block computes
+        little else.
         """
         x = norm(self.wte(idx))  # (B, T, width)
         cos_sin, attention_fn = self._rotary.tables(idx.size(1), x), attention
@@ -224,16 +227,17 @@ class GPT(nn.Module):
     def compile_blocks(self) -> None:
         """Compile each block by itself, and the loss between its products; the first calls will take their time.
 
-        By blocks, because gradients of a model compiled as one graph all come at its end (nothing could be sent meanwhile), and
-        because blocks of one shape share their code. What looks up tables stays outside: its compiled gradient adds up in an order
-        that differs from run to run on a CPU.
+        By blocks, because gradients of a model compiled as one graph all come at its end (nothing could be sent
+        meanwhile), and because blocks of one shape share their code. What looks up tables stays outside: its compiled
+        gradient adds up in an order that differs from run to run on a CPU.
         """
         self._compiled = True
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, recompile_limit=64)
 
     def freeze(self) -> None:
-        """No more training: weights of linear layers are kept in the compute dtype, to which each use had cast them. Same numbers."""
+        """No more training: weights of linear layers are kept in the compute dtype, to which each use had cast them.
+        Same numbers."""
         self.requires_grad_(False)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -249,7 +253,8 @@ class GPT(nn.Module):
         return nll.view_as(targets), greedy.view_as(targets)
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Every parameter once, under the name of its optimizer group; "smear_backout" only where the model has them."""
+        """Every parameter once, under the name of its optimizer group; "smear_backout" only where the model has
+        them."""
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self.named_parameters():
             groups.setdefault(_group_of(name), []).append((name, parameter))
@@ -257,7 +262,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter from its own generator; depends on `seed`, the parameter's name and the kind of device only."""
+        """Fill every parameter from its own generator; depends on `seed`, the parameter's name and the kind of device
+        only."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator(device=parameter.device)
             generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]))

@@ -1,4 +1,5 @@
-"""Which kernels a GPU can run: attention's and fp8's. Free of torch, so that a machine can be judged before anything is loaded.
+"""Which kernels a GPU can run: attention's and fp8's. Free of torch, so that a machine can be judged before anything is
+loaded.
 
 fa2   FlashAttention 2, part of torch          Ampere and later       about 6 % of a step slower than the next (estimated)
 fa3   FlashAttention 3, a package of its own   Hopper
@@ -66,10 +67,10 @@ def choose_backend(
 ) -> Backend:
     """The kernel to run on.
 
-    wanted: "fa2", "fa3", "fa4", or "fastest" for what the hardware can do at best. capability: the GPU's, (9, 0); None: a CPU.
-    have: as `installed` returns. strict: somebody pays for this machine, so a slower kernel than wanted raises BackendError
-    unless allow_fa2 accepts it; otherwise it is taken, and the description says what it costs. price: what FA2_COST of the run
-    comes to, in words.
+    wanted: "fa2", "fa3", "fa4", or "fastest" for what the hardware can do at best. capability: the GPU's, (9, 0); None:
+    a CPU. have: as `installed` returns. strict: somebody pays for this machine, so a slower kernel than wanted raises
+    BackendError unless allow_fa2 accepts it; otherwise it is taken, and the description says what it costs. price: what
+    FA2_COST of the run comes to, in words.
     """
     if capability is None:
         return Backend("sdpa", "attention: torch's SDPA on blocks of one window")
@@ -101,7 +102,8 @@ def choose_backend(
 
 
 def activate(backend: Backend) -> None:
-    """Put the chosen kernel behind `varlen_attn`, for this process. BackendError for a package that torch cannot call."""
+    """Put the chosen kernel behind `varlen_attn`, for this process. BackendError for a package that torch cannot
+    call."""
     if not backend.packaged:
         return
     from torch.nn.attention import activate_flash_attention_impl

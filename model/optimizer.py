@@ -1,49 +1,43 @@
 """The optimizer: Muon for the matrices, AdamW for the rest; on one rank or on many, by the same code.
 
-Two rules, because there are two kinds of parameter. A matrix that maps activations to activations is best moved by an
-orthogonal step (`model/muon.py` tells it step by step, with sources); tables that are looked up, the output head and the scalars
-have no such geometry and take AdamW (`model/adamw.py`). Which is which, and with what numbers, the caller says: `groups` and
-`specs`. What changes from step to step comes as a `StepHyper`.
+`groups` and `specs` say which parameter takes which rule (`model/muon.py`, `model/adamw.py`); a `StepHyper` what
+changes from step to step.
 
-**Who does what (ZeRO stage 2, arXiv 1910.02054).** Every rank holds all weights and runs its own rows; gradients are averaged.
-Doing the update everywhere would cost every rank all of the optimizer's memory and arithmetic, so each rank updates what it owns,
-keeps the state for that only, and sends the result to the others. A reduce-scatter of gradients and an all-gather of weights
-move exactly as many bytes as the all-reduce that they replace. What can be owned differs (`model/shards.py`):
+**Sharding (ZeRO stage 2, arXiv 1910.02054).** Every rank holds all weights and runs its own rows; gradients are
+averaged. Each rank updates the parameters that it owns, keeps the optimizer state of those alone, and sends the result
+to the others: a reduce-scatter of gradients and an all-gather of weights move as many bytes as the all-reduce that they
+replace (`model/partition.py` says who owns what, `model/shards.py` does it):
 
-* Muon needs whole matrices: Polar Express multiplies a matrix with its own transpose, any cut through it would be another exchange
-  of that size in each of its five iterations. So matrices of one shape are stacked, the stack is padded to a multiple of W, and
-  each rank owns ceil(K / W) whole ones. The price is the padding and an uneven remainder; remainders of different stacks start
-  at different ranks so that no rank gets all of them.
+* Muon needs whole matrices: Polar Express multiplies a matrix with its own transpose. Matrices of one shape are
+  stacked, the stack is padded to a multiple of W, and each rank owns whole ones.
 * AdamW works entry by entry: a table is cut by rows, evenly, in the dtype of its gradient.
-* Tensors below 1024 entries are not worth cutting: one all-reduce of all of them, and every rank makes the same update.
+* Tensors below 1024 entries: one all-reduce of all of them, and every rank makes the same update.
 
-Per step each rank therefore sends (W-1)/W of: all gradients, once, all weights, once, small tensors twice (`traffic` counts it).
+**Overlap.** The last micro-step's backward completes gradients from the head down to the embedding. After
+`begin_overlap()` a hook on every parameter notices that; when all gradients of a bucket (some matrices of one shape,
+one table) are there, their reduce-scatter starts while the backward goes on. Collectives must start in the same order
+on every rank: the first such backward only watches, rank 0's order of arrival is sent to all, and from then on a bucket
+waits for those before it. A model compiled as one graph completes all gradients at its end and overlaps nothing;
+compiled block by block it overlaps. `step()` launches what is missing, then goes through the shards in the order in
+which their gradients arrive: update, start the gather, next. Without `begin_overlap()` the same collectives run after
+the backward: the result is the same, bit for bit.
 
-**When it is sent.** The last micro-step's backward completes gradients from the head down to the embedding. `begin_overlap()` before it
-lets a hook on every parameter notice that; when all gradients of a bucket (some matrices of one shape, one table) are there, they
-are packed and their reduce-scatter starts, while the backward goes on below. Collectives must start in the same order on every
-rank. That order is not guessed: the first armed backward only watches, rank 0's order of arrival is sent to all, and from then on
-a bucket waits for those before it. A model compiled as one graph completes all gradients at its end and so overlaps nothing;
-compiled block by block it overlaps as an eager one does. `step()` launches what is missing, then goes through the shards in the
-order in which their gradients arrive: update, start the gather, next; gathers travel while later shards compute. Without `begin_overlap()`
-the same collectives run after the backward, with the same operands in the same order: the result is the same, bit for bit.
+**Transport** is in the parameter's own dtype, or in `transport_dtype` where that is narrower. With bfloat16 the owner
+keeps the exact fp32 weight, everybody else its rounding, which never accumulates. A forward pass that casts weights to
+bfloat16 first reads the same numbers on every rank; one in fp32 would not and must not ask for it. fp8 quantises the
+fp32 weight, so that operands differ where the rounding to bfloat16 (2^-9) crosses a border of fp8's much coarser grid
+(2^-4): a rank's gradient is then one at slightly other weights, and the ranks still apply one and the same mean. A
+checkpoint holds the owners' exact weights; `round_foreign` makes of the others' what a gather would have left, so that
+a resumed run goes on as if it had not stopped.
 
-**What is sent** is the parameter's own dtype, or `transport_dtype` where that is narrower. With bfloat16 transport the owner keeps
-the exact fp32 weight, everybody else its rounding. A forward pass that casts weights to bfloat16 first reads the same numbers on
-every rank, and rounding never accumulates: the owner adds the next update to the exact value. A forward pass in fp32 would read
-different weights on each rank: it must not ask for bfloat16 transport. fp8 quantises the fp32 weight, so that the owner's operand and
-the others' differ where the rounding to bfloat16 (2^-9) crosses a border of fp8's much coarser grid (2^-4): a rank's gradient is then one
-at slightly other weights, and the ranks still apply one and the same mean. Gradients are rounded to bfloat16 before the mean, and the
-partial sums of a ring once more at every rank. A checkpoint holds the owners' exact weights; a rank that loads it has all of them exact,
-and `round_foreign` makes of the others' what a gather would have left, so that a resumed run goes on as if it had not stopped.
+**State** is named slices: "muon_momentum/<parameter>" (whole matrices), "adamw_first/<parameter>" (this rank's rows),
+and so on. `state_slices` and `weight_slices` of all ranks together hold every row of every name exactly once;
+`load_slices` asks its reader for exactly what this rank owns. No slice knows how many ranks wrote it: a checkpoint of 8
+ranks loads on 4 or on 1.
 
-**State** is named slices: "muon_momentum/<parameter>" (rows 0 .. all: whole matrices), "adamw_first/<parameter>" (this rank's
-rows), and so on, wherever they are. `state_slices` and `weight_slices` of all ranks together hold every row of every name exactly
-once, the weights from their owners; `load_slices` asks its reader for exactly what this rank owns. No slice knows how many ranks
-wrote it, so a checkpoint of 8 ranks loads on 4 or on 1.
-
-**Nothing waits for the device.** Numbers that change are 0-d tensors in host memory (a compiled update never recompiles), and
-whether a gradient was finite is a tensor of flags, `nonfinite`, for the caller to copy and read some steps later.
+**Nothing waits for the device.** Numbers that change are 0-d tensors in host memory (a compiled update never
+recompiles), and whether a gradient was finite is a tensor of flags, `nonfinite`, for the caller to copy and read some
+steps later.
 """
 
 from __future__ import annotations
@@ -74,8 +68,9 @@ class Optimizer:
     polar_dtype: what Polar Express computes in. transport_dtype: send wider gradients and weights as this (bfloat16).
     bucket_bytes: about how much one reduce-scatter of matrices holds. compile: compile the two update functions.
 
-    `nonfinite` (bool, on the device) says for each name in `flagged` whether the last step's gradient had a NaN or Inf in what
-    this rank owns. `traffic` counts what this rank sent. Raises ValueError for groups and specs that do not fit each other.
+    `nonfinite` (bool, on the device) says for each name in `flagged` whether the last step's gradient had a NaN or Inf
+    in what this rank owns. `traffic` counts what this rank sent. Raises ValueError for groups and specs that do not fit
+    each other.
     """
 
     def __init__(
@@ -158,7 +153,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, hyper: StepHyper) -> None:
-        """Reduce what is not yet reduced, update what this rank owns, gather. The gradients are consumed (None afterwards).
+        """Reduce what is not yet reduced, update what this rank owns, gather. The gradients are consumed (None
+        afterwards).
 
         Raises RuntimeError naming a parameter that has no gradient.
         """
@@ -197,7 +193,8 @@ class Optimizer:
         self._overlapping, self._next = False, 0
 
     def state_slices(self) -> list[Slice]:
-        """The state that this rank has to save: every name's every row on exactly one rank, whatever the number of ranks."""
+        """The state that this rank has to save: every name's every row on exactly one rank, whatever the number of
+        ranks."""
         mine = [s for shard in self._shards if not shard.replicated or self._comm.rank == 0 for s in shard.state()]
         return [*mine, *self._counter()] if self._comm.rank == 0 else mine
 
@@ -205,12 +202,14 @@ class Optimizer:
         return [Slice("optimizer/steps", 0, self._step, 1)]
 
     def weight_slices(self) -> list[Slice]:
-        """The weights that this rank has to save: every parameter's every row on exactly one rank, in full precision."""
+        """The weights that this rank has to save: every parameter's every row on exactly one rank, in full
+        precision."""
         return [s for shard in self._shards for s in shard.weights()]
 
     @torch.no_grad()
     def load_slices(self, reader: Reader) -> None:
-        """Fill this rank's state: reader(name, start, stop) returns these rows of a state that any number of ranks wrote.
+        """Fill this rank's state: reader(name, start, stop) returns these rows of a state that any number of ranks
+        wrote.
 
         Raises ValueError naming a slice whose shape or dtype is not what this model needs.
         """
@@ -228,7 +227,8 @@ class Optimizer:
     def preserve_state(self) -> Iterator[None]:
         """Whatever happens inside leaves weights, state and step count bit for bit as they were: for warming up.
 
-        The copies are kept in host memory. What survives is what warming up is for: compiled code, the order of launches.
+        The copies are kept in host memory. What survives is what warming up is for: compiled code, the order of
+        launches.
         """
         kept = [p.detach() for _, p in self._parameters]
         kept += [s.tensor for shard in self._shards for s in shard.state()] + [self._step]

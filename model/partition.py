@@ -1,7 +1,7 @@
 """Which rank owns what: how parameters are divided among ranks, from names and shapes alone. Free of torch.
 
-Matrices of Muon are stacked by shape and dealt out whole, large AdamW tensors are cut by rows, small ones are everybody's. The plan's
-memory model and the optimizer's shards both ask here.
+Matrices of Muon are stacked by shape and dealt out whole, large AdamW tensors are cut by rows, small ones are
+everybody's. The plan's memory model and the optimizer's shards both ask here.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Shard:
 def partition(groups: Mapping[str, Sequence[Parameter]], kinds: Mapping[str, str]) -> list[Shard]:
     """Every parameter in exactly one shard; `kinds` says "muon" or "adamw" for each group.
 
-    Stacks are filled from the last parameter, whose gradient comes first, and each starts at the rank after the last one's end, so
-    that remainders do not all fall to the low ranks.
+    Stacks are filled from the last parameter, whose gradient comes first, and each starts at the rank after the last
+    one's end, so that remainders do not all fall to the low ranks.
     """
     shards: list[Shard] = []
     small: dict[Hashable, list[Parameter]] = {}

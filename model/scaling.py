@@ -1,8 +1,9 @@
 """What follows from depth: parameters, FLOPs, tokens, batch, steps, learning rates, weight decay.
 
-The published runs turn one knob, depth. Everything else was tuned on a 12-layer model, d12, with 2^19 tokens a step, and is carried
-to other depths by power laws. With S the *scaling parameters* (transformer matrices and head: the count that gave the cleanest
-scaling laws; the embedding tables cost no matrix product), r the tokens per scaling parameter and D = r S the tokens to train on:
+The published runs turn one knob, depth. Everything else was tuned on a 12-layer model, d12, with 2^19 tokens a step,
+and is carried to other depths by power laws. With S the *scaling parameters* (transformer matrices and head: the count
+that gave the cleanest scaling laws; the embedding tables cost no matrix product), r the tokens per scaling parameter
+and D = r S the tokens to train on:
 
     batch                B  = 2^19 (D / D_d12)^0.383, to the nearest power of two       a longer run can afford larger steps
     steps                N  = floor(int(r S) / B)
@@ -11,11 +12,12 @@ scaling laws; the embedding tables cost no matrix product), r the tokens per sca
     Muon's weight decay  *= sqrt(B / 2^19) D_d12 / D                                     the same averaging time, in epochs
                     or    = base (12 / depth)^2 ("depth", until 6 February 2026)
 
-D_d12 takes the same r, so that r cancels in every ratio D / D_d12 = S / S_d12; that is why these rules also hold when a run
-names its steps or tokens itself.
+D_d12 takes the same r, so that r cancels in every ratio D / D_d12 = S / S_d12; that is why these rules also hold when a
+run names its steps or tokens itself.
 
-FLOPs per token are counted as the leaderboard counts them: 6 for every weight of a matrix product (2 forward, 4 backward) and, for
-attention, 12 d min(window, T) a layer, which is the count without causality (the exact causal one is about two thirds of it).
+FLOPs per token are counted as the leaderboard counts them: 6 for every weight of a matrix product (2 forward, 4
+backward) and, for attention, 12 d min(window, T) a layer, which is the count without causality (the exact causal one is
+about two thirds of it).
 
 `derive` returns every such number as a `Value`, with a sentence of why and where it comes from.
 """
@@ -152,10 +154,11 @@ def derive(
     steps: int | None = None,
     batch_tokens: int | None = None,
 ) -> Derived:
-    """All that follows from `config`, trained by `rules` over `ratio` tokens per scaling parameter, or `tokens`, or `steps`.
+    """All that follows from `config`, trained by `rules` over `ratio` tokens per scaling parameter, or `tokens`, or
+    `steps`.
 
-    At most one horizon may be given; none means the rules' own ratio. `batch_tokens` (a multiple of config.seq_len) None means the
-    batch rule. Raises ConfigError for a horizon of no step and for values that are not positive.
+    At most one horizon may be given; none means the rules' own ratio. `batch_tokens` (a multiple of config.seq_len)
+    None means the batch rule. Raises ConfigError for a horizon of no step and for values that are not positive.
     """
     _check_request(config, ratio, tokens, steps, batch_tokens)
     counts = parameter_counts(config)
@@ -221,7 +224,8 @@ def reference(config: GPTConfig) -> GPTConfig:
 
 
 def accumulation_steps(batch_tokens: int, seq_len: int, device_rows: int, ranks: int) -> int:
-    """Micro-steps in a step: batch / (device_rows x seq_len x ranks); if it does not divide, ConfigError names the nearest."""
+    """Micro-steps in a step: batch / (device_rows x seq_len x ranks); if it does not divide, ConfigError names the
+    nearest."""
     for name, value in (("device batch", device_rows), ("number of ranks", ranks)):
         if value < 1:
             raise ConfigError(f"the {name} is {value}: it must be at least 1")

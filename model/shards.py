@@ -1,4 +1,5 @@
-"""Three ways to share parameters out among ranks: whole matrices, rows, and not at all. See the essay of `model/optimizer.py`.
+"""Three ways to share parameters out among ranks: whole matrices, rows, and not at all. See the essay of
+`model/optimizer.py`.
 
 Each kind offers the same verbs, so that the optimizer is a loop over them:
 
@@ -48,7 +49,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class Options:
-    """What all shards of one optimizer share: the dtypes of Polar Express and of transport, bucket size, the update functions."""
+    """What all shards of one optimizer share: the dtypes of Polar Express and of transport, bucket size, the update
+    functions."""
 
     polar_dtype: torch.dtype
     transport_dtype: torch.dtype | None
@@ -57,7 +59,8 @@ class Options:
     adamw: Callable[..., None] = adamw_update
 
     def wire(self, dtype: torch.dtype, world: int) -> torch.dtype:
-        """What a tensor of `dtype` is sent as: the transport dtype if that is narrower and there is anybody to send to."""
+        """What a tensor of `dtype` is sent as: the transport dtype if that is narrower and there is anybody to send
+        to."""
         narrow = self.transport_dtype
         return narrow if narrow is not None and world > 1 and narrow.itemsize < dtype.itemsize else dtype
 
@@ -81,9 +84,9 @@ def as_rows(tensor: Tensor) -> Tensor:
 class MuonStack:
     """All Muon matrices of one shape and group, shared out whole: as `partition.Shard.owners` says.
 
-    The stack is padded to M = ceil(K / W) slots a rank. It is reduced in buckets, each the next few slots of every rank (so the
-    first bucket holds the first matrices of `named`, which should be the first to get gradients), updated at once and gathered
-    at once.
+    The stack is padded to M = ceil(K / W) slots a rank. It is reduced in buckets, each the next few slots of every rank
+    (so the first bucket holds the first matrices of `named`, which should be the first to get gradients), updated at
+    once and gathered at once.
     """
 
     replicated = False
@@ -188,7 +191,8 @@ class MuonStack:
 
 
 class RowShard:
-    """One large AdamW tensor, shared out by rows: rank r owns the r-th ceil(rows / W) of them (the last rank's may be fewer)."""
+    """One large AdamW tensor, shared out by rows: rank r owns the r-th ceil(rows / W) of them (the last rank's may be
+    fewer)."""
 
     replicated = False
 
@@ -219,7 +223,8 @@ class RowShard:
         return self.parameter.detach()[self.start : self.stop]
 
     def _padded(self, rows: Tensor, count: int) -> Tensor:
-        """`rows` in the wire dtype, contiguous, with zero rows after them up to `count`; itself where it is so already."""
+        """`rows` in the wire dtype, contiguous, with zero rows after them up to `count`; itself where it is so
+        already."""
         if rows.size(0) == count:
             return rows.to(self.wire).contiguous()
         padded = rows.new_zeros(count, *rows.shape[1:], dtype=self.wire)
@@ -274,7 +279,8 @@ class RowShard:
 
 
 class SmallTensors:
-    """All AdamW tensors of one dtype below `partition.SMALL` elements: one all-reduce for all of them, and every rank updates every one."""
+    """All AdamW tensors of one dtype below `partition.SMALL` elements: one all-reduce for all of them, and every rank
+    updates every one."""
 
     replicated = True
 

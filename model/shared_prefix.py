@@ -1,8 +1,9 @@
 """Rows that hold one prefix and several continuations of it.
 
-The options of a multiple-choice question need not repeat the prefix that they share: a row may hold it once and then all suffixes.
-`SharedPrefix` says of every column where it stands in its own sequence, and a query in a suffix sees the prefix and its own suffix, through
-the same window as ever. The prefix columns are plain causal attention; only the few suffix queries need a mask.
+The options of a multiple-choice question need not repeat the prefix that they share: a row may hold it once and then
+all suffixes. `SharedPrefix` says of every column where it stands in its own sequence, and a query in a suffix sees the
+prefix and its own suffix, through the same window as ever. The prefix columns are plain causal attention; only the few
+suffix queries need a mask.
 
     columns    0 1 2 3 4 | 5 6 7 | 8 9           a prefix of 4 tokens and a column of padding, a suffix of 3, one of 2
     position   0 1 2 3 - | 4 5 6 | 4 5
@@ -25,9 +26,9 @@ from model.attention import attention
 class SharedPrefix:
     """Rows of a prefix and suffixes that each continue it.
 
-    prefix: the columns before this one hold prefixes (and padding), the others suffixes (and padding).
-    position: (B, T) int64, each token's place in its own sequence. suffix: (B, T) int64, 0 for the prefix, 1 and up for suffixes,
-    -1 for padding. previous: (B, T) int64, the column of the token before; any column for a sequence's first token.
+    prefix: the columns before this one hold prefixes (and padding), the others suffixes (and padding). position: (B, T)
+    int64, each token's place in its own sequence. suffix: (B, T) int64, 0 for the prefix, 1 and up for suffixes, -1 for
+    padding. previous: (B, T) int64, the column of the token before; any column for a sequence's first token.
     """
 
     prefix: int

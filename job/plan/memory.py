@@ -16,12 +16,13 @@ Modelled, with three constants (bytes), calibrated on what is published:
     loss            in chunks (`model.loss`): CHUNK_LOGIT x the logits of one chunk, and the two gradients that are kept;
                     plain: PLAIN_LOGIT x all logits of the device batch
 
-**The host's** (`HostMemory`), exact too, of all ranks of a machine together: pinned buffers for each slice that a rank saves
-(`job/train/checkpoint.py`), each rounded up to a power of two as CUDA's host allocator does, and the copy of weights and state that the warm-up
-puts back afterwards (`Optimizer.preserve_state`), both at once. What the processes take beside these is not counted.
+**The host's** (`HostMemory`), exact too, of all ranks of a machine together: pinned buffers for each slice that a rank
+saves (`job/train/checkpoint.py`), each rounded up to a power of two as CUDA's host allocator does, and the copy of
+weights and state that the warm-up puts back afterwards (`Optimizer.preserve_state`), both at once. What the processes
+take beside these is not counted.
 
-Known to hold: a d24 with the plain loss fits at 16 rows and not at 32, a d26 not at 32, a d22 with a chunked loss fits at 32; a d12
-in bf16 at 32 rows took 34e9 bytes (36.6e9 here).
+Known to hold: a d24 with the plain loss fits at 16 rows and not at 32, a d26 not at 32, a d22 with a chunked loss fits
+at 32; a d12 in bf16 at 32 rows took 34e9 bytes (36.6e9 here).
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def low_precision_weights(config: GPTConfig) -> int:
 
 
 def step_memory(config: GPTConfig, rows: int, ranks: int, fp8: bool, *, plain_loss: bool = False) -> Memory:
-    """What one rank of `ranks` needs for micro-steps of `rows` rows. `plain_loss`: as the published program computes it."""
+    """What one rank of `ranks` needs for micro-steps of `rows` rows. `plain_loss`: as the published program computes
+    it."""
     parameters = parameter_bytes(config)
     tokens = rows * config.seq_len
     owned = sum(FP32 * stack.slots(ranks) * stack.parameters[0].size for stack in muon_stacks(config))

@@ -1,4 +1,5 @@
-"""The GPT against a second implementation that knows nothing of the first: one row, one head, one position at a time."""
+"""The GPT against a second implementation that knows nothing of the first: one row, one head, one position at a
+time."""
 
 from __future__ import annotations
 
