@@ -19,7 +19,7 @@ module does what the published runs did.
 
 **A linear layer has three products**, and each operand is quantised where it is used:
 
-    forward            y  = x W^T           e4m3 x e4m3      fast accumulation (its error is below the rounding of the operands)
+    forward            y  = x W^T           e4m3 x e4m3      fast accumulation (off by less than the rounding)
     for the input      dx = dy W            e5m2 x e4m3
     for the weight     dW = dy^T x          e5m2 x e4m3      sums over all tokens of the micro-batch
 
@@ -119,12 +119,14 @@ def apply(model: nn.Module, tokens: int, generation: str = "head") -> list[str]:
     """
     if tokens % MULTIPLE:
         raise Fp8Error(
-            f"a micro-batch has {tokens} tokens, and fp8 needs a multiple of {MULTIPLE}: change train.device_batch_size or model.seq_len"
+            f"a micro-batch has {tokens} tokens, and fp8 needs a multiple of {MULTIPLE}: "
+            "change train.device_batch_size or model.seq_len"
         )
     chosen, _ = layers(model, generation)
     if not chosen:
         raise Fp8Error(
-            f"no layer has both sides of at least {SMALLEST_SIDE[generation]}: set train.fp8=false for a model this small"
+            f"no layer has both sides of at least {SMALLEST_SIDE[generation]}: "
+            "set train.fp8=false for a model this small"
         )
     from model.fp8_linear import convert_to_float8  # takes seconds to import: only where there is fp8
 

@@ -85,11 +85,12 @@ def prove(model: GPT, tokens: int, device: torch.device) -> str:
         for found in agreements:
             if not found.holds:
                 raise Fp8Error(
-                    f"fp8 computes something else on this device: {name}, {found.what}, is wrong by {found.error:.1%} where rounding "
-                    f"explains {found.bound:.1%}; say -o train.fp8=false, and have the GPU and its driver looked at"
+                    f"fp8 computes something else on this device: {name}, {found.what}, is wrong by "
+                    f"{found.error:.1%} where rounding explains {found.bound:.1%}; say -o train.fp8=false, and have the GPU and its driver looked at"
                 )
             worst = max(worst, found._replace(what=f"{name}, {found.what}"), key=lambda each: each.error / each.bound)
-    return f"fp8 agrees with fp32 (at most {worst.error:.1%} wrong where rounding explains {worst.bound:.1%}: {worst.what})"
+    wrong = f"{worst.error:.1%} wrong where rounding explains {worst.bound:.1%}: {worst.what}"
+    return f"fp8 agrees with fp32 (at most {wrong})"
 
 
 def measurements(model: GPT, tokens: int, device: torch.device) -> Iterator[tuple[str, list[Agreement]]]:

@@ -1,9 +1,8 @@
-"""Which kernels a GPU can run: attention's and fp8's. Free of torch, so that a machine can be judged before anything is
-loaded.
+"""Which kernels a GPU can run, attention's and fp8's, told without torch.
 
-fa2   FlashAttention 2, part of torch          Ampere and later       about 6 % of a step slower than the next (estimated)
+fa2   FlashAttention 2, part of torch          Ampere and later    a step is about 6 % slower (estimated)
 fa3   FlashAttention 3, a package of its own   Hopper
-fa4   FlashAttention 4, a package of its own   Hopper, Blackwell      pinned: later releases return more values than torch unpacks
+fa4   FlashAttention 4, a package of its own   Hopper, Blackwell   later releases return more than torch unpacks
 """
 
 from __future__ import annotations
@@ -76,7 +75,8 @@ def choose_backend(
         return Backend("sdpa", "attention: torch's SDPA on blocks of one window")
     if capability < (8, 0):
         raise BackendError(
-            f"a GPU of compute capability {capability[0]}.{capability[1]} has no attention kernel here: use Ampere or later"
+            f"a GPU of compute capability {capability[0]}.{capability[1]} has no attention kernel here: "
+            "use Ampere or later"
         )
     fast = [name for name, generations in {"fa3": (9,), "fa4": (9, 10)}.items() if capability[0] in generations]
     usable = [name for name in fast if name in have and (name != "fa4" or have[name] == FA4_FITS)]

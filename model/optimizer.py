@@ -139,7 +139,8 @@ class Optimizer:
         if self._missing[index] < 0:
             name = self._reductions[index].parameters[0][0]
             raise RuntimeError(
-                f"a second backward pass reached the reduction of {name}: begin_overlap() goes before the last one only."
+                f"a second backward pass reached the reduction of {name}: "
+                "begin_overlap() goes before the last one only."
             )
         if self._missing[index] == 0:
             self._ready.append(index)

@@ -5,11 +5,11 @@ and is carried to other depths by power laws. With S the *scaling parameters* (t
 that gave the cleanest scaling laws; the embedding tables cost no matrix product), r the tokens per scaling parameter
 and D = r S the tokens to train on:
 
-    batch                B  = 2^19 (D / D_d12)^0.383, to the nearest power of two       a longer run can afford larger steps
+    batch                B  = 2^19 (D / D_d12)^0.383, to the nearest power of two   a longer run can afford larger steps
     steps                N  = floor(int(r S) / B)
-    learning rates       *= sqrt(B / 2^19)                                               Adam-like steps: noise falls with sqrt(B)
+    learning rates       *= sqrt(B / 2^19)                                           Adam-like steps: noise falls with sqrt(B)
     AdamW tables, head   *= (d / 768)^-1/2                                               wider layers, smaller steps
-    Muon's weight decay  *= sqrt(B / 2^19) D_d12 / D                                     the same averaging time, in epochs
+    Muon's weight decay  *= sqrt(B / 2^19) D_d12 / D                                 the same averaging time, in epochs
                     or    = base (12 / depth)^2 ("depth", until 6 February 2026)
 
 D_d12 takes the same r, so that r cancels in every ratio D / D_d12 = S / S_d12; that is why these rules also hold when a
@@ -263,7 +263,8 @@ def _batch(config: GPTConfig, asked: int | None) -> Value:
     batch = 1 << exponent
     if batch % config.seq_len:
         raise ConfigError(
-            f"the batch rule gives {batch:,} tokens, no whole number of rows of {config.seq_len}: give the batch yourself"
+            f"the batch rule gives {batch:,} tokens, no whole number of rows of {config.seq_len}: "
+            "give the batch yourself"
         )
     return Value(batch, why, POWER_LINES)
 
@@ -304,7 +305,10 @@ def _weight_decay(config: GPTConfig, rules: Rules, batch: int) -> Value:
         raise ConfigError(f"no such weight decay rule: {rules.decay_rule!r}; there are 'depth' and 'horizon'")
     noise = math.sqrt(batch / REFERENCE_BATCH)
     share = scaling_parameters(reference(config)) / scaling_parameters(config)
-    why = f"{base:g} x {noise:.4f} x {share:.4f} = base x sqrt(B / 2^19) x D_d12 / D: the averaging time stays the same part of a run"
+    why = (
+        f"{base:g} x {noise:.4f} x {share:.4f} = base x sqrt(B / 2^19) x D_d12 / D: "
+        "the averaging time stays the same part of a run"
+    )
     return Value(base * noise * share, why, AVERAGING_TIME)
 
 

@@ -4,8 +4,8 @@
 Each kind offers the same verbs, so that the optimizer is a loop over them:
 
     reductions        what may be launched once the parameters that it names have their gradients
-    update(...)       this rank's arithmetic on what it owns; the gather of the new weights is begun. Returns a flag for each
-                      name in `flagged`: was its reduced gradient (this rank's part of it) finite
+    update(...)       this rank's arithmetic on what it owns; the gather of the new weights is begun. Returns a flag for
+                      each name in `flagged`: was its reduced gradient (this rank's part of it) finite
     finish()          the gathered weights stand in the parameters; temporaries are gone
     round_foreign()   weights that others own are what a gather would have left of them
     state()           the slices of optimizer state that this rank holds
@@ -30,7 +30,7 @@ from model.collectives import Collectives, Named, Reduction
 from model.hyper import GroupSpec, StepHyper
 from model.muon import MuonScalars, muon_update, second_moment_shape, step_size
 
-# An update's temporaries are made for about this many bytes of weights at a time: a CPU's cache, a share of a GPU's memory.
+# Bytes of weights that are updated at a time, which bounds the temporaries: a CPU's cache, a share of a GPU's memory.
 CHUNK_BYTES = {"cpu": 1 << 20, "other": 128 << 20}
 
 

@@ -8,7 +8,7 @@ suffix queries need a mask.
     columns    0 1 2 3 4 | 5 6 7 | 8 9           a prefix of 4 tokens and a column of padding, a suffix of 3, one of 2
     position   0 1 2 3 - | 4 5 6 | 4 5
     suffix     0 0 0 0 - | 1 1 1 | 2 2
-    previous   - 0 1 2 - | 3 5 6 | 3 8           the column of the token before, in the sequence that the token belongs to
+    previous   - 0 1 2 - | 3 5 6 | 3 8           the column of the token before, in its own sequence
 """
 
 from __future__ import annotations

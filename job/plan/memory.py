@@ -7,13 +7,13 @@ Exact, from the shapes and from how `model.optimizer` shares its state out:
     states          Muon: momentum and a second moment a row or column, for the whole matrices that a rank owns;
                     AdamW: two moments in the parameter's dtype, for the rows that a rank owns. The fullest rank counts.
     weight copies   what the matrix products read: 1 byte a weight in fp8, 2 in bf16
-    temporaries     of the optimizer step: the gathered matrices and the owner's reduced and fresh ones. They come when the
-                    activations are gone, so that only the larger of the two counts.
+    temporaries     of the optimizer step: the gathered matrices and the owner's reduced and fresh ones. They come when
+                    the activations are gone, so that only the larger of the two counts.
 
 Modelled, with three constants (bytes), calibrated on what is published:
 
     activations     ACTIVATION x width, a token and layer: what the backward pass needs again
-    loss            in chunks (`model.loss`): CHUNK_LOGIT x the logits of one chunk, and the two gradients that are kept;
+    loss            in chunks (`model.loss`): CHUNK_LOGIT x the logits of one chunk, and the two gradients kept;
                     plain: PLAIN_LOGIT x all logits of the device batch
 
 **The host's** (`HostMemory`), exact too, of all ranks of a machine together: pinned buffers for each slice that a rank

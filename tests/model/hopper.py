@@ -1,7 +1,7 @@
 """Every compiled piece of a training step, lowered for an H100 by a machine that has none, and counted.
 
     python tests/model/hopper.py             prints the table
-    python tests/model/hopper.py --write     puts it into hopper.md beside this file, with which test_hopper.py compares it
+    python tests/model/hopper.py --write     puts it into hopper.md beside this file; test_hopper.py compares
 
 The step is the product's own: a d24 and a d22 in fp8, rows and vocabulary of the published run, `GPT.compile_blocks`,
 forward and backward, and the compiled update of one rank of eight. It runs on the meta device, where everything makes
@@ -44,8 +44,9 @@ DEPTHS, ROWS, T, VOCAB, WORLD = (24, 22), 16, 2048, 32_768, 8
 HEAD = """\
 # What Inductor makes of a training step for an H100
 
-Counted, not measured: `python tests/model/hopper.py --write` makes this table, and its head explains how. A micro-step has 16 rows
-of 2048 tokens, in fp8; the update is rank 0's of eight. "saved" is what a graph's forward keeps for its backward, weights left out.
+Counted, not measured: `python tests/model/hopper.py --write` makes this table, and its head explains how. A micro-step has
+16 rows of 2048 tokens, in fp8; the update is rank 0's of eight. "saved" is what a graph's forward keeps for its
+backward, weights left out.
 
 | step | graph | calls | Triton kernels | other kernels | GB a call | saved, bytes/(token x channel) |
 |---|---|---:|---:|---|---:|---:|
@@ -83,7 +84,8 @@ class Graph:
 
     def row(self) -> str:
         other = ", ".join(f"{count} {name}" for name, count in sorted(self.other.items())) or "-"
-        return f"| {self.step} | {self.name} | {self.calls} | {self.triton} | {other} | {self.bytes / 1e9:.4f} | {self.saved} |"
+        counted = f"{self.calls} | {self.triton} | {other} | {self.bytes / 1e9:.4f} | {self.saved}"
+        return f"| {self.step} | {self.name} | {counted} |"
 
 
 def pretend() -> None:
