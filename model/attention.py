@@ -1,25 +1,20 @@
-"""Causal attention with a window, B T H D in and out.
+"""Causal attention with a window, (B, T, H, D) in and out.
 
-A query at position i sees the keys i - window ... i: `window` predecessors and itself (the meaning of
-`window_size=(window, 0)` in the flash-attention kernels, so that weights trained with either agree). A window of T - 1
-or more is full causal attention.
+A query at position i sees the keys i - window ... i, as `window_size=(window, 0)` means in the flash-attention kernels,
+so that weights trained with either agree. A window of T - 1 or more is full causal attention.
 
-A short window must not cost a T x T mask. The sequence is cut into blocks as long as the window: then every key that a
-query may see lies in the query's own block or in the one before it, and all blocks share one mask of (window, 2
-window). Work and memory grow with T x window; nothing is approximated.
+**Windowed SDPA**, on a CPU and in fp32: a short window must not cost a T x T mask. The sequence is cut into blocks as
+long as the window: every key that a query may see lies in the query's own block or in the one before it, and all blocks
+share one mask of (window, 2 window). Nothing is approximated; the first block has no predecessor and is plainly causal.
 
     keys of         block b-1    block b
     query 0         x x x x x    x . . . .        the first query of a block sees the whole previous block and itself,
     query 1         . x x x x    x x . . .        each next one sees one key less there and one more here
     query 2         . . x x x    x x x . .
 
-The first block has no predecessor and is plainly causal.
-
-On a GPU the window is the kernel's business: torch's `varlen_attn` takes it, with the rows of a batch as sequences of
-one length. What kernel stands behind that call is chosen once per process, before the first step (`model/kernels.py`).
-A package's kernel is compiled for the GPU when it is first called, by each rank, and then has to agree with the blocks
-before anything is trained with it (`prove`). The kernels compute in 16 bits; a model that computes in fp32 on a GPU
-takes the blocks.
+**On a GPU**, in 16 bits, torch's `varlen_attn` takes the window, with the rows of a batch as sequences of one length.
+Which kernel stands behind that call is chosen once per process (`model/kernels.py`). A package's kernel is compiled
+when it is first called, by each rank, and has to agree with windowed SDPA before anything is trained with it (`prove`).
 """
 
 from __future__ import annotations

@@ -1,21 +1,20 @@
-"""Matrix products in eight bits: which, how, and on what hardware.
+"""Matrix products in eight bits: which layers, and how.
 
 A tensor core multiplies fp8 numbers at twice the rate of bf16 ones, and a GPT of this size spends nine tenths of its
-arithmetic in matrix products. What is lost is precision: fp8 is two formats, and neither is enough for everything.
+arithmetic in matrix products. There are two formats:
 
     e4m3    4 bits exponent, 3 mantissa    to 448       relative step 1/8     weights and activations: precision counts
     e5m2    5 bits exponent, 2 mantissa    to 57,344    relative step 1/4     gradients: their range counts
 
-**Scales.** A tensor is stored as integers of those formats times one number per tensor, chosen from the tensor itself
-each time:
+**Scales.** A tensor is stored as numbers of those formats and one scale per tensor, chosen from the tensor itself each
+time:
 
     s = largest of the format / max |x|        x8 = round(s x)        x ~ x8 / s
 
-The product of two such tensors is accumulated by the tensor core in higher precision and divided by both scales: a dot
-product of thousands of terms averages the rounding errors of its operands away, which is why three mantissa bits are
-enough. One scale per row would be more exact and was slower (0.90 of bf16's speed, published); one scale per tensor
-taken from the previous step would save a pass over memory and needs a remedy for the step in which values grow. This
-module does what the published runs did.
+The product of two such tensors is accumulated in higher precision and divided by both scales: a dot product of
+thousands of terms averages the rounding errors of its operands away. One scale per row would be more exact and was
+slower (0.90 of bf16's speed, published); a scale of the previous step would save a pass over memory and needs a remedy
+for growing values. This module does what the published runs did.
 
 **A linear layer has three products**, and each operand is quantised where it is used:
 
@@ -23,25 +22,18 @@ module does what the published runs did.
     for the input      dx = dy W            e5m2 x e4m3
     for the weight     dW = dy^T x          e5m2 x e4m3      sums over all tokens of the micro-batch
 
-Hardware wants the first operand by rows and the second by columns, so the backward pass makes transposed copies: they,
-and the passes that find maxima, are what keeps fp8 from being twice as fast. Every dimension that a product reads must
-be divisible by 16 (16-byte loads of 1-byte numbers): inputs and outputs of a layer, and the tokens of a micro-batch,
-which dW sums over.
+Hardware wants the first operand by rows and the second by columns, so the backward pass makes transposed copies. Every
+dimension that a product reads must be divisible by 16: inputs and outputs of a layer, and the tokens of a micro-batch.
 
-**Which layers.** Large ones only: a product must be worth the passes that quantise it. Published from February on:
-inputs and outputs divisible by 16; from July on also no side below 128. That is every matrix of the blocks and the
-head, and none of the gates (12 or 24 channels wide). Embeddings are looked up, not multiplied. Attention's own products
-stay in bf16.
+**Which layers.** From February on those with inputs and outputs divisible by 16; from July on also no side below 128.
+That is every matrix of the blocks and the head, and none of the gates. Attention's own products stay in bf16.
 
-**What stays as it was.** Weights are fp32 and so are their accumulated gradients; the optimizer knows nothing of fp8.
-Each forward pass quantises the fp32 weight anew, fused by the compiler into one read. The head is the exception: its
-loss is computed in many chunks (`model/loss.py`), each of which reads the whole weight twice, so its quantised copies
-are made once per optimizer step and kept (`model/fp8_linear.py`). The gradient by its logits needs no search for a
-maximum: no entry is ever larger than 1.
+**What stays.** Weights are fp32 and so are their accumulated gradients; the optimizer knows nothing of fp8. Each
+forward pass quantises the fp32 weight anew. The head is the exception: its loss is computed in many chunks
+(`model/loss.py`), so its quantised copies are made once per optimizer step and kept (`model/fp8_linear.py`).
 
-**Evaluation is outside fp8.** The eight bits serve to make gradients cheaply. Where no gradient is wanted
-(`torch.no_grad`), the same layers compute in the dtype of their input: validation and tasks score the weights and not
-their rounding, and agree with the checkpoint loaded into a model that has never heard of fp8.
+**Evaluation is outside fp8.** Where no gradient is wanted (`torch.no_grad`), the same layers compute in the dtype of
+their input, so that scores agree with the checkpoint loaded into a model without fp8.
 
 Sources: torchao.float8 (tensorwise, dynamic), whose layer this is; arXiv 2209.05433 for the formats; the leaderboard's
 runs 2-6.

@@ -1,46 +1,37 @@
 """Head, softcap and cross-entropy together, without ever holding the logits of a batch.
 
 The logits are the largest tensor of the whole model: 32 rows of 2048 tokens over 32,768 words are 8.6 GB in fp32, and a
-plain implementation holds four or five tensors of that size at once (logits, capped logits, log-probabilities, their
-gradients). None of them has to exist. The loss of one token needs only its own row, so rows are taken in chunks of at
-most `LOSS_CHUNK_ELEMENTS` logits: for each chunk the loss AND the gradients are computed, and the logits are dropped
-before the next.
+plain implementation holds four or five tensors of that size at once. The loss of a token needs only its own row, so
+rows are taken in chunks of at most `LOSS_CHUNK_ELEMENTS` logits: for each chunk the loss AND the gradients are
+computed, and the logits are dropped before the next. That costs no recomputation: the gradient of a mean is known up to
+one factor, which the backward pass applies. Kept in between are the gradients that must exist anyway: one of the size
+of `hidden`, one of the size of `weight` (in at least fp32, so that adding up chunks loses nothing).
 
-Working out the gradient already in the forward pass costs no recomputation: the backward pass of a mean is known up to
-one factor, the gradient that arrives from above, and only that factor is applied later. Kept in between are the
-gradients that must exist anyway: one of the size of `hidden`, one of the size of `weight` (in at least fp32, so that
-adding up chunks loses nothing).
-
-With z = h W^T, t = tanh(z / c), logits l = c t and p = softmax(l), for the right word y:
+With z = h W^T, t = tanh(z / c), logits l = c t and p = softmax(l), for the target y:
 
     nll = -log p[y]        d nll / d l = p - onehot(y)        d l / d z = 1 - t^2
 
-so that away from the right word dz = p (1 - t^2), one number per row is different, and that one, p[y] - 1 = -(1 -
-e^-nll), is worked out in full precision and written over it: rounded to bf16, p[y] near 1 would have lost just the part
-that remains to be learned. No l is above the cap, so no row's maximum is looked for before e^l is taken; and with s =
-sigmoid(2 z / c), which costs a CPU an eighth of a tanh, t = 2 s - 1 and 1 - t^2 = 4 s (1 - s).
+so that away from the target dz = p (1 - t^2). The target's factor, p[y] - 1 = -(1 - e^-nll), is worked out in full
+precision: rounded to bf16, p[y] near 1 would have lost just the part that remains to be learned. No l is above the cap,
+so no row's maximum is needed before e^l; and with s = sigmoid(2 z / c), an eighth of a tanh's time on a CPU, t = 2 s -
+1 and 1 - t^2 = 4 s (1 - s).
 
-**How large a chunk.** Every chunk adds a whole (V, D) to the weight's gradient: with few rows a chunk spends its time
-there, with many it costs the memory that was to be saved. On a GPU one such addition moves 0.6 GB at V 32,768 and D
-1536, 0.2 ms of an H100 by counted bytes, so 2048 rows are taken, whose products need 0.33 ms in fp8 at best (estimated;
-to be decided by a profile). Either number of rows keeps the loss below a tenth of the plain one's memory (16,384
-tokens, 49,152 words: tested). That is possible because nothing fp32 has a chunk's size: compiled, it lives in
-registers; else the chunk's logits become their own gradient in place, a block of BLOCK_ELEMENTS at a time. (Smaller
-blocks would fit a smaller cache, and wake a CPU's threads more often than that is worth.)
+**Chunks.** Every chunk adds a whole (V, D) to the weight's gradient, so few large chunks are better: at V 32,768 and D
+1536 it moves 0.6 GB, 0.2 ms of an H100, and 2048 rows take 0.33 ms in fp8 at best (estimated). Within one, arithmetic
+that is not compiled goes block by block (BLOCK_ELEMENTS), so that fp32 numbers stay in a cache, in place where the
+dtype allows.
 
 **In fp8** (`quantised`) the three products run as in any fp8 layer (`model/fp8.py`): h and W in e4m3, dz in e5m2. h is
-quantised once a micro-step, W once per optimizer step, and the weight's gradient is still added up in fp32. dz needs no
-search for its maximum: no entry is larger than 1, so it has the same scale always, and leaves the softmax's kernel as
-e5m2. Everything between the products stays in fp32. Where no gradient is wanted the loss is not in fp8.
+quantised once a micro-step, W once per optimizer step, and the weight's gradient is added up in fp32. dz is never
+larger than 1, so its scale is a constant. Where no gradient is wanted the loss is not in fp8.
 
-**Padding.** Rows of `weight` from `vocab_size` on are padding (the matrix products like multiples of 64): their logits
-are set so far below the cap that their probability is 0, exactly, and with it their gradient.
+**Padding.** Logits of the rows of `weight` from `vocab_size` on are -inf: their probability and gradient are 0,
+exactly.
 
-**Compiled.** All of it can be traced into a caller's graph. A caller that is not compiled says `compiled=True`, and the
-loop stays a loop. What lies between the products becomes one kernel over the logits instead of a dozen passes (and one
-that adds up the rows' losses): it reads z twice, for the rows' sums and for their gradients, and writes dz. For that
-the right word's number is selected and not written over dz: a scatter wants all of dz in memory, in fp32, seven times
-the bytes (counted as in `tests/model/hopper.md`).
+**Compiled.** A caller that is not compiled says `compiled=True`: the loop stays a loop, and the arithmetic between the
+products becomes one kernel over the logits instead of a dozen passes (and one that adds up the rows' losses). There the
+target's number is selected and not scattered into dz: a scatter wants all of dz in memory, in fp32, seven times the
+bytes (counted as in `tests/model/hopper.md`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ and D = r S the tokens to train on:
 
     batch                B  = 2^19 (D / D_d12)^0.383, to the nearest power of two   a longer run can afford larger steps
     steps                N  = floor(int(r S) / B)
-    learning rates       *= sqrt(B / 2^19)                                           Adam-like steps: noise falls with sqrt(B)
+    learning rates       *= sqrt(B / 2^19)                                           noise falls with sqrt(B)
     AdamW tables, head   *= (d / 768)^-1/2                                               wider layers, smaller steps
     Muon's weight decay  *= sqrt(B / 2^19) D_d12 / D                                 the same averaging time, in epochs
                     or    = base (12 / depth)^2 ("depth", until 6 February 2026)

@@ -44,8 +44,8 @@ DEPTHS, ROWS, T, VOCAB, WORLD = (24, 22), 16, 2048, 32_768, 8
 HEAD = """\
 # What Inductor makes of a training step for an H100
 
-Counted, not measured: `python tests/model/hopper.py --write` makes this table, and its head explains how. A micro-step has
-16 rows of 2048 tokens, in fp8; the update is rank 0's of eight. "saved" is what a graph's forward keeps for its
+Counted, not measured: `python tests/model/hopper.py --write` makes this table, and its head explains how. A micro-step
+has 16 rows of 2048 tokens, in fp8; the update is rank 0's of eight. "saved" is what a graph's forward keeps for its
 backward, weights left out.
 
 | step | graph | calls | Triton kernels | other kernels | GB a call | saved, bytes/(token x channel) |
