@@ -71,8 +71,8 @@ def _later_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | N
         x = cut(x)
         return torch.cat([x[:, :-1], x[:, 1:]], dim=2).view(B * (blocks - 1), 2 * window, H, D)
 
-    queries = cut(q)[:, 1:].reshape(B * (blocks - 1), window, H, D)
-    mask = block_mask(window, q.device)
+    queries = cut(q)[:, 1:].reshape(B * (blocks - 1), window, H, D)  # all blocks but the first
+    mask = block_mask(window, q.device)  # (window, 2 window)
     out = _sdpa(queries, with_predecessor(k), with_predecessor(v), scale, mask=mask)
     return out.reshape(B, (blocks - 1) * window, H, D)[:, : T - window]
 

@@ -57,7 +57,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        """Leave the memory as it is: `GPT.init_weights` fills every parameter by name."""
+        """Nothing: `GPT.init_weights` fills every parameter by name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))

@@ -87,7 +87,7 @@ def token_losses(
     weight = weight.to(hidden.dtype)
     nll, greedy = [], []
     for rows in _chunks(hidden, weight):
-        logits = capped_logits(hidden[rows], weight, softcap, vocab_size)
+        logits = capped_logits(hidden[rows], weight, softcap, vocab_size)  # (rows, vocab_size)
         greedy.append(logits.argmax(dim=-1))
         nll.append(_nll(logits.log_softmax(dim=-1), targets[rows]))
     return torch.cat(nll), torch.cat(greedy)
@@ -121,8 +121,8 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         products = _Products(hidden, weight) if quantised is None else _Fp8Products(hidden, quantised, compiled)
         loss_and_gradient = _fused(_loss_and_gradient) if compiled else _in_blocks
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=_wide(weight))
+        d_hidden = torch.empty_like(hidden)  # (N, D)
+        d_weight = torch.zeros_like(weight, dtype=_wide(weight))  # (V, D)
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         for rows in _chunks(hidden, weight):
             loss, dz = loss_and_gradient(
@@ -138,15 +138,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         factor = d_loss / d_hidden.size(0)
-        return (
-            d_hidden * factor.to(d_hidden.dtype),
-            (d_weight * factor).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        gradients = d_hidden * factor.to(d_hidden.dtype), (d_weight * factor).to(ctx.weight_dtype)
+        return *gradients, None, None, None, None, None
 
 
 class _Products:
@@ -200,7 +193,7 @@ def _loss_and_gradient(
     """
     half, logits = _capped(z, softcap, into)
     logits[:, vocab_size:] = -torch.inf
-    right = targets.unsqueeze(-1)
+    right = targets.unsqueeze(-1)  # (rows, 1)
     right_logit, right_half = logits.gather(-1, right), half.gather(-1, right)
     p = logits.exp_()
     total = p.sum(dim=-1, keepdim=True)

@@ -151,7 +151,7 @@ class MuonStack:
         sent = None if reduced is None else self._buffer(self.slots, self.shape, self.wire)
         for part in _chunks(count, self.shape.numel() * self.dtype.itemsize, self.device):
             owned = [p.detach() for _, p in self.own[part]]
-            weight = torch.stack(owned).to(self.dtype)
+            weight = torch.stack(owned).to(self.dtype)  # (K, rows, columns)
             grad = (torch.stack(self.grads[part]) if reduced is None else reduced[part]).to(self.dtype)
             finite[part] = _finite(grad, dim=(1, 2))
             self.muon(weight, grad, self.momentum[part], self.second[part], scalars)
@@ -160,7 +160,7 @@ class MuonStack:
                 sent[part].copy_(weight)
         if sent is not None:
             sent[count:].zero_()
-            gathered = self._buffer(self.comm.world * self.slots, self.shape, self.wire)
+            gathered = self._buffer(self.comm.world * self.slots, self.shape, self.wire)  # (W slots, rows, columns)
             self.gather = self.comm.all_gather(gathered, sent), gathered
         return finite
 
@@ -233,7 +233,7 @@ class RowShard:
 
     def _reduce(self, grads: list[Tensor]) -> dist.Work | None:
         world = self.comm.world
-        full = self._padded(grads[0], world * self.share)
+        full = self._padded(grads[0], world * self.share)  # (W share, ...)
         self.reduced = full if world == 1 else full.new_empty(self.share, *full.shape[1:])
         return None if world == 1 else self.comm.reduce_scatter(self.reduced, full)
 
@@ -244,7 +244,7 @@ class RowShard:
         for part in _chunks(len(own), own.element_size() * self.parameter[0].numel(), own.device):
             self.options.adamw(own[part], self.reduced[part], self.first[part], self.second[part], scalars)
         if self.comm.world > 1:
-            sent = self._padded(own, self.share)
+            sent = self._padded(own, self.share)  # (share, ...)
             whole = (self.comm.world * self.share, *sent.shape[1:])
             gathered = self.parameter.detach() if self.direct else sent.new_empty(whole)
             self.gather = self.comm.all_gather(gathered, sent.clone() if sent is own else sent), gathered
@@ -293,7 +293,7 @@ class SmallTensors:
         self.reductions = [Reduction([(name, p) for name, p, _ in entries], self._reduce)]
 
     def _reduce(self, grads: list[Tensor]) -> dist.Work | None:
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        flat = torch.cat([grad.reshape(-1) for grad in grads])  # (all elements,)
         parts = flat.split([grad.numel() for grad in grads])
         self.reduced = [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)]
         return None if self.comm.world == 1 else self.comm.all_reduce(flat)
