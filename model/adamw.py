@@ -1,7 +1,7 @@
 """AdamW's arithmetic (Loshchilov and Hutter, arXiv 1711.05101) on one tensor, in place, as the published runs order it.
 
-Decay first, p <- p (1 - lr wd), then the bias-corrected step. Moments are stored in the parameter's dtype (bfloat16 for the
-embedding tables), the arithmetic is fp32 and cast back, without stochastic rounding.
+Decay first, p <- p (1 - lr wd), then the bias-corrected step. Moments are stored in the parameter's dtype (bfloat16 for
+the embedding tables), the arithmetic is fp32 and cast back, without stochastic rounding.
 """
 
 from __future__ import annotations

@@ -1,70 +1,33 @@
-"""Causal attention with a window, B T H D in and out.
+"""Causal attention with a window, (B, T, H, D) in and out.
 
-A query at position i sees the keys i - window ... i: `window` predecessors and itself (the meaning of `window_size=(window, 0)` in
-the flash-attention kernels, so that weights trained with either agree). A window of T - 1 or more is full causal attention.
+A query at position i sees the keys i - window ... i, as `window_size=(window, 0)` means in the flash-attention kernels,
+so that weights trained with either agree. A window of T - 1 or more is full causal attention.
 
-A short window must not cost a T x T mask. The sequence is cut into blocks as long as the window: then every key that a query may
-see lies in the query's own block or in the one before it, and all blocks share one mask of (window, 2 window). Work and memory grow
-with T x window; nothing is approximated.
+**Windowed SDPA**, on a CPU and in fp32: a short window must not cost a T x T mask. The sequence is cut into blocks as
+long as the window: every key that a query may see lies in the query's own block or in the one before it, and all blocks
+share one mask of (window, 2 window). Nothing is approximated; the first block has no predecessor and is plainly causal.
 
     keys of         block b-1    block b
     query 0         x x x x x    x . . . .        the first query of a block sees the whole previous block and itself,
     query 1         . x x x x    x x . . .        each next one sees one key less there and one more here
     query 2         . . x x x    x x x . .
 
-The first block has no predecessor and is plainly causal.
-
-On a GPU the window is the kernel's business: torch's `varlen_attn` takes it, with the rows of a batch as sequences of one length. What
-kernel stands behind that call is chosen once per process, before the first step (`choose_backend`, `activate`):
-
-    fa2   FlashAttention 2, part of torch          Ampere and later       about 6 % of a step slower than the next (estimated)
-    fa3   FlashAttention 3, a package of its own   Hopper
-    fa4   FlashAttention 4, a package of its own   Hopper, Blackwell      pinned: later releases return more values than torch unpacks
-
-Where somebody pays for the machine, a slower one than asked for is refused before the run begins (`job/run/preflight.py`). A package's kernel
-is compiled for the GPU when it is first called, by each rank, and then has to agree with the blocks before anything is trained with it
-(`prove`). The kernels compute in 16 bits; a model that computes in fp32 on a GPU takes the blocks.
+**On a GPU**, in 16 bits, torch's `varlen_attn` takes the window, with the rows of a batch as sequences of one length.
+Which kernel stands behind that call is chosen once per process (`model/kernels.py`). A package's kernel is compiled
+when it is first called, by each rank, and has to agree with windowed SDPA before anything is trained with it (`prove`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import activate_flash_attention_impl
 
-FA4_PACKAGE, FA4_FITS = "flash-attn-4", "4.0.0b12"
+from model.kernels import Backend, BackendError
+
 PROOF_LENGTH, PROOF_BOUND = 256, 0.03
-"""T of the proof, which is also a window that sees everything; and what its bf16 may be wrong by, of the largest value"""
-FA2_TIME = 1.92
-"""FlashAttention 2's time over 3's on an H100, forward and backward (published: anemoi#959; 4 takes as long as 3)"""
-ATTENTION_SHARE = 0.065
-"""of a step of run 6 that FlashAttention 3 takes (estimated from FLOPs: 17 of 260 ms a micro-step at 500 TFLOP/s)"""
-FA2_COST = (FA2_TIME - 1) * ATTENTION_SHARE
-"""estimated share of a step that FlashAttention 2 takes longer on Hopper and Blackwell: 6 %"""
-
-
-class BackendError(ValueError):
-    """No acceptable attention kernel: one sentence with what is missing and what to do."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The kernel that attention runs on: "blocks", "fa2", "fa3" or "fa4", and a sentence for people."""
-
-    name: str
-    description: str
-
-    @property
-    def packaged(self) -> bool:
-        """Whether the kernel comes from a package beside torch."""
-        return self.name in ("fa3", "fa4")
+"""T of the proof, which is also a window that sees everything; and what its bf16 may be wrong by, of the largest
+value"""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
@@ -89,8 +52,10 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -
     B, T, _, _ = q.shape
     starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
     seen = (-1 if window >= T - 1 else window, 0)
-    flat = (x.flatten(0, 1) for x in (q, k, v))
-    return varlen_attn(*flat, starts, starts, T, T, scale=scale, window_size=seen).view_as(q)
+    queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))  # (B T, H, D)
+    out = varlen_attn(queries, keys, values, starts, starts, T, T, scale=scale, window_size=seen)
+    assert isinstance(out, Tensor)  # a tuple only where more than the output is asked for
+    return out.view_as(q)
 
 
 def _later_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
@@ -106,14 +71,15 @@ def _later_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | N
         x = cut(x)
         return torch.cat([x[:, :-1], x[:, 1:]], dim=2).view(B * (blocks - 1), 2 * window, H, D)
 
-    queries = cut(q)[:, 1:].reshape(B * (blocks - 1), window, H, D)
-    mask = block_mask(window, q.device)
+    queries = cut(q)[:, 1:].reshape(B * (blocks - 1), window, H, D)  # all blocks but the first
+    mask = block_mask(window, q.device)  # (window, 2 window)
     out = _sdpa(queries, with_predecessor(k), with_predecessor(v), scale, mask=mask)
     return out.reshape(B, (blocks - 1) * window, H, D)[:, : T - window]
 
 
 def block_mask(window: int, device: torch.device) -> Tensor:
-    """(window, 2 window) bool: query i of a block sees the keys i ... i + window of the previous block followed by its own."""
+    """(window, 2 window) bool: query i of a block sees the keys i ... i + window of the previous block followed by its
+    own."""
     query = torch.arange(window, device=device).unsqueeze(1)
     key = torch.arange(2 * window, device=device).unsqueeze(0)
     return (key >= query) & (key <= query + window)
@@ -127,81 +93,12 @@ def _sdpa(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(1, 2)
 
 
-# ---- which kernel
-
-
-def installed() -> dict[str, str]:
-    """The kernels that this environment has, each with the version of its package (for FlashAttention 2, torch's)."""
-    found = {"fa2": torch.__version__}
-    if importlib.util.find_spec("flash_attn_interface"):
-        found["fa3"] = "unversioned"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["fa4"] = importlib.metadata.version(FA4_PACKAGE)
-    return found
-
-
-def choose_backend(
-    wanted: str,
-    capability: tuple[int, int] | None,
-    have: Mapping[str, str],
-    *,
-    strict: bool,
-    allow_fa2: bool = False,
-    price: str = "",
-) -> Backend:
-    """The kernel to run on.
-
-    wanted: "fa2", "fa3", "fa4", or "fastest" for what the hardware can do at best. capability: the GPU's, (9, 0); None: a CPU.
-    have: as `installed` returns. strict: somebody pays for this machine, so a slower kernel than wanted raises BackendError
-    unless allow_fa2 accepts it; otherwise it is taken, and the description says what it costs. price: what FA2_COST of the run
-    comes to, in words.
-    """
-    if capability is None:
-        return Backend("blocks", "attention: torch's SDPA on blocks of one window")
-    if capability < (8, 0):
-        raise BackendError(
-            f"a GPU of compute capability {capability[0]}.{capability[1]} has no attention kernel here: use Ampere or later"
-        )
-    fast = [name for name in ("fa3", "fa4") if _runs(name, capability)]
-    usable = [name for name in fast if name in have and (name != "fa4" or have[name] == FA4_FITS)]
-    if wanted not in ("fa2", "fa3", "fa4", "fastest"):
-        raise BackendError(f"there is no attention kernel called {wanted!r}: choose fastest, fa2, fa3 or fa4")
-    if wanted in ("fa3", "fa4") and wanted not in fast:
-        raise BackendError(
-            f"{wanted} does not run on compute capability {capability[0]}.{capability[1]}: choose fastest"
-        )
-    if wanted == "fa2" or not fast:
-        return Backend("fa2", "attention: FlashAttention 2, part of torch")
-    if usable:
-        name = wanted if wanted in usable else usable[0]
-        return Backend(name, f"attention: FlashAttention {name[-1]} ({have[name]})")
-    missing = f"{FA4_PACKAGE}=={FA4_FITS} is not installed"
-    if "fa4" in have:
-        missing = f"{FA4_PACKAGE} {have['fa4']} does not fit this torch, {FA4_FITS} does"
-    cost = f"{FA2_COST:.0%} of each step slower (estimated" + (f": {price})" if price else ")")
-    slower = f"FlashAttention 2, {cost}: {missing}"
-    if strict and not allow_fa2:
-        raise BackendError(f"attention would run on {slower}; install it, or accept that with --allow-fa2")
-    return Backend("fa2", f"attention: {slower}")
-
-
-def _runs(name: str, capability: tuple[int, int]) -> bool:
-    return capability[0] in {"fa3": (9,), "fa4": (9, 10)}[name]
-
-
-def activate(backend: Backend) -> None:
-    """Put the chosen kernel behind `varlen_attn`, for this process. BackendError for a package that torch cannot call."""
-    if not backend.packaged:
-        return
-    try:
-        activate_flash_attention_impl(backend.name.upper())
-    except (ImportError, RuntimeError) as error:
-        raise BackendError(f"{backend.name} cannot be used: {error}; install it again or choose fa2") from error
+# ---- whether a package's kernel is right
 
 
 def prove(backend: Backend, device: torch.device, gradients: bool) -> None:
-    """Whether a package's kernel, compiled for `device` by this call, gives the blocks' outputs, and gradients if these are wanted;
-    BackendError if not."""
+    """Whether a package's kernel, compiled for `device` by this call, gives the blocks' outputs, and gradients if these
+    are wanted; BackendError if not."""
     if not backend.packaged:
         return
     instead = "install it again or say -o train.attention=fa2"
@@ -215,14 +112,14 @@ def prove(backend: Backend, device: torch.device, gradients: bool) -> None:
 
 
 def disagreement(device: torch.device, window: int, gradients: bool) -> float:
-    """Largest difference between attention in bf16 on `device` and in fp32 on the CPU, in the output and perhaps the three gradients,
-    each relative to the largest value there."""
+    """Largest difference between attention in bf16 on `device` and in fp32 on the CPU, in the output and perhaps the
+    three gradients, each relative to the largest value there."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, weight = (torch.randn(2, PROOF_LENGTH, 2, 128, generator=generator).bfloat16() for _ in range(4))
 
     def computed(where: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [x.to(where, dtype).requires_grad_(gradients) for x in (q, k, v)]
-        out = attention(*inputs, window)
+        queries, keys, values = inputs = [x.to(where, dtype).requires_grad_(gradients) for x in (q, k, v)]
+        out = attention(queries, keys, values, window)
         found = torch.autograd.grad(out, inputs, weight.to(where, dtype)) if gradients else ()
         return [x.float().cpu() for x in (out, *found)]
 

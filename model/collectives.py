@@ -1,7 +1,7 @@
 """A thin, counting skin over a process group, and the one-shot reduction of gradients built on it.
 
-Everything is launched asynchronously on the group's own stream (NCCL) or threads (gloo) and waited for where its result is
-needed. Without a group the rank is alone and sends nothing: the same code runs, and every buffer's "sum" is itself.
+Everything is launched asynchronously on the group's own stream (NCCL) or threads (gloo) and waited for where its result
+is needed. Without a group the rank is alone and sends nothing: the same code runs, and every buffer's "sum" is itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Traffic:
     bytes: Counter[str] = field(default_factory=Counter)
 
     def moved(self, world_size: int) -> float:
-        """Bytes that each rank of a ring sends: (W-1)/W of a scatter's or gather's buffer, twice that of an all-reduce's."""
+        """Bytes that each rank of a ring sends: (W-1)/W of a scatter's or gather's buffer, twice that of an
+        all-reduce's."""
         one_way = self.bytes["reduce_scatter"] + self.bytes["all_gather"] + 2 * self.bytes["all_reduce"]
         return one_way * (world_size - 1) / world_size
 
@@ -71,7 +72,8 @@ class Collectives:
 class Reduction:
     """One collective over the gradients of `parameters`: launched once all of them are there, waited for by the update.
 
-    `send` gets the gradients in that order, which from then on belong to it, and returns the work in flight (None when alone).
+    `send` gets the gradients in that order, which from then on belong to it, and returns the work in flight (None when
+    alone).
     """
 
     def __init__(self, parameters: Named, send: Callable[[list[Tensor]], dist.Work | None]) -> None:

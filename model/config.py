@@ -98,8 +98,8 @@ class GPTConfig:
         return tuple(i for i in range(self.depth) if i % 2 == (self.depth - 1) % 2)
 
 
-# What the February generation has otherwise. Its softcap was 15 until 2c062aa and 20 from aba30cb to 324e69c; in between the two
-# generations (6ed7d1d) short windows were a third of the context: window_divisor=3.
+# What February has otherwise. Its softcap was 15 until 2c062aa and 20 from aba30cb to 324e69c; in between the
+# two generations (6ed7d1d) short windows were a third of the context: window_divisor=3.
 GENERATIONS: dict[str, dict[str, Any]] = {
     "head": {},
     "feb": {

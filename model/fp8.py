@@ -1,44 +1,42 @@
-"""Matrix products in eight bits: which, how, and on what hardware.
+"""Matrix products in eight bits: which layers, and how.
 
-A tensor core multiplies fp8 numbers at twice the rate of bf16 ones, and a GPT of this size spends nine tenths of its arithmetic in
-matrix products. What is lost is precision: fp8 is two formats, and neither is enough for everything.
+A tensor core multiplies fp8 numbers at twice the rate of bf16 ones, and a GPT of this size spends nine tenths of its
+arithmetic in matrix products. There are two formats:
 
     e4m3    4 bits exponent, 3 mantissa    to 448       relative step 1/8     weights and activations: precision counts
     e5m2    5 bits exponent, 2 mantissa    to 57,344    relative step 1/4     gradients: their range counts
 
-**Scales.** A tensor is stored as integers of those formats times one number per tensor, chosen from the tensor itself each time:
+**Scales.** A tensor is stored as numbers of those formats and one scale per tensor, chosen from the tensor itself each
+time:
 
     s = largest of the format / max |x|        x8 = round(s x)        x ~ x8 / s
 
-The product of two such tensors is accumulated by the tensor core in higher precision and divided by both scales: a dot product of
-thousands of terms averages the rounding errors of its operands away, which is why three mantissa bits are enough. One scale per
-row would be more exact and was slower (0.90 of bf16's speed, published); one scale per tensor taken from the previous step would
-save a pass over memory and needs a remedy for the step in which values grow. This module does what the published runs did.
+The product of two such tensors is accumulated in higher precision and divided by both scales: a dot product of
+thousands of terms averages the rounding errors of its operands away. One scale per row would be more exact and was
+slower (0.90 of bf16's speed, published); a scale of the previous step would save a pass over memory and needs a remedy
+for growing values. This module does what the published runs did.
 
 **A linear layer has three products**, and each operand is quantised where it is used:
 
-    forward            y  = x W^T           e4m3 x e4m3      fast accumulation (its error is below the rounding of the operands)
+    forward            y  = x W^T           e4m3 x e4m3      fast accumulation (off by less than the rounding)
     for the input      dx = dy W            e5m2 x e4m3
     for the weight     dW = dy^T x          e5m2 x e4m3      sums over all tokens of the micro-batch
 
-Hardware wants the first operand by rows and the second by columns, so the backward pass makes transposed copies: they, and the
-passes that find maxima, are what keeps fp8 from being twice as fast. Every dimension that a product reads must be divisible by 16
-(16-byte loads of 1-byte numbers): inputs and outputs of a layer, and the tokens of a micro-batch, which dW sums over.
+Hardware wants the first operand by rows and the second by columns, so the backward pass makes transposed copies. Every
+dimension that a product reads must be divisible by 16: inputs and outputs of a layer, and the tokens of a micro-batch.
 
-**Which layers.** Large ones only: a product must be worth the passes that quantise it. Published from February on: inputs and
-outputs divisible by 16; from July on also no side below 128. That is every matrix of the blocks and the head, and none of the
-gates (12 or 24 channels wide). Embeddings are looked up, not multiplied. Attention's own products stay in bf16.
+**Which layers.** From February on those with inputs and outputs divisible by 16; from July on also no side below 128.
+That is every matrix of the blocks and the head, and none of the gates. Attention's own products stay in bf16.
 
-**What stays as it was.** Weights are fp32 and so are their accumulated gradients; the optimizer knows nothing of fp8. Each forward
-pass quantises the fp32 weight anew, fused by the compiler into one read. The head is the exception: its loss is computed in many
-chunks (`model/loss.py`), each of which reads the whole weight twice, so its quantised copies are made once per optimizer step and
-kept (`model/fp8_linear.py`). The gradient by its logits needs no search for a maximum: no entry is ever larger than 1.
+**What stays.** Weights are fp32 and so are their accumulated gradients; the optimizer knows nothing of fp8. Each
+forward pass quantises the fp32 weight anew. The head is the exception: its loss is computed in many chunks
+(`model/loss.py`), so its quantised copies are made once per optimizer step and kept (`model/fp8_linear.py`).
 
-**Evaluation is outside fp8.** The eight bits serve to make gradients cheaply. Where no gradient is wanted (`torch.no_grad`), the same
-layers compute in the dtype of their input: validation and tasks score the weights and not their rounding, and agree with the
-checkpoint loaded into a model that has never heard of fp8.
+**Evaluation is outside fp8.** Where no gradient is wanted (`torch.no_grad`), the same layers compute in the dtype of
+their input, so that scores agree with the checkpoint loaded into a model without fp8.
 
-Sources: torchao.float8 (tensorwise, dynamic), whose layer this is; arXiv 2209.05433 for the formats; the leaderboard's runs 2-6.
+Sources: torchao.float8 (tensorwise, dynamic), whose layer this is; arXiv 2209.05433 for the formats; the leaderboard's
+runs 2-6.
 """
 
 from __future__ import annotations
@@ -48,54 +46,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.scaling import BF16_TIME
+from model.kernels import Fp8Error
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 SMALLEST_SIDE = {"feb": 16, "head": 128}
 
 
-class Fp8Error(ValueError):
-    """fp8 that cannot be: one sentence with the offending value and what to do."""
-
-
-def require_hardware(device: torch.device, capability: tuple[int, int] | None = None, name: str = "") -> str:
-    """One sentence on why fp8 works on this device; Fp8Error with one sentence on why not.
-
-    capability, name: of a CUDA device, (9, 0) and "NVIDIA H100 80GB HBM3"; asked of the device when not given.
-    """
-    if device.type == "cpu":
-        return "fp8 on a CPU is computed exactly as on a GPU but slower than bf16: it is for tests"
-    if device.type != "cuda":
-        raise Fp8Error(f"there is no fp8 on {device.type}: set train.fp8=false")
-    capability = capability or torch.cuda.get_device_capability(device)
-    name = name or torch.cuda.get_device_name(device)
-    generation = _generation(capability)
-    if capability >= (8, 9):
-        return f"{name} ({generation}) multiplies fp8 at twice its bf16 rate"
-    raise Fp8Error(
-        f"{name} ({generation}) has no fp8 matrix units (Ada, Hopper and Blackwell have): set train.fp8=false, "
-        f"which takes {BF16_TIME - 1:.0%} longer than the same card with fp8 would (as published for a d26)"
-    )
-
-
-def _generation(capability: tuple[int, int]) -> str:
-    major, minor = capability
-    if capability == (8, 9):
-        return "Ada"
-    names = {
-        7: "Turing" if minor >= 5 else "Volta",
-        8: "Ampere",
-        9: "Hopper",
-        10: "Blackwell",
-        11: "Blackwell",
-        12: "Blackwell",
-    }
-    return names.get(major, f"compute capability {major}.{minor}")
-
-
 class Quantised(NamedTuple):
-    """An e4m3 weight for both products that read it: (V, D) by rows, its transpose (D, V) by rows, and 1 / scale, 0-d fp32."""
+    """An e4m3 weight for both products that read it: (V, D) by rows, its transpose (D, V) by rows, and 1 / scale, 0-d
+    fp32."""
 
     rows: Tensor
     transposed: Tensor
@@ -112,7 +72,8 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def matmul(
     a: Tensor, a_inverse: Tensor, b: Tensor, b_inverse: Tensor, out_dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
-    """a (m, k) by rows times b (k, n) by columns, both fp8, with their inverse scales; `fast` as in the forward pass."""
+    """a (m, k) by rows times b (k, n) by columns, both fp8, with their inverse scales; `fast` as in the forward
+    pass."""
     return torch._scaled_mm(a, b, a_inverse, b_inverse, out_dtype=out_dtype, use_fast_accum=fast)
 
 
@@ -126,7 +87,8 @@ def layers(model: nn.Module, generation: str = "head") -> tuple[list[str], list[
 
     Raises Fp8Error for a matrix of a block or the head whose dimensions are not divisible by 16.
     """
-    chosen, left = [], []
+    chosen: list[str] = []
+    left: list[str] = []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             sides = (layer.in_features, layer.out_features)
@@ -141,20 +103,24 @@ def layers(model: nn.Module, generation: str = "head") -> tuple[list[str], list[
 
 
 def apply(model: nn.Module, tokens: int, generation: str = "head") -> list[str]:
-    """Put fp8 into the layers of `layers(model, generation)`, in place; parameters and their names stay. Returns their names.
+    """Put fp8 into the layers of `layers(model, generation)`, in place; parameters and their names stay. Returns their
+    names.
 
-    tokens: of a micro-batch, B x T. Raises Fp8Error where a dimension is not divisible by 16 or no layer is large enough.
+    tokens: of a micro-batch, B x T. Raises Fp8Error where a dimension is not divisible by 16 or no layer is large
+    enough.
     """
     if tokens % MULTIPLE:
         raise Fp8Error(
-            f"a micro-batch has {tokens} tokens, and fp8 needs a multiple of {MULTIPLE}: change train.device_batch_size or model.seq_len"
+            f"a micro-batch has {tokens} tokens, and fp8 needs a multiple of {MULTIPLE}: "
+            "change train.device_batch_size or model.seq_len"
         )
     chosen, _ = layers(model, generation)
     if not chosen:
         raise Fp8Error(
-            f"no layer has both sides of at least {SMALLEST_SIDE[generation]}: set train.fp8=false for a model this small"
+            f"no layer has both sides of at least {SMALLEST_SIDE[generation]}: "
+            "set train.fp8=false for a model this small"
         )
-    from model.fp8_linear import exchange  # takes seconds to import: only where there is fp8
+    from model.fp8_linear import convert_to_float8  # takes seconds to import: only where there is fp8
 
-    exchange(model, set(chosen))
+    convert_to_float8(model, set(chosen))
     return chosen

@@ -1,4 +1,5 @@
-"""The linear layer in fp8: torchao's, tensorwise and dynamic, with what training a GPT needs beside it (`model/fp8.py` explains)."""
+"""The linear layer in fp8: torchao's, tensorwise and dynamic, with what training a GPT needs beside it (`model/fp8.py`
+explains)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Float8Linear(TorchaoLinear):
     def quantised(self) -> Quantised:
         """The weight in e4m3, made when the weight has changed since the last call and kept until it changes again.
 
-        Every change in place counts a tensor's version up (the optimizer's update, a loaded checkpoint): nobody has to tell.
+        Every change in place counts a tensor's version up (the optimizer's update, a loaded checkpoint): nobody has to
+        tell.
         """
         state = (id(self.weight), self.weight._version)
         if self._kept is None or self._kept[0] != state:
@@ -35,7 +37,7 @@ class Float8Linear(TorchaoLinear):
         return self._kept[1]
 
 
-def exchange(model: nn.Module, names: set[str]) -> None:
+def convert_to_float8(model: nn.Module, names: set[str]) -> None:
     """Replace the linear layers of these names by fp8 ones on the same parameters."""
     config = Float8LinearConfig()
     convert_to_float8_training(

@@ -1,48 +1,45 @@
-"""Whether a device computes in fp8 what fp32 computes: asked of every shape of a model before anything is trained with it.
+"""Whether a device computes in fp8 what fp32 computes, asked of every shape of a model before it is trained.
 
-A product in fp8 passes through more hands than any other: kernels that the compiler writes find the maxima and round, a library picks a
-kernel for the shape, and both sides have to agree on layouts and scales. A fault of one of them need not stop anything: the loss falls,
-only less well, or it becomes NaN after a thousand steps. So each distinct layer is run once as it is trained, compiled on a GPU, at the
-tokens of a real micro-batch, and its three products (forward, gradient by the input, gradient by the weight) are compared with fp32
-products of the numbers that went in; and so are the head's loss and its two gradients.
+Compiled kernels find the maxima and round, a library picks a kernel for the shape, and both have to agree on layouts
+and scales. A fault of one of them need not stop anything: the loss falls, only less well. So each distinct layer is run
+once as it is trained, compiled on a GPU, at the tokens of a real micro-batch, and its three products are compared with
+fp32 products of the same numbers; and so are the head's loss and its two gradients.
 
-**How wrong may they be?** Rounding to a float of step eps (1/8 in e4m3, 1/4 in e5m2, relative to the power of two below) leaves an error
-that is spread evenly over plus and minus half a step. Its root mean square is at most eps / sqrt(12) of the number: 3.6 % in e4m3, 7.2 % in
-e5m2, less where the mantissa is larger (two thirds of that for normally distributed numbers). Errors of two operands are independent, so in
-a product of random matrices they add in squares:
+**Bounds.** Rounding to a float of step eps (1/8 in e4m3, 1/4 in e5m2) leaves an error of root mean square at most eps /
+sqrt(12): 3.6 % in e4m3, 7.2 % in e5m2, two thirds of that for normally distributed numbers. Errors of two operands add
+in squares:
 
     forward                 e4m3 x e4m3     5.1 %        about 3.7 % expected
     the two gradients       e5m2 x e4m3     8.1 %        about 5.8 % expected
 
-in the norm of the result. The norm of the whole would hide a tile that was never written, so the worst row and the worst column count, which
-chance lets be half as much again (SPREAD). A transposed operand is off by 140 %, a forgotten product by 100 %, a scale by as much as the
-scale is wrong; a tile of zeros by the root of its share of a row. NaN is off by more than anything.
+in the norm of the result. The worst row and the worst column count, so that a tile that was never written shows; chance
+lets them be half as much again (SPREAD). A transposed operand is off by 140 %, a forgotten product by 100 %.
 
-The loss first rounds logits z: off by 5.1 % of STEEPNESS, which is z's own standard deviation here; call that d. In p = e^z / sum it is a
-relative error of d, to which the gradients add the rounding of dz (e5m2) and of the other operand (e4m3). A rare word's row hangs on the few
-tokens that find it likely, so that chance may double it (LOSS_SPREAD). The mean of N losses is off by
-d^2 / 2 in the sum of e^z, at most, and by d / sqrt(N) in the logit of the right word: d^2 + 4 d / sqrt(N) are allowed.
+The loss first rounds logits z: off by 5.1 % of their standard deviation, STEEPNESS; call that d. In p = e^z / sum it is
+a relative error of d, to which the gradients add the rounding of dz (e5m2) and of the other operand (e4m3). A rare
+word's row hangs on few tokens, so that chance may double it (LOSS_SPREAD). The mean of N losses is off by at most d^2 /
+2 in the sum of e^z, and by d / sqrt(N) in the target's logit: d^2 + 4 d / sqrt(N) are allowed.
 
-The gradients that come in are tiny (1e-6), as they are in training: without their scale e5m2 would round all of them to zero.
-
-What is computed here and on the way to a model's own steps is the same code with the same shapes: the loss's kernels are compiled once.
-The layers' are compiled anew inside their blocks, where the compiler joins more into one kernel; what such a kernel breaks shows in the
-first steps, as a loss or gradient that is no number.
+The gradients that come in are tiny (1e-6), as in training: without their scale e5m2 would round all of them to zero.
+The layers are compiled anew inside their blocks, where the compiler fuses more; a fault of such a kernel shows in the
+first steps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.fp8 import E4M3, E5M2, Fp8Error
-from model.fp8_linear import Float8Linear, exchange
+from model.fp8 import E4M3, E5M2
+from model.fp8_linear import Float8Linear, convert_to_float8
 from model.gpt import GPT, Linear
+from model.kernels import Fp8Error
 from model.loss import cross_entropy
 
 FEWEST_TOKENS = 256
@@ -78,11 +75,13 @@ def prove(model: GPT, tokens: int, device: torch.device) -> str:
         for found in agreements:
             if not found.holds:
                 raise Fp8Error(
-                    f"fp8 computes something else on this device: {name}, {found.what}, is wrong by {found.error:.1%} where rounding "
-                    f"explains {found.bound:.1%}; say -o train.fp8=false, and have the GPU and its driver looked at"
+                    f"fp8 computes something else on this device: {name}, {found.what}, is wrong by {found.error:.1%} "
+                    f"where rounding explains {found.bound:.1%}; say -o train.fp8=false, and have the GPU and its "
+                    "driver looked at"
                 )
             worst = max(worst, found._replace(what=f"{name}, {found.what}"), key=lambda each: each.error / each.bound)
-    return f"fp8 agrees with fp32 (at most {worst.error:.1%} wrong where rounding explains {worst.bound:.1%}: {worst.what})"
+    wrong = f"{worst.error:.1%} wrong where rounding explains {worst.bound:.1%}: {worst.what}"
+    return f"fp8 agrees with fp32 (at most {wrong})"
 
 
 def measurements(model: GPT, tokens: int, device: torch.device) -> Iterator[tuple[str, list[Agreement]]]:
@@ -93,22 +92,16 @@ def measurements(model: GPT, tokens: int, device: torch.device) -> Iterator[tupl
     tokens = max(tokens, FEWEST_TOKENS) if device.type == "cuda" else FEWEST_TOKENS
     for (inputs, outputs), name in shapes(model).items():
         label = f"{name} ({inputs} to {outputs} channels)"
-        yield label, _named(label, lambda i=inputs, o=outputs: layer_agreements(i, o, tokens, device))
+        yield label, _named(label, partial(layer_agreements, inputs, outputs, tokens, device))
     config = model.config
     label = f"head and loss ({config.width} channels to {config.vocab_size} words)"
-    yield (
-        label,
-        _named(
-            label,
-            lambda: loss_agreements(
-                config.width, config.vocab_size, config.padded_vocab, config.softcap, tokens, device
-            ),
-        ),
-    )
+    head = config.width, config.vocab_size, config.padded_vocab, config.softcap
+    yield label, _named(label, partial(loss_agreements, *head, tokens, device))
 
 
 def shapes(model: nn.Module) -> dict[tuple[int, int], str]:
-    """(inputs, outputs) of the fp8 layers but the head, whose products are the loss's, each with the first layer that has it."""
+    """(inputs, outputs) of the fp8 layers but the head, whose products are the loss's, each with the first layer that
+    has it."""
     found: dict[tuple[int, int], str] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Float8Linear) and name != "head":
@@ -186,6 +179,7 @@ def _reference_loss(
         loss = F.cross_entropy(logits, right, reduction="sum") / len(targets)
         loss.backward()
         total += loss.detach()
+    assert hidden.grad is not None and weight.grad is not None
     return total, hidden.grad, weight.grad
 
 
@@ -193,8 +187,10 @@ def fp8_layer(inputs: int, outputs: int, device: torch.device) -> Float8Linear:
     """One layer of this shape, put into fp8 as a model's are; its weight is not filled."""
     with device:
         holder = nn.ModuleList([Linear(inputs, outputs)])
-    exchange(holder, {"0"})
-    return holder[0]
+    convert_to_float8(holder, {"0"})
+    layer = holder[0]
+    assert isinstance(layer, Float8Linear)
+    return layer
 
 
 def rounding(dtype: torch.dtype) -> float:

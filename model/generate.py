@@ -1,4 +1,5 @@
-"""Sampling, plainly: the whole prefix goes through the model for every new token. Fine for a few samples of a few dozen tokens."""
+"""Sampling, plainly: the whole prefix goes through the model for every new token. Fine for a few samples of a few dozen
+tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def generate(model: GPT, ids: list[int], max_new_tokens: int, temperature: float
     generator = torch.Generator(device=device).manual_seed(seed)
     out = torch.tensor([ids], device=device)
     for _ in range(max_new_tokens):
-        logits = model.readout(model.hidden(out)[:, -1])
+        logits = model.lm_head(model.hidden(out)[:, -1])
         if temperature == 0:
             token = logits.argmax(dim=-1, keepdim=True)
         else:

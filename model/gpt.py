@@ -1,23 +1,25 @@
 """The GPT of the leaderboard: both published generations from one configuration.
 
-The skeleton is a pre-norm transformer without biases or gains. What sets it apart, in the order in which a token meets it:
+The skeleton is a pre-norm transformer without biases or gains. What sets it apart, in the order in which a token meets
+it:
 
-* the embedding is normalised (RMS, no gain: all norms here are), then **smear** adds a gated part of the previous token's embedding
-  to each token: a bigram for next to nothing. The result, x0, is kept;
+* the embedding is normalised (RMS, no gain: all norms here are), then **smear** adds a gated part of the previous
+  token's embedding to each token: a bigram for next to nothing. The result, x0, is kept;
 * each block sees lambda_i x + mu_i x0: the residual stream is scaled, and the embedding is shown again at every depth;
-* attention rotates q and k (**rotary**, half-split pairs, the whole head), THEN normalises them per head and scales both by
-  `qk_scale`: logits are bounded by construction. Three layers of four look back over a short **window** only;
-* every second layer adds a **value embedding** to v: a second table, looked up by the token itself, gated per head by the first few
-  channels of the block's input. Half of all parameters live here and they cost no matrix product;
+* attention rotates q and k (**rotary**, half-split pairs, the whole head), THEN normalises them per head and scales
+  both by `qk_scale`: logits are bounded by construction. Three layers of four look back over a short **window** only;
+* every second layer adds a **value embedding** to v: a second table, looked up by the token itself, gated per head by
+  the first few channels of the block's input. Half of all parameters live here and they cost no matrix product;
 * the MLP is d -> 4d -> d with relu squared;
-* **backout** subtracts a learned part of the mid-depth stream before the final norm: what only early layers needed leaves again;
+* **backout** subtracts a learned part of the mid-depth stream before the final norm: what only early layers needed
+  leaves again;
 * logits are softcapped, c tanh(z / c), in fp32.
 
-Precision: master weights are fp32, and a linear layer casts its weight to the dtype of its input; there is no autocast. The
-embedding tables are stored in the compute dtype, which thereby decides the dtype of the whole residual stream.
+Precision: master weights are fp32, and a linear layer casts its weight to the dtype of its input; there is no autocast.
+The embedding tables are stored in the compute dtype, which thereby decides the dtype of the whole residual stream.
 
-Weights are drawn by parameter *name*: every parameter has its own generator, seeded by a hash of (seed, name). No order of
-creation, no number of processes and no other parameter can change them.
+Weights are drawn by parameter *name*: every parameter has its own generator, seeded by a hash of (seed, name). No order
+of creation, no number of processes and no other parameter can change them.
 
 Sources: the leaderboard's documents and the history of its training program, February ("feb") and July 2026 ("head").
 """
@@ -34,13 +36,13 @@ from torch import Tensor, nn
 
 from model.attention import attention
 from model.config import SMEAR_CHANNELS, GPTConfig
-from model.fork import Fork
 from model.fp8 import Quantised
 from model.loss import capped_logits, cross_entropy, token_losses
 from model.rotary import Rotary, rotate
+from model.shared_prefix import SharedPrefix
 
 Pair = tuple[Tensor, Tensor]
-Attend = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 def norm(x: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        """Leave the memory as it is: `GPT.init_weights` fills every parameter by name."""
+        """Nothing: `GPT.init_weights` fills every parameter by name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -89,16 +91,20 @@ class Attention(nn.Module):
         value_embed: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        attend: Attend,
-        only: Tensor | None = None,
+        attention_fn: AttentionFn,
+        positions: Tensor | None = None,
     ) -> Tensor:
         B, T, d = x.shape
-        q, k, v = (project(x).view(B, T, self.heads, self.head_dim) for project in (self.q, self.k, self.v))
+        q, k, v = (
+            project(x).view(B, T, self.heads, self.head_dim)  # (B, T, H, D)
+            for project in (self.q, self.k, self.v)
+        )
         if value_embed is not None:
-            gate = self.gate_limit * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))
+            gate = self.gate_limit * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, H)
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        return self.o(_chosen(attend(q, k, v, self.window, self.scale).reshape(B, T, d), only))
+        heads = attention_fn(q, k, v, self.window, self.scale)  # (B, T, H, D)
+        return self.o(_at(heads.reshape(B, T, d), positions))
 
 
 class MLP(nn.Module):
@@ -121,25 +127,24 @@ class Block(nn.Module):
         self,
         x: Tensor,
         x0: Tensor,
-        mix: Pair,
+        lambdas: Pair,
         value_embed: Tensor | None,
-        turn: Pair,
-        attend: Attend,
-        only: Tensor | None = None,
+        cos_sin: Pair,
+        attention_fn: AttentionFn,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """x, x0 (B, T, width); mix: lambda and mu, 0-d; turn: cos and sin of `Rotary.tables`; attend: `attention` or a fork's.
+        """x, x0 (B, T, width) -> (B, T, width), or (N, width) for the N `positions` of the flattened batch alone.
 
-        only: (N,) places in B x T, counted row by row. What a token shows others (keys, values) is made for all; the rest and the
-        result, then (N, width), for these alone.
+        lambdas: of x and x0, 0-d; cos_sin: `Rotary.tables`. Keys and values are made of all tokens in any case.
         """
-        x = mix[0] * x + mix[1] * x0
-        x = _chosen(x, only) + self.attn(norm(x), value_embed, *turn, attend, only)
+        x = lambdas[0] * x + lambdas[1] * x0
+        x = _at(x, positions) + self.attn(norm(x), value_embed, *cos_sin, attention_fn, positions)
         return x + self.mlp(norm(x))
 
 
-def _chosen(x: Tensor, only: Tensor | None) -> Tensor:
-    """(B, T, C) -> the tokens at the places `only`, (N, C); x itself without."""
-    return x if only is None else x.flatten(0, 1)[only]
+def _at(x: Tensor, positions: Tensor | None) -> Tensor:
+    """(B, T, C) -> the tokens at `positions` of B x T, (N, C); x itself without."""
+    return x if positions is None else x.flatten(0, 1)[positions]
 
 
 class GPT(nn.Module):
@@ -165,44 +170,46 @@ class GPT(nn.Module):
         self._rotary = Rotary(config.head_dim, config.rope_base, config.seq_len)
         self._compiled = False
 
-    def hidden(self, idx: Tensor, fork: Fork | None = None, only: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, shared: SharedPrefix | None = None, positions: Tensor | None = None) -> Tensor:
         """idx (B, T) int64 -> (B, T, width) after the final norm, in the compute dtype. T may exceed config.seq_len.
 
-        With `fork` each row is a prefix and its branches, and every token is what it would be in a row of its own sequence alone.
-        With `only`, (N,) int64, the states at these places of B x T, (N, width): the last block computes little else.
+        With `shared` each row is a prefix and its suffixes, and every token is what it would be in a row of its own
+        sequence alone. With `positions`, (N,) int64 into B x T, their states alone, (N, width): the last block computes
+        little else.
         """
-        x = self._embed(idx, fork)
-        turn, attend = self._rotary.tables(idx.size(1), x), attention
-        if fork is not None:
-            turn, attend = fork.turn(*turn), fork.attention
+        x = norm(self.wte(idx))  # (B, T, width)
+        cos_sin, attention_fn = self._rotary.tables(idx.size(1), x), attention
+        if shared is not None:
+            cos_sin, attention_fn = shared.cos_sin(*cos_sin), shared.attention
+        if self.config.smear:
+            x = self._smear(x, shared)
         x0 = middle = x
         last = self.config.depth - 1
         for i, block in enumerate(self.blocks):
             value_embed = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
-            mix = self.resid_lambdas[i], self.x0_lambdas[i]
-            x = block(x, x0, mix, value_embed, turn, attend, only if i == last else None)
+            lambdas = self.resid_lambdas[i], self.x0_lambdas[i]
+            x = block(x, x0, lambdas, value_embed, cos_sin, attention_fn, positions if i == last else None)
             if i == self.config.depth // 2:
-                middle = x if i == last else _chosen(x, only)
+                middle = x if i == last else _at(x, positions)
         if self.config.backout:
             x = x - self.backout_lambda * middle
         return norm(x)
 
-    def _embed(self, idx: Tensor, fork: Fork | None) -> Tensor:
-        x = norm(self.wte(idx))
-        if not self.config.smear:
-            return x
-        if fork is not None:
-            return x + self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * fork.before(x)
-        gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
+    def _smear(self, x: Tensor, shared: SharedPrefix | None) -> Tensor:
+        """x (B, T, width) with a gated part of the token before each."""
+        if shared is not None:
+            gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
+            return x + gate * shared.previous_tokens(x)
+        gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))  # (B, T - 1, 1)
         return torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)
 
-    def readout(self, hidden: Tensor) -> Tensor:
+    def lm_head(self, hidden: Tensor) -> Tensor:
         """hidden (..., width) -> softcapped logits (..., vocab_size), fp32."""
         return capped_logits(hidden, self.head.weight, self.config.softcap, self.config.vocab_size)
 
     def logits(self, idx: Tensor) -> Tensor:
         """idx (B, T) -> softcapped logits (B, T, vocab_size), fp32: all of them at once, for short inputs."""
-        return self.readout(self.hidden(idx))
+        return self.lm_head(self.hidden(idx))
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats a token, fp32 scalar. idx, targets: (B, T) int64."""
@@ -220,16 +227,17 @@ class GPT(nn.Module):
     def compile_blocks(self) -> None:
         """Compile each block by itself, and the loss between its products; the first calls will take their time.
 
-        By blocks, because gradients of a model compiled as one graph all come at its end (nothing could be sent meanwhile), and
-        because blocks of one shape share their code. What looks up tables stays outside: its compiled gradient adds up in an order
-        that differs from run to run on a CPU.
+        By blocks, because gradients of a model compiled as one graph all come at its end (nothing could be sent
+        meanwhile), and because blocks of one shape share their code. What looks up tables stays outside: its compiled
+        gradient adds up in an order that differs from run to run on a CPU.
         """
         self._compiled = True
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, recompile_limit=64)
 
     def freeze(self) -> None:
-        """No more training: weights of linear layers are kept in the compute dtype, to which each use had cast them. Same numbers."""
+        """No more training: weights of linear layers are kept in the compute dtype, to which each use had cast them.
+        Same numbers."""
         self.requires_grad_(False)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -245,7 +253,8 @@ class GPT(nn.Module):
         return nll.view_as(targets), greedy.view_as(targets)
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Every parameter once, under the name of its optimizer group; "smear_backout" only where the model has them."""
+        """Every parameter once, under the name of its optimizer group; "smear_backout" only where the model has
+        them."""
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self.named_parameters():
             groups.setdefault(_group_of(name), []).append((name, parameter))
@@ -253,7 +262,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter from its own generator; depends on `seed`, the parameter's name and the kind of device only."""
+        """Fill every parameter from its own generator; depends on `seed`, the parameter's name and the kind of device
+        only."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator(device=parameter.device)
             generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]))
@@ -262,10 +272,8 @@ class GPT(nn.Module):
 
     def _draw(self, name: str, out: Tensor, generator: torch.Generator) -> Tensor:
         """Fill `out` as the parameter `name` begins."""
-        c, bound = (
-            self.config,
-            math.sqrt(3 / self.config.width),
-        )  # U(-bound, bound) has the standard deviation 1 / sqrt(width)
+        c = self.config
+        bound = math.sqrt(3 / c.width)  # U(-bound, bound) has the standard deviation 1 / sqrt(width)
         group, layer = _group_of(name), name.split(".")[-2] if "." in name else name
         if group == "wte":
             return out.normal_(0.0, c.wte_std, generator=generator)

@@ -1,42 +1,37 @@
 """Head, softcap and cross-entropy together, without ever holding the logits of a batch.
 
-The logits are the largest tensor of the whole model: 32 rows of 2048 tokens over 32,768 words are 8.6 GB in fp32, and a plain
-implementation holds four or five tensors of that size at once (logits, capped logits, log-probabilities, their gradients). None of
-them has to exist. The loss of one token needs only its own row, so rows are taken in chunks of at most `LOSS_CHUNK_ELEMENTS` logits:
-for each chunk the loss AND the gradients are computed, and the logits are dropped before the next.
+The logits are the largest tensor of the whole model: 32 rows of 2048 tokens over 32,768 words are 8.6 GB in fp32, and a
+plain implementation holds four or five tensors of that size at once. The loss of a token needs only its own row, so
+rows are taken in chunks of at most `LOSS_CHUNK_ELEMENTS` logits: for each chunk the loss AND the gradients are
+computed, and the logits are dropped before the next. That costs no recomputation: the gradient of a mean is known up to
+one factor, which the backward pass applies. Kept in between are the gradients that must exist anyway: one of the size
+of `hidden`, one of the size of `weight` (in at least fp32, so that adding up chunks loses nothing).
 
-Working out the gradient already in the forward pass costs no recomputation: the backward pass of a mean is known up to one factor,
-the gradient that arrives from above, and only that factor is applied later. Kept in between are the gradients that must exist
-anyway: one of the size of `hidden`, one of the size of `weight` (in at least fp32, so that adding up chunks loses nothing).
-
-With z = h W^T, t = tanh(z / c), logits l = c t and p = softmax(l), for the right word y:
+With z = h W^T, t = tanh(z / c), logits l = c t and p = softmax(l), for the target y:
 
     nll = -log p[y]        d nll / d l = p - onehot(y)        d l / d z = 1 - t^2
 
-so that away from the right word dz = p (1 - t^2), one number per row is different, and that one, p[y] - 1 = -(1 - e^-nll), is worked
-out in full precision and written over it: rounded to bf16, p[y] near 1 would have lost just the part that remains to be learned. No l
-is above the cap, so no row's maximum is looked for before e^l is taken; and with s = sigmoid(2 z / c), which costs a CPU an eighth of
-a tanh, t = 2 s - 1 and 1 - t^2 = 4 s (1 - s).
+so that away from the target dz = p (1 - t^2). The target's factor, p[y] - 1 = -(1 - e^-nll), is worked out in full
+precision: rounded to bf16, p[y] near 1 would have lost just the part that remains to be learned. No l is above the cap,
+so no row's maximum is needed before e^l; and with s = sigmoid(2 z / c), an eighth of a tanh's time on a CPU, t = 2 s -
+1 and 1 - t^2 = 4 s (1 - s).
 
-**How large a chunk.** Every chunk adds a whole (V, D) to the weight's gradient: with few rows a chunk spends its time there, with
-many it costs the memory that was to be saved. On a GPU one such addition moves 0.6 GB at V 32,768 and D 1536, 0.2 ms of an H100 by
-counted bytes, so 2048 rows are taken, whose products need 0.33 ms in fp8 at best (estimated; to be decided by a profile). Either
-number of rows keeps the loss below a tenth of the plain one's memory (16,384 tokens, 49,152 words: tested). That is possible because
-nothing fp32 has a chunk's size: compiled, it lives in registers; else the chunk's logits become their own gradient in place, a block
-of BLOCK_ELEMENTS at a time. (Smaller blocks would fit a smaller cache, and wake a CPU's threads more often than that is worth.)
+**Chunks.** Every chunk adds a whole (V, D) to the weight's gradient, so few large chunks are better: at V 32,768 and D
+1536 it moves 0.6 GB, 0.2 ms of an H100, and 2048 rows take 0.33 ms in fp8 at best (estimated). Within one, arithmetic
+that is not compiled goes block by block (BLOCK_ELEMENTS), so that fp32 numbers stay in a cache, in place where the
+dtype allows.
 
-**In fp8** (`quantised`) the three products run as in any fp8 layer (`model/fp8.py`): h and W in e4m3, dz in e5m2. h is quantised once
-a micro-step, W once per optimizer step, and the weight's gradient is still added up in fp32. dz needs no search for its maximum: no
-entry is larger than 1, so it has the same scale always, and leaves the softmax's kernel as e5m2. Everything between the products
-stays in fp32. Where no gradient is wanted the loss is not in fp8.
+**In fp8** (`quantised`) the three products run as in any fp8 layer (`model/fp8.py`): h and W in e4m3, dz in e5m2. h is
+quantised once a micro-step, W once per optimizer step, and the weight's gradient is added up in fp32. dz is never
+larger than 1, so its scale is a constant. Where no gradient is wanted the loss is not in fp8.
 
-**Padding.** Rows of `weight` from `vocab_size` on are padding (the matrix products like multiples of 64): their logits are set so far
-below the cap that their probability is 0, exactly, and with it their gradient.
+**Padding.** Logits of the rows of `weight` from `vocab_size` on are -inf: their probability and gradient are 0,
+exactly.
 
-**Compiled.** All of it can be traced into a caller's graph. A caller that is not compiled says `compiled=True`, and the loop stays a
-loop. What lies between the products becomes one kernel over the logits instead of a dozen passes (and one that adds up the rows'
-losses): it reads z twice, for the rows' sums and for their gradients, and writes dz. For that the right word's number is selected and
-not written over dz: a scatter wants all of dz in memory, in fp32, seven times the bytes (counted as in `tests/model/hopper.md`).
+**Compiled.** A caller that is not compiled says `compiled=True`: the loop stays a loop, and the arithmetic between the
+products becomes one kernel over the logits instead of a dozen passes (and one that adds up the rows' losses). There the
+target's number is selected and not scattered into dz: a scatter wants all of dz in memory, in fp32, seven times the
+bytes (counted as in `tests/model/hopper.md`).
 """
 
 from __future__ import annotations
@@ -50,7 +45,8 @@ from torch import Tensor
 
 from model import fp8
 from model.config import LOSS_CHUNK_ELEMENTS
-from model.fp8 import Fp8Error, Quantised
+from model.fp8 import Quantised
+from model.kernels import Fp8Error
 
 CPU_CHUNK_ELEMENTS = 1 << 23
 BLOCK_ELEMENTS = 1 << 20  # logits that are fp32 at a time where nothing is compiled
@@ -69,8 +65,8 @@ def cross_entropy(
 ) -> Tensor:
     """Mean of -log p(target) in nats, fp32 scalar; gradients for `hidden` and `weight`.
 
-    hidden: (N, D) after the final norm, in the compute dtype. weight: (at least vocab_size, D), any dtype; it is cast to hidden's.
-    targets: (N,) int64 in [0, vocab_size). `vocab_size` None means every row of `weight` is a word.
+    hidden: (N, D) after the final norm, in the compute dtype. weight: (at least vocab_size, D), any dtype; it is cast
+    to hidden's. targets: (N,) int64 in [0, vocab_size). `vocab_size` None means every row of `weight` is a word.
     quantised: `weight` in fp8; the products with gradients then are too. Raises Fp8Error unless N is a multiple of 16.
     """
     vocab_size = vocab_size or weight.size(0)
@@ -85,25 +81,28 @@ def cross_entropy(
 def token_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """-log p(target) of each row in nats, (N,) fp32, and the word of highest logit, (N,) int64. Arguments as `cross_entropy`."""
+    """-log p(target) of each row in nats, (N,) fp32, and the word of highest logit, (N,) int64. Arguments as
+    `cross_entropy`."""
     vocab_size = vocab_size or weight.size(0)
     weight = weight.to(hidden.dtype)
     nll, greedy = [], []
     for rows in _chunks(hidden, weight):
-        logits = capped_logits(hidden[rows], weight, softcap, vocab_size)
+        logits = capped_logits(hidden[rows], weight, softcap, vocab_size)  # (rows, vocab_size)
         greedy.append(logits.argmax(dim=-1))
         nll.append(_nll(logits.log_softmax(dim=-1), targets[rows]))
     return torch.cat(nll), torch.cat(greedy)
 
 
 def capped_logits(hidden: Tensor, weight: Tensor, softcap: float, vocab_size: int) -> Tensor:
-    """c tanh(h W^T / c): (N, D), (V, D) -> (N, vocab_size); the product in hidden's dtype, everything after it in at least fp32."""
+    """c tanh(h W^T / c): (N, D), (V, D) -> (N, vocab_size); the product in hidden's dtype, everything after it in at
+    least fp32."""
     z = (hidden @ weight.to(hidden.dtype).mT)[..., :vocab_size]
     return _capped(z, softcap)[1]
 
 
 def _capped(z: Tensor, softcap: float, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """s = sigmoid(2 z / c) and c tanh(z / c) = c (2 s - 1), in at least fp32; the latter in `into` where that is given (it may be z)."""
+    """s = sigmoid(2 z / c) and c tanh(z / c) = c (2 s - 1), in at least fp32; the latter in `into` where that is given
+    (it may be z)."""
     half = (z.to(_wide(z)) * (2 / softcap)).sigmoid_()
     return half, torch.add(half.new_full((), -softcap), half, alpha=2 * softcap, out=into)
 
@@ -122,8 +121,8 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         products = _Products(hidden, weight) if quantised is None else _Fp8Products(hidden, quantised, compiled)
         loss_and_gradient = _fused(_loss_and_gradient) if compiled else _in_blocks
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=_wide(weight))
+        d_hidden = torch.empty_like(hidden)  # (N, D)
+        d_weight = torch.zeros_like(weight, dtype=_wide(weight))  # (V, D)
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         for rows in _chunks(hidden, weight):
             loss, dz = loss_and_gradient(
@@ -139,15 +138,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         factor = d_loss / d_hidden.size(0)
-        return (
-            d_hidden * factor.to(d_hidden.dtype),
-            (d_weight * factor).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        gradients = d_hidden * factor.to(d_hidden.dtype), (d_weight * factor).to(ctx.weight_dtype)
+        return *gradients, None, None, None, None, None
 
 
 class _Products:
@@ -196,12 +188,12 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Summed loss of some rows and the gradient of that sum by z = h W^T (rows, all rows of `weight`).
 
-    The gradient comes in `dtype`; in e5m2 it is GRADIENT_SCALE times itself. Not compiled, two fp32 tensors of z's size exist at a time,
-    one of them `into` where that is given (it may be z).
+    The gradient comes in `dtype`; in e5m2 it is GRADIENT_SCALE times itself. Not compiled, two fp32 tensors of z's size
+    exist at a time, one of them `into` where that is given (it may be z).
     """
     half, logits = _capped(z, softcap, into)
     logits[:, vocab_size:] = -torch.inf
-    right = targets.unsqueeze(-1)
+    right = targets.unsqueeze(-1)  # (rows, 1)
     right_logit, right_half = logits.gather(-1, right), half.gather(-1, right)
     p = logits.exp_()
     total = p.sum(dim=-1, keepdim=True)

@@ -2,29 +2,29 @@
 
 Muon (Jordan 2024) takes the momentum of a weight matrix and replaces it by the nearest semi-orthogonal matrix before it
 steps: every direction that the gradient has spoken of at all is followed by the same length, where Adam follows few
-directions far. The steps below are those of the published speedrun runs; two switches and two numbers tell the February runs
-("FEB") from the July state ("HEAD").
+directions far. The steps below are those of the published speedrun runs; two switches and two numbers tell the February
+runs ("FEB") from the July state ("HEAD").
 
-1. Momentum. m <- beta m + (1 - beta) g, an average and not a sum, so its size does not depend on beta, which the schedule
-   moves; then Nesterov's look ahead, u = (1 - beta) g + beta m.
-2. MuonEq (arXiv 2603.28254; HEAD). Every row of u is brought to the root-mean-square row norm. Five iterations are too few
-   for a matrix whose rows differ by orders of magnitude; equal rows need fewer.
-3. Cast to bfloat16 and divide by a little more than the Frobenius norm (1.02 FEB, 1.01 HEAD). The Frobenius norm bounds the
-   spectral norm, so all singular values start in [0, 1) with room for rounding.
-4. Polar Express (arXiv 2505.16932). Five times X <- a X + (b A + c A^2) X with A = X X^T on the short side: an odd polynomial
-   of degree five applied to every singular value without ever computing one. The five coefficient triples differ because each
-   is optimal for the interval that the one before leaves; the last leaves the singular values near 1. Only products of
-   matrices, so bfloat16 is enough and the tensor cores do the work.
-5. Muon+ (arXiv 2602.21545; HEAD). Rescale to Frobenius norm sqrt(min(rows, columns)), what an exactly semi-orthogonal matrix
-   has: what five iterations missed in size, they miss no longer.
-6. NorMuon (arXiv 2510.05491). The rows of a tall matrix (columns of a wide one) still differ in size. A running second moment,
-   one number a row, divides them; the whole is scaled back to the Frobenius norm that it had. No bias correction is needed:
-   a common factor vanishes in that rescaling.
-7. Cautious decay (arXiv 2510.12402). Weight decay acts only on entries that the update already pulls towards zero (u W >= 0):
-   W <- W - eta (u + wd W [u W >= 0]), with eta = lr sqrt(max(1, rows / columns)).
+1. Momentum. m <- beta m + (1 - beta) g, an average and not a sum, so its size does not depend on beta, which the
+   schedule moves; then Nesterov's look ahead, u = (1 - beta) g + beta m.
+2. MuonEq (arXiv 2603.28254; HEAD). Every row of u is brought to the root-mean-square row norm. Five iterations are
+   too few for a matrix whose rows differ by orders of magnitude; equal rows need fewer.
+3. Cast to bfloat16 and divide by a little more than the Frobenius norm (1.02 FEB, 1.01 HEAD). The Frobenius norm
+   bounds the spectral norm, so all singular values start in [0, 1) with room for rounding.
+4. Polar Express (arXiv 2505.16932). Five times X <- a X + (b A + c A^2) X with A = X X^T on the short side: an odd
+   polynomial of degree five applied to every singular value without ever computing one. The five coefficient triples
+   differ because each is optimal for the interval that the one before leaves; the last leaves the singular values
+   near 1. Only products of matrices, so bfloat16 is enough and the tensor cores do the work.
+5. Muon+ (arXiv 2602.21545; HEAD). Rescale to Frobenius norm sqrt(min(rows, columns)), what an exactly semi-orthogonal
+   matrix has: what five iterations missed in size, they miss no longer.
+6. NorMuon (arXiv 2510.05491). The rows of a tall matrix (columns of a wide one) still differ in size. A running
+   second moment, one number a row, divides them; the whole is scaled back to the Frobenius norm that it had. No bias
+   correction is needed: a common factor vanishes in that rescaling.
+7. Cautious decay (arXiv 2510.12402). Weight decay acts only on entries that the update already pulls towards zero (u
+   W >= 0): W <- W - eta (u + wd W [u W >= 0]), with eta = lr sqrt(max(1, rows / columns)).
 
-A zero gradient gives a zero update (no division without a floor): at initialisation the output projections are zero, and
-with them the gradients of everything that they hide.
+A zero gradient gives a zero update (no division without a floor): at initialisation the output projections are zero,
+and with them the gradients of everything that they hide.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def polar_express(u: Tensor, norm_factor: float, dtype: torch.dtype) -> Tensor:
 
 
 def normuon(u: Tensor, second: Tensor, one_minus_beta2: Tensor) -> Tensor:
-    """Divide u (K, rows, columns) by the root of its rows' (columns') running second moment, updated here, and restore its norm."""
+    """Divide u (K, rows, columns) by the root of its rows' (columns') running second moment, updated here, and restore
+    its norm."""
     dim = -1 if second.size(-1) == 1 else -2
     mean_square = u.square().mean(dim=dim, keepdim=True)
     second.add_((mean_square - second) * one_minus_beta2)
@@ -121,7 +122,8 @@ def muon_update(
     muon_plus: bool,
     dtype: torch.dtype,
 ) -> None:
-    """One Muon step in place on weight, momentum (K, rows, columns) and second (K, rows, 1) or (K, 1, columns); see the top.
+    """One Muon step in place on weight, momentum (K, rows, columns) and second (K, rows, 1) or (K, 1, columns); see the
+    top.
 
     `dtype` is what Polar Express computes in: bfloat16 in training, wider where a test compares.
     """

@@ -1,49 +1,43 @@
 """The optimizer: Muon for the matrices, AdamW for the rest; on one rank or on many, by the same code.
 
-Two rules, because there are two kinds of parameter. A matrix that maps activations to activations is best moved by an
-orthogonal step (`model/muon.py` tells it step by step, with sources); tables that are looked up, the output head and the scalars
-have no such geometry and take AdamW (`model/adamw.py`). Which is which, and with what numbers, the caller says: `groups` and
-`specs`. What changes from step to step comes as a `StepHyper`.
+`groups` and `specs` say which parameter takes which rule (`model/muon.py`, `model/adamw.py`); a `StepHyper` what
+changes from step to step.
 
-**Who does what (ZeRO stage 2, arXiv 1910.02054).** Every rank holds all weights and runs its own rows; gradients are averaged.
-Doing the update everywhere would cost every rank all of the optimizer's memory and arithmetic, so each rank updates what it owns,
-keeps the state for that only, and sends the result to the others. A reduce-scatter of gradients and an all-gather of weights
-move exactly as many bytes as the all-reduce that they replace. What can be owned differs (`model/shards.py`):
+**Sharding (ZeRO stage 2, arXiv 1910.02054).** Every rank holds all weights and runs its own rows; gradients are
+averaged. Each rank updates the parameters that it owns, keeps the optimizer state of those alone, and sends the result
+to the others: a reduce-scatter of gradients and an all-gather of weights move as many bytes as the all-reduce that they
+replace (`model/partition.py` says who owns what, `model/shards.py` does it):
 
-* Muon needs whole matrices: Polar Express multiplies a matrix with its own transpose, any cut through it would be another exchange
-  of that size in each of its five iterations. So matrices of one shape are stacked, the stack is padded to a multiple of W, and
-  each rank owns ceil(K / W) whole ones. The price is the padding and an uneven remainder; remainders of different stacks start
-  at different ranks so that no rank gets all of them.
+* Muon needs whole matrices: Polar Express multiplies a matrix with its own transpose. Matrices of one shape are
+  stacked, the stack is padded to a multiple of W, and each rank owns whole ones.
 * AdamW works entry by entry: a table is cut by rows, evenly, in the dtype of its gradient.
-* Tensors below 1024 entries are not worth cutting: one all-reduce of all of them, and every rank makes the same update.
+* Tensors below 1024 entries: one all-reduce of all of them, and every rank makes the same update.
 
-Per step each rank therefore sends (W-1)/W of: all gradients, once, all weights, once, small tensors twice (`traffic` counts it).
+**Overlap.** The last micro-step's backward completes gradients from the head down to the embedding. After
+`begin_overlap()` a hook on every parameter notices that; when all gradients of a bucket (some matrices of one shape,
+one table) are there, their reduce-scatter starts while the backward goes on. Collectives must start in the same order
+on every rank: the first such backward only watches, rank 0's order of arrival is sent to all, and from then on a bucket
+waits for those before it. A model compiled as one graph completes all gradients at its end and overlaps nothing;
+compiled block by block it overlaps. `step()` launches what is missing, then goes through the shards in the order in
+which their gradients arrive: update, start the gather, next. Without `begin_overlap()` the same collectives run after
+the backward: the result is the same, bit for bit.
 
-**When it is sent.** The last micro-step's backward completes gradients from the head down to the embedding. `arm()` before it
-lets a hook on every parameter notice that; when all gradients of a bucket (some matrices of one shape, one table) are there, they
-are packed and their reduce-scatter starts, while the backward goes on below. Collectives must start in the same order on every
-rank. That order is not guessed: the first armed backward only watches, rank 0's order of arrival is sent to all, and from then on
-a bucket waits for those before it. A model compiled as one graph completes all gradients at its end and so overlaps nothing;
-compiled block by block it overlaps as an eager one does. `step()` launches what is missing, then goes through the shards in the
-order in which their gradients arrive: update, start the gather, next; gathers travel while later shards compute. Without `arm()`
-the same collectives run after the backward, with the same operands in the same order: the result is the same, bit for bit.
+**Transport** is in the parameter's own dtype, or in `transport_dtype` where that is narrower. With bfloat16 the owner
+keeps the exact fp32 weight, everybody else its rounding, which never accumulates. A forward pass that casts weights to
+bfloat16 first reads the same numbers on every rank; one in fp32 would not and must not ask for it. fp8 quantises the
+fp32 weight, so that operands differ where the rounding to bfloat16 (2^-9) crosses a border of fp8's much coarser grid
+(2^-4): a rank's gradient is then one at slightly other weights, and the ranks still apply one and the same mean. A
+checkpoint holds the owners' exact weights; `round_foreign` makes of the others' what a gather would have left, so that
+a resumed run goes on as if it had not stopped.
 
-**What is sent** is the parameter's own dtype, or `transport_dtype` where that is narrower. With bfloat16 transport the owner keeps
-the exact fp32 weight, everybody else its rounding. A forward pass that casts weights to bfloat16 first reads the same numbers on
-every rank, and rounding never accumulates: the owner adds the next update to the exact value. A forward pass in fp32 would read
-different weights on each rank: it must not ask for bfloat16 transport. fp8 quantises the fp32 weight, so that the owner's operand and
-the others' differ where the rounding to bfloat16 (2^-9) crosses a border of fp8's much coarser grid (2^-4): a rank's gradient is then one
-at slightly other weights, and the ranks still apply one and the same mean. Gradients are rounded to bfloat16 before the mean, and the
-partial sums of a ring once more at every rank. A checkpoint holds the owners' exact weights; a rank that loads it has all of them exact,
-and `round_foreign` makes of the others' what a gather would have left, so that a resumed run goes on as if it had not stopped.
+**State** is named slices: "muon_momentum/<parameter>" (whole matrices), "adamw_first/<parameter>" (this rank's rows),
+and so on. `state_slices` and `weight_slices` of all ranks together hold every row of every name exactly once;
+`load_slices` asks its reader for exactly what this rank owns. No slice knows how many ranks wrote it: a checkpoint of 8
+ranks loads on 4 or on 1.
 
-**State** is named slices: "muon_momentum/<parameter>" (rows 0 .. all: whole matrices), "adamw_first/<parameter>" (this rank's
-rows), and so on, wherever they are. `state_slices` and `weight_slices` of all ranks together hold every row of every name exactly
-once, the weights from their owners; `load_slices` asks its reader for exactly what this rank owns. No slice knows how many ranks
-wrote it, so a checkpoint of 8 ranks loads on 4 or on 1.
-
-**Nothing waits for the device.** Numbers that change are 0-d tensors in host memory (a compiled update never recompiles), and
-whether a gradient was finite is a tensor of flags, `nonfinite`, for the caller to copy and read some steps later.
+**Nothing waits for the device.** Numbers that change are 0-d tensors in host memory (a compiled update never
+recompiles), and whether a gradient was finite is a tensor of flags, `nonfinite`, for the caller to copy and read some
+steps later.
 """
 
 from __future__ import annotations
@@ -51,18 +45,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.adamw import adamw_update
 from model.collectives import Collectives, Named, Reduction, Traffic
 from model.hyper import GroupSpec, StepHyper
 from model.muon import muon_update
+from model.partition import Parameter, partition
 from model.shards import MuonStack, Options, RowShard, Shard, Slice, SmallTensors
 
-SMALL = 1024
 Reader = Callable[[str, int, int], Tensor]
 
 
@@ -73,8 +68,9 @@ class Optimizer:
     polar_dtype: what Polar Express computes in. transport_dtype: send wider gradients and weights as this (bfloat16).
     bucket_bytes: about how much one reduce-scatter of matrices holds. compile: compile the two update functions.
 
-    `nonfinite` (bool, on the device) says for each name in `flagged` whether the last step's gradient had a NaN or Inf in what
-    this rank owns. `traffic` counts what this rank sent. Raises ValueError for groups and specs that do not fit each other.
+    `nonfinite` (bool, on the device) says for each name in `flagged` whether the last step's gradient had a NaN or Inf
+    in what this rank owns. `traffic` counts what this rank sent. Raises ValueError for groups and specs that do not fit
+    each other.
     """
 
     def __init__(
@@ -91,18 +87,17 @@ class Optimizer:
         options = Options(polar_dtype, transport_dtype, bucket_bytes)
         if compile:
             # One variant for every shape of the model: more than the eight that torch allows by default.
-            fused = [
-                torch.compile(f, fullgraph=True, dynamic=False, recompile_limit=64) for f in (muon_update, adamw_update)
-            ]
-            options = replace(options, muon=fused[0], adamw=fused[1])
+            settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "recompile_limit": 64}
+            muon, adamw = torch.compile(muon_update, **settings), torch.compile(adamw_update, **settings)
+            options = replace(options, muon=muon, adamw=adamw)
         self._comm = Collectives(process_group)
-        self._shards = _share_out(groups, specs, self._comm, options)
+        self._shards = build_shards(groups, specs, self._comm, options)
         self._reductions: list[Reduction] = [reduction for shard in self._shards for reduction in shard.reductions]
         self._parameters = [named for reduction in self._reductions for named in reduction.parameters]
         self._step = torch.zeros(1, dtype=torch.int64)
         self.flagged = [name for shard in self._shards for name in shard.flagged]
         self.nonfinite = torch.zeros(len(self.flagged), dtype=torch.bool, device=self._parameters[0][1].device)
-        self._armed = False
+        self._overlapping = False
         self._order = list(range(len(self._reductions)))
         self._order_agreed = False
         self._missing: list[int] = []
@@ -127,14 +122,14 @@ class Optimizer:
             for _, parameter in reduction.parameters:
 
                 def arrived(_: Tensor, index: int = index) -> None:
-                    if self._armed:
+                    if self._overlapping:
                         self._arrived(index)
 
                 parameter.register_post_accumulate_grad_hook(arrived)
 
-    def arm(self) -> None:
+    def begin_overlap(self) -> None:
         """The next backward is the step's last: reduce each gradient as soon as it is complete."""
-        self._armed = True
+        self._overlapping = True
         self._missing = [len(reduction.parameters) for reduction in self._reductions]
         self._ready.clear()
 
@@ -144,7 +139,8 @@ class Optimizer:
         if self._missing[index] < 0:
             name = self._reductions[index].parameters[0][0]
             raise RuntimeError(
-                f"a second backward pass reached the reduction of {name}: arm() goes before the last one only."
+                f"a second backward pass reached the reduction of {name}: "
+                "begin_overlap() goes before the last one only."
             )
         if self._missing[index] == 0:
             self._ready.append(index)
@@ -158,7 +154,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, hyper: StepHyper) -> None:
-        """Reduce what is not yet reduced, update what this rank owns, gather. The gradients are consumed (None afterwards).
+        """Reduce what is not yet reduced, update what this rank owns, gather. The gradients are consumed (None
+        afterwards).
 
         Raises RuntimeError naming a parameter that has no gradient.
         """
@@ -175,7 +172,7 @@ class Optimizer:
         for shard in self._shards:
             shard.finish()
         self.nonfinite = ~torch.cat([finite[number] for number in range(len(self._shards))])
-        self._armed, self._next = False, 0
+        self._overlapping, self._next = False, 0
 
     def _last_launch(self, number: int) -> int:
         """When the last gradients of shard `number` were sent: the first to be complete is the first to be updated."""
@@ -184,7 +181,7 @@ class Optimizer:
 
     def _agree(self) -> None:
         """After the first armed backward: the order in which its gradients arrived on rank 0 becomes everybody's."""
-        if self._armed and not self._order_agreed and len(self._ready) == len(self._order):
+        if self._overlapping and not self._order_agreed and len(self._ready) == len(self._order):
             self._order = self._comm.agree(self._ready, self.nonfinite.device)
             self._order_agreed = True
 
@@ -194,10 +191,11 @@ class Optimizer:
             reduction.wait()
         for _, parameter in self._parameters:
             parameter.grad = None
-        self._armed, self._next = False, 0
+        self._overlapping, self._next = False, 0
 
     def state_slices(self) -> list[Slice]:
-        """The state that this rank has to save: every name's every row on exactly one rank, whatever the number of ranks."""
+        """The state that this rank has to save: every name's every row on exactly one rank, whatever the number of
+        ranks."""
         mine = [s for shard in self._shards if not shard.replicated or self._comm.rank == 0 for s in shard.state()]
         return [*mine, *self._counter()] if self._comm.rank == 0 else mine
 
@@ -205,12 +203,14 @@ class Optimizer:
         return [Slice("optimizer/steps", 0, self._step, 1)]
 
     def weight_slices(self) -> list[Slice]:
-        """The weights that this rank has to save: every parameter's every row on exactly one rank, in full precision."""
+        """The weights that this rank has to save: every parameter's every row on exactly one rank, in full
+        precision."""
         return [s for shard in self._shards for s in shard.weights()]
 
     @torch.no_grad()
     def load_slices(self, reader: Reader) -> None:
-        """Fill this rank's state: reader(name, start, stop) returns these rows of a state that any number of ranks wrote.
+        """Fill this rank's state: reader(name, start, stop) returns these rows of a state that any number of ranks
+        wrote.
 
         Raises ValueError naming a slice whose shape or dtype is not what this model needs.
         """
@@ -225,10 +225,11 @@ class Optimizer:
             shard.round_foreign()
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def preserve_state(self) -> Iterator[None]:
         """Whatever happens inside leaves weights, state and step count bit for bit as they were: for warming up.
 
-        The copies are kept in host memory. What survives is what warming up is for: compiled code, the order of launches.
+        The copies are kept in host memory. What survives is what warming up is for: compiled code, the order of
+        launches.
         """
         kept = [p.detach() for _, p in self._parameters]
         kept += [s.tensor for shard in self._shards for s in shard.state()] + [self._step]
@@ -252,28 +253,25 @@ def _fill(slices: Iterable[Slice], reader: Reader) -> None:
         s.tensor.copy_(rows)
 
 
-def _share_out(
+def build_shards(
     groups: dict[str, Named], specs: dict[str, GroupSpec], comm: Collectives, options: Options
 ) -> list[Shard]:
-    """Every parameter into exactly one shard. Muon's stacks are filled from the last parameter, whose gradient comes first."""
+    """Every parameter into exactly one shard, as `model.partition` divides them."""
     _check(groups, specs)
+    kinds = {group: specs[group].kind for group in groups}
+    described = {g: [Parameter(name, tuple(p.shape), p.dtype) for name, p in named] for g, named in groups.items()}
+    parameters = {name: p for named in groups.values() for name, p in named}
+    group_of = {name: group for group, named in groups.items() for name, _ in named}
     shards: list[Shard] = []
-    small: dict[torch.dtype, list[tuple[str, nn.Parameter, GroupSpec]]] = {}
-    turn = 0
-    for key, named in groups.items():
-        spec = specs[key]
-        stacks: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
-        for name, p in reversed(named):
-            if spec.kind == "muon":
-                stacks.setdefault((p.shape, p.dtype), []).append((name, p))
-            elif p.numel() < SMALL:
-                small.setdefault(p.dtype, []).append((name, p, spec))
-            else:
-                shards.append(RowShard(name, p, spec, comm, options))
-        for stack in stacks.values():
-            shards.append(MuonStack(stack, spec, comm, turn, options))
-            turn += len(stack)
-    return shards + [SmallTensors(entries, comm) for entries in small.values()]
+    for shard in partition(described, kinds):
+        named = [(p.name, parameters[p.name]) for p in shard.parameters]
+        if shard.kind == "matrices":
+            shards.append(MuonStack(named, shard, specs[shard.group], comm, options))
+        elif shard.kind == "rows":
+            shards.append(RowShard(named[0], shard, specs[shard.group], comm, options))
+        else:
+            shards.append(SmallTensors([(name, p, specs[group_of[name]]) for name, p in named], comm))
+    return shards
 
 
 def _check(groups: dict[str, Named], specs: dict[str, GroupSpec]) -> None:

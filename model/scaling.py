@@ -1,21 +1,23 @@
 """What follows from depth: parameters, FLOPs, tokens, batch, steps, learning rates, weight decay.
 
-The published runs turn one knob, depth. Everything else was tuned on a 12-layer model, d12, with 2^19 tokens a step, and is carried
-to other depths by power laws. With S the *scaling parameters* (transformer matrices and head: the count that gave the cleanest
-scaling laws; the embedding tables cost no matrix product), r the tokens per scaling parameter and D = r S the tokens to train on:
+The published runs turn one knob, depth. Everything else was tuned on a 12-layer model, d12, with 2^19 tokens a step,
+and is carried to other depths by power laws. With S the *scaling parameters* (transformer matrices and head: the count
+that gave the cleanest scaling laws; the embedding tables cost no matrix product), r the tokens per scaling parameter
+and D = r S the tokens to train on:
 
-    batch                B  = 2^19 (D / D_d12)^0.383, to the nearest power of two       a longer run can afford larger steps
+    batch                B  = 2^19 (D / D_d12)^0.383, to the nearest power of two   a longer run can afford larger steps
     steps                N  = floor(int(r S) / B)
-    learning rates       *= sqrt(B / 2^19)                                               Adam-like steps: noise falls with sqrt(B)
+    learning rates       *= sqrt(B / 2^19)                                           noise falls with sqrt(B)
     AdamW tables, head   *= (d / 768)^-1/2                                               wider layers, smaller steps
-    Muon's weight decay  *= sqrt(B / 2^19) D_d12 / D                                     the same averaging time, in epochs
+    Muon's weight decay  *= sqrt(B / 2^19) D_d12 / D                                 the same averaging time, in epochs
                     or    = base (12 / depth)^2 ("depth", until 6 February 2026)
 
-D_d12 takes the same r, so that r cancels in every ratio D / D_d12 = S / S_d12; that is why these rules also hold when a run
-names its steps or tokens itself.
+D_d12 takes the same r, so that r cancels in every ratio D / D_d12 = S / S_d12; that is why these rules also hold when a
+run names its steps or tokens itself.
 
-FLOPs per token are counted as the leaderboard counts them: 6 for every weight of a matrix product (2 forward, 4 backward) and, for
-attention, 12 d min(window, T) a layer, which is the count without causality (the exact causal one is about two thirds of it).
+FLOPs per token are counted as the leaderboard counts them: 6 for every weight of a matrix product (2 forward, 4
+backward) and, for attention, 12 d min(window, T) a layer, which is the count without causality (the exact causal one is
+about two thirds of it).
 
 `derive` returns every such number as a `Value`, with a sentence of why and where it comes from.
 """
@@ -29,9 +31,7 @@ from typing import Any
 
 from model.config import SMEAR_CHANNELS, ConfigError, GPTConfig, width_for_depth
 from model.hyper import GroupSpec
-
-BF16_TIME = 740 / 630
-"""a bf16 step's time over an fp8 one's: tokens per second of a d26 on 8xH100, published"""
+from model.partition import parameter_groups
 
 REFERENCE_BATCH = 1 << 19  # tokens a step that d12 was tuned with
 REFERENCE_WIDTH = 768  # d12's width
@@ -154,10 +154,11 @@ def derive(
     steps: int | None = None,
     batch_tokens: int | None = None,
 ) -> Derived:
-    """All that follows from `config`, trained by `rules` over `ratio` tokens per scaling parameter, or `tokens`, or `steps`.
+    """All that follows from `config`, trained by `rules` over `ratio` tokens per scaling parameter, or `tokens`, or
+    `steps`.
 
-    At most one horizon may be given; none means the rules' own ratio. `batch_tokens` (a multiple of config.seq_len) None means the
-    batch rule. Raises ConfigError for a horizon of no step and for values that are not positive.
+    At most one horizon may be given; none means the rules' own ratio. `batch_tokens` (a multiple of config.seq_len)
+    None means the batch rule. Raises ConfigError for a horizon of no step and for values that are not positive.
     """
     _check_request(config, ratio, tokens, steps, batch_tokens)
     counts = parameter_counts(config)
@@ -200,19 +201,9 @@ _COUNTED = {
 
 
 def parameter_counts(config: GPTConfig) -> dict[str, int]:
-    """Parameters by group, in the order and under the names of `GPT.groups`, in closed form."""
-    L, d, table = config.depth, config.width, config.padded_vocab * config.width
-    gated = len(config.value_embed_layers)
-    counts = {
-        "matrices": 12 * d * d * L + gated * config.ve_gate_channels * config.heads,
-        "wte": table,
-        "value_embeds": gated * table,
-        "head": table,
-        "resid_lambdas": L,
-        "x0_lambdas": L,
-        "smear_backout": (SMEAR_CHANNELS + 1) * config.smear + config.backout,
-    }
-    return {name: count for name, count in counts.items() if count}
+    """Parameters by group, under the names of `GPT.groups`."""
+    groups = parameter_groups(config, None, None)
+    return {name: sum(p.size for p in groups[name]) for name in _COUNTED if name in groups}
 
 
 def scaling_parameters(config: GPTConfig) -> int:
@@ -233,7 +224,8 @@ def reference(config: GPTConfig) -> GPTConfig:
 
 
 def accumulation_steps(batch_tokens: int, seq_len: int, device_rows: int, ranks: int) -> int:
-    """Micro-steps in a step: batch / (device_rows x seq_len x ranks); if it does not divide, ConfigError names the nearest."""
+    """Micro-steps in a step: batch / (device_rows x seq_len x ranks); if it does not divide, ConfigError names the
+    nearest."""
     for name, value in (("device batch", device_rows), ("number of ranks", ranks)):
         if value < 1:
             raise ConfigError(f"the {name} is {value}: it must be at least 1")
@@ -271,7 +263,8 @@ def _batch(config: GPTConfig, asked: int | None) -> Value:
     batch = 1 << exponent
     if batch % config.seq_len:
         raise ConfigError(
-            f"the batch rule gives {batch:,} tokens, no whole number of rows of {config.seq_len}: give the batch yourself"
+            f"the batch rule gives {batch:,} tokens, no whole number of rows of {config.seq_len}: "
+            "give the batch yourself"
         )
     return Value(batch, why, POWER_LINES)
 
@@ -312,7 +305,10 @@ def _weight_decay(config: GPTConfig, rules: Rules, batch: int) -> Value:
         raise ConfigError(f"no such weight decay rule: {rules.decay_rule!r}; there are 'depth' and 'horizon'")
     noise = math.sqrt(batch / REFERENCE_BATCH)
     share = scaling_parameters(reference(config)) / scaling_parameters(config)
-    why = f"{base:g} x {noise:.4f} x {share:.4f} = base x sqrt(B / 2^19) x D_d12 / D: the averaging time stays the same part of a run"
+    why = (
+        f"{base:g} x {noise:.4f} x {share:.4f} = base x sqrt(B / 2^19) x D_d12 / D: "
+        "the averaging time stays the same part of a run"
+    )
     return Value(base * noise * share, why, AVERAGING_TIME)
 
 

@@ -1,10 +1,11 @@
-"""Three ways to share parameters out among ranks: whole matrices, rows, and not at all. See the essay of `model/optimizer.py`.
+"""Three ways to share parameters out among ranks: whole matrices, rows, and not at all. See the essay of
+`model/optimizer.py`.
 
 Each kind offers the same verbs, so that the optimizer is a loop over them:
 
     reductions        what may be launched once the parameters that it names have their gradients
-    update(...)       this rank's arithmetic on what it owns; the gather of the new weights is begun. Returns a flag for each
-                      name in `flagged`: was its reduced gradient (this rank's part of it) finite
+    update(...)       this rank's arithmetic on what it owns; the gather of the new weights is begun. Returns a flag for
+                      each name in `flagged`: was its reduced gradient (this rank's part of it) finite
     finish()          the gathered weights stand in the parameters; temporaries are gone
     round_foreign()   weights that others own are what a gather would have left of them
     state()           the slices of optimizer state that this rank holds
@@ -23,12 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model import partition
 from model.adamw import AdamWScalars, adamw_update, math_dtype
 from model.collectives import Collectives, Named, Reduction
 from model.hyper import GroupSpec, StepHyper
 from model.muon import MuonScalars, muon_update, second_moment_shape, step_size
 
-# An update's temporaries are made for about this many bytes of weights at a time: a CPU's cache, a share of a GPU's memory.
+# Bytes of weights that are updated at a time, which bounds the temporaries: a CPU's cache, a share of a GPU's memory.
 CHUNK_BYTES = {"cpu": 1 << 20, "other": 128 << 20}
 
 
@@ -47,7 +49,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class Options:
-    """What all shards of one optimizer share: the dtypes of Polar Express and of transport, bucket size, the update functions."""
+    """What all shards of one optimizer share: the dtypes of Polar Express and of transport, bucket size, the update
+    functions."""
 
     polar_dtype: torch.dtype
     transport_dtype: torch.dtype | None
@@ -56,7 +59,8 @@ class Options:
     adamw: Callable[..., None] = adamw_update
 
     def wire(self, dtype: torch.dtype, world: int) -> torch.dtype:
-        """What a tensor of `dtype` is sent as: the transport dtype if that is narrower and there is anybody to send to."""
+        """What a tensor of `dtype` is sent as: the transport dtype if that is narrower and there is anybody to send
+        to."""
         narrow = self.transport_dtype
         return narrow if narrow is not None and world > 1 and narrow.itemsize < dtype.itemsize else dtype
 
@@ -78,29 +82,38 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 class MuonStack:
-    """All Muon matrices of one shape and group, shared out whole: number j belongs to rank (j + turn) mod W.
+    """All Muon matrices of one shape and group, shared out whole: as `partition.Shard.owners` says.
 
-    The stack is padded to M = ceil(K / W) slots a rank. It is reduced in buckets, each the next few slots of every rank (so the
-    first bucket holds the first matrices of `named`, which should be the first to get gradients), updated at once and gathered
-    at once. `turn` starts each stack's round where the last one's ended: remainders do not all fall to the low ranks.
+    The stack is padded to M = ceil(K / W) slots a rank. It is reduced in buckets, each the next few slots of every rank
+    (so the first bucket holds the first matrices of `named`, which should be the first to get gradients), updated at
+    once and gathered at once.
     """
 
     replicated = False
 
-    def __init__(self, named: Named, spec: GroupSpec, comm: Collectives, turn: int, options: Options) -> None:
+    def __init__(
+        self, named: Named, division: partition.Shard, spec: GroupSpec, comm: Collectives, options: Options
+    ) -> None:
         self.named, self.spec, self.comm, self.options = list(named), spec, comm, options
         example = self.named[0][1]
         self.shape, self.device, self.dtype = example.shape, example.device, math_dtype(example.dtype)
         self.wire = options.wire(example.dtype, comm.world)
-        self.slots = math.ceil(len(self.named) / comm.world)
-        self.place = [((j + turn) % comm.world, j // comm.world) for j in range(len(self.named))]
+        self.slots = division.slots(comm.world)
+        self.place = division.owners(comm.world)
         self.own = [pair for pair, (rank, _) in zip(self.named, self.place, strict=True) if rank == comm.rank]
         self.momentum = self._buffer(len(self.own), self.shape, self.dtype).zero_()
         self.second = self._buffer(len(self.own), second_moment_shape(*self.shape), self.dtype).zero_()
         self.flagged = [name for name, _ in self.own]
-        self.static = {name: getattr(spec, name) for name in ("norm_factor", "muon_eq", "muon_plus")}
-        self.static["dtype"] = options.polar_dtype
-        self.reduced: list[Tensor | None] | Tensor = [None] * len(self.own)
+        self.muon = partial(
+            options.muon,
+            norm_factor=spec.norm_factor,
+            muon_eq=spec.muon_eq,
+            muon_plus=spec.muon_plus,
+            dtype=options.polar_dtype,
+        )
+        self.grads: list[Tensor] = []  # of a rank that is alone, else `reduced`: (slots, rows, columns)
+        self.reduced: Tensor | None = None
+        self.gather: tuple[dist.Work, Tensor] | None = None
         self.reductions = list(self._cut())
 
     def _buffer(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -118,9 +131,9 @@ class MuonStack:
         """Pack the gradients of every rank's slots low .. high and scatter their mean to the owners."""
         world = self.comm.world
         if world == 1:
-            self.reduced[low:high] = grads
+            self.grads[low:high] = grads
             return None
-        if not any(reduction.launched for reduction in self.reductions):
+        if self.reduced is None:
             self.reduced = self._buffer(self.slots, self.shape, self.wire)
         full = self._buffer(world * (high - low), self.shape, self.wire).view(world, high - low, *self.shape)
         if len(grads) < world * (high - low):
@@ -131,36 +144,36 @@ class MuonStack:
 
     def update(self, hyper: StepHyper, step: int) -> Tensor:
         """Muon on the owned matrices, some at a time, then begin the gather."""
-        spec, count, alone = self.spec, len(self.own), self.comm.world == 1
+        spec, count, reduced = self.spec, len(self.own), self.reduced
         eta = step_size(spec.lr * hyper.lr_mult, *self.shape)
         scalars = MuonScalars.of(eta, spec.weight_decay * hyper.wd_mult, hyper.momentum, spec.beta2, self.dtype)
         finite = torch.ones(count, dtype=torch.bool, device=self.device)
-        sent = None if alone else self._buffer(self.slots, self.shape, self.wire)
+        sent = None if reduced is None else self._buffer(self.slots, self.shape, self.wire)
         for part in _chunks(count, self.shape.numel() * self.dtype.itemsize, self.device):
             owned = [p.detach() for _, p in self.own[part]]
-            weight = torch.stack(owned).to(self.dtype)
-            grad = (torch.stack(self.reduced[part]) if alone else self.reduced[part]).to(self.dtype)
+            weight = torch.stack(owned).to(self.dtype)  # (K, rows, columns)
+            grad = (torch.stack(self.grads[part]) if reduced is None else reduced[part]).to(self.dtype)
             finite[part] = _finite(grad, dim=(1, 2))
-            self.options.muon(weight, grad, self.momentum[part], self.second[part], scalars, **self.static)
+            self.muon(weight, grad, self.momentum[part], self.second[part], scalars)
             torch._foreach_copy_(owned, list(weight.unbind()))
-            if not alone:
+            if sent is not None:
                 sent[part].copy_(weight)
-        if not alone:
+        if sent is not None:
             sent[count:].zero_()
-            self.gathered = self._buffer(self.comm.world * self.slots, self.shape, self.wire)
-            self.gathering = self.comm.all_gather(self.gathered, sent)
+            gathered = self._buffer(self.comm.world * self.slots, self.shape, self.wire)  # (W slots, rows, columns)
+            self.gather = self.comm.all_gather(gathered, sent), gathered
         return finite
 
     def finish(self) -> None:
         """Owners keep the exact weights, the others take what was sent."""
-        if self.comm.world > 1:
-            self.gathering.wait()
+        if self.gather is not None:
+            work, gathered = self.gather
+            work.wait()
             foreign = [(p, at) for (_, p), at in zip(self.named, self.place, strict=True) if at[0] != self.comm.rank]
             if foreign:
-                sources = [self.gathered[rank * self.slots + slot] for _, (rank, slot) in foreign]
+                sources = [gathered[rank * self.slots + slot] for _, (rank, slot) in foreign]
                 torch._foreach_copy_([p.detach() for p, _ in foreign], sources)
-        self.gathered = self.gathering = None
-        self.reduced = [None] * len(self.own)
+        self.grads, self.reduced, self.gather = [], None, None
 
     def round_foreign(self) -> None:
         for (_, p), at in zip(self.named, self.place, strict=True):
@@ -178,31 +191,40 @@ class MuonStack:
 
 
 class RowShard:
-    """One large AdamW tensor, shared out by rows: rank r owns the r-th ceil(rows / W) of them (the last rank's may be fewer)."""
+    """One large AdamW tensor, shared out by rows: rank r owns the r-th ceil(rows / W) of them (the last rank's may be
+    fewer)."""
 
     replicated = False
 
     def __init__(
-        self, name: str, parameter: nn.Parameter, spec: GroupSpec, comm: Collectives, options: Options
+        self,
+        named: tuple[str, nn.Parameter],
+        division: partition.Shard,
+        spec: GroupSpec,
+        comm: Collectives,
+        options: Options,
     ) -> None:
-        self.name, self.parameter, self.spec, self.comm, self.options = name, parameter, spec, comm, options
+        name, parameter = self.name, self.parameter = named
+        self.spec, self.comm, self.options = spec, comm, options
         self.wire = options.wire(parameter.dtype, comm.world)
         self.total = parameter.size(0)
         self.share = math.ceil(self.total / comm.world)
-        self.start = min(comm.rank * self.share, self.total)
-        self.stop = min(self.start + self.share, self.total)
+        [(_, self.start, self.stop)] = division.slices(comm.world, comm.rank)
         # Nothing padded, nothing cast: the gather may write into the parameter itself.
         self.direct = self.wire == parameter.dtype and self.share * comm.world == self.total
         self.first = torch.zeros_like(self._own())
         self.second = torch.zeros_like(self._own())
         self.flagged = [name]
+        self.reduced: Tensor
+        self.gather: tuple[dist.Work, Tensor] | None = None
         self.reductions = [Reduction([(name, parameter)], self._reduce)]
 
     def _own(self) -> Tensor:
         return self.parameter.detach()[self.start : self.stop]
 
     def _padded(self, rows: Tensor, count: int) -> Tensor:
-        """`rows` in the wire dtype, contiguous, with zero rows after them up to `count`; itself where it is so already."""
+        """`rows` in the wire dtype, contiguous, with zero rows after them up to `count`; itself where it is so
+        already."""
         if rows.size(0) == count:
             return rows.to(self.wire).contiguous()
         padded = rows.new_zeros(count, *rows.shape[1:], dtype=self.wire)
@@ -211,7 +233,7 @@ class RowShard:
 
     def _reduce(self, grads: list[Tensor]) -> dist.Work | None:
         world = self.comm.world
-        full = self._padded(grads[0], world * self.share)
+        full = self._padded(grads[0], world * self.share)  # (W share, ...)
         self.reduced = full if world == 1 else full.new_empty(self.share, *full.shape[1:])
         return None if world == 1 else self.comm.reduce_scatter(self.reduced, full)
 
@@ -222,21 +244,23 @@ class RowShard:
         for part in _chunks(len(own), own.element_size() * self.parameter[0].numel(), own.device):
             self.options.adamw(own[part], self.reduced[part], self.first[part], self.second[part], scalars)
         if self.comm.world > 1:
-            sent = self._padded(own, self.share)
+            sent = self._padded(own, self.share)  # (share, ...)
             whole = (self.comm.world * self.share, *sent.shape[1:])
-            self.gathered = self.parameter.detach() if self.direct else sent.new_empty(whole)
-            self.gathering = self.comm.all_gather(self.gathered, sent.clone() if sent is own else sent)
+            gathered = self.parameter.detach() if self.direct else sent.new_empty(whole)
+            self.gather = self.comm.all_gather(gathered, sent.clone() if sent is own else sent), gathered
         return _finite(self.reduced).view(1)
 
     def finish(self) -> None:
         """Owners keep the exact rows, the others take what was sent."""
-        if self.comm.world > 1:
-            self.gathering.wait()
+        if self.gather is not None:
+            work, gathered = self.gather
+            work.wait()
             if not self.direct:
                 weight = self.parameter.detach()
-                weight[: self.start].copy_(self.gathered[: self.start])
-                weight[self.stop :].copy_(self.gathered[self.stop : self.total])
-        self.reduced = self.gathered = self.gathering = None
+                weight[: self.start].copy_(gathered[: self.start])
+                weight[self.stop :].copy_(gathered[self.stop : self.total])
+        del self.reduced
+        self.gather = None
 
     def round_foreign(self) -> None:
         weight = self.parameter.detach()
@@ -255,7 +279,8 @@ class RowShard:
 
 
 class SmallTensors:
-    """All AdamW tensors of one dtype below SMALL elements: one all-reduce for all of them, and every rank updates every one."""
+    """All AdamW tensors of one dtype below `partition.SMALL` elements: one all-reduce for all of them, and every rank
+    updates every one."""
 
     replicated = True
 
@@ -264,10 +289,11 @@ class SmallTensors:
         self.first = [torch.zeros_like(p.detach()) for _, p, _ in entries]
         self.second = [torch.zeros_like(p.detach()) for _, p, _ in entries]
         self.flagged = [name for name, _, _ in entries]
+        self.reduced: list[Tensor] = []
         self.reductions = [Reduction([(name, p) for name, p, _ in entries], self._reduce)]
 
     def _reduce(self, grads: list[Tensor]) -> dist.Work | None:
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        flat = torch.cat([grad.reshape(-1) for grad in grads])  # (all elements,)
         parts = flat.split([grad.numel() for grad in grads])
         self.reduced = [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)]
         return None if self.comm.world == 1 else self.comm.all_reduce(flat)
@@ -278,7 +304,7 @@ class SmallTensors:
         return torch.stack([_finite(grad) for grad in self.reduced])
 
     def finish(self) -> None:
-        self.reduced = None
+        self.reduced = []
 
     def round_foreign(self) -> None:
         """Nothing: every rank makes these itself."""

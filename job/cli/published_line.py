@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from job.errors import UsageError
+from job.recipe.derive import derive
 
 if TYPE_CHECKING:
     from job.recipe.config import Recipe
@@ -128,8 +129,6 @@ def scored_at_the_end(every: int | None, recipe: Recipe) -> str | None:
         return None
     if every < 1:
         raise UsageError(f"--core-metric-every={every} cannot be used: give a number of steps, or -1 for no score")
-    from job.recipe.derive import derive
-
     steps = derive(recipe).steps
     score = "CORE" if recipe.eval.core_bundle else "the smoke score (no --core-bundle)"
     said = f"--core-metric-every={every}: {score} is scored once, after the last of {steps:,} steps"

@@ -1,7 +1,7 @@
 """Items into batches: which rows go through the model together, and what they look like.
 
 An item's options share a long prefix (ten shots and the question) and differ in a short tail. Where the model can
-(`Fork` of model/fork.py), a row holds the prefix once and then all tails:
+(`SharedPrefix` of model/shared_prefix.py), a row holds the prefix once and then all tails:
 
     fork    [ prefix of item 1 ........ | tail A | tail B | tail C | tail D ]     one row per item
     plain   [ prefix of item 1 ........ | tail A ]  [ prefix ........ | tail B ]  ...     one row per option
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from job.evaluation.prompts import Item
-from model.fork import Fork
+from model.shared_prefix import SharedPrefix
 
 SHORTEST = 16
 FINE = 8
@@ -112,7 +112,7 @@ def share(batches: Sequence[Batch], size: int) -> list[list[Batch]]:
 
 def tensors_of(
     items: Sequence[Item], batch: Batch, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor, Fork | None]:
+) -> tuple[Tensor, Tensor, Tensor, SharedPrefix | None]:
     """ids (rows, prefix + tails), places (N,), words (N,), all int64, and the fork if the rows are forks.
 
     Each scored token in order, option by option: `places` has the position that predicts it, counted row by row
@@ -144,7 +144,7 @@ def tensors_of(
         b += batch.prefix > 0
     fork = None
     if batch.prefix:
-        fork = Fork(batch.prefix, _to(position, device), _to(branch, device), _to(previous.clip(min=0), device))
+        fork = SharedPrefix(batch.prefix, _to(position, device), _to(branch, device), _to(previous.clip(min=0), device))
     places = np.flatnonzero(targets >= 0)
     return _to(ids, device), _to(places, device), _to(targets.ravel()[places], device), fork
 

@@ -51,17 +51,17 @@ class CausalLM:
     def dtype(self) -> str:
         return str(self._model.dtype).removeprefix("torch.")
 
-    def hidden(self, idx: Tensor, fork: Any = None, only: Tensor | None = None) -> Tensor:
-        """(B, T) -> (N, D) at the places `only`, or the logits themselves, (N, V); without `only`, of all, (B, T, ...).
+    def hidden(self, idx: Tensor, shared: Any = None, positions: Tensor | None = None) -> Tensor:
+        """(B, T) -> the places `positions` of it, (N, D), or the logits themselves, (N, V); without `positions`, of all, (B, T, ...).
 
         Columns beyond the model's positions, all padding, are zeros.
         """
         model = self._model if self._head is None else self._model.base_model
         states = model(input_ids=idx[:, : self.max_positions], use_cache=False)[0]
         states = F.pad(states, (0, 0, 0, idx.size(1) - states.size(1)))
-        return states if only is None else states.flatten(0, 1)[only]
+        return states if positions is None else states.flatten(0, 1)[positions]
 
-    def readout(self, hidden: Tensor) -> Tensor:
+    def lm_head(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) fp32."""
         return (hidden if self._head is None else self._head(hidden)).float()
 

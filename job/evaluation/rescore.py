@@ -22,6 +22,7 @@ from typing import Any
 from job.errors import UsageError
 from job.evaluation.ledger import LEDGER
 from job.recipe.config import EvalConfig, Recipe, from_document, resolve
+from job.recipe.derive import derive
 from job.store.checkpoint_folder import KIND, folder_of
 from job.store.sealed import atomic_write, is_sealed, open_sealed
 
@@ -56,8 +57,6 @@ def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequenc
 @contextlib.contextmanager
 def asking(run: Path, recipe: Recipe, document: dict) -> Iterator[Asked]:
     """The evaluation of `run` by `recipe`; `document` is its recipe.json, given to the ranks as a temporary file."""
-    from job.recipe.derive import derive
-
     lesser = fullness(recipe.eval) < fullness_of_score(run, derive(recipe).rows)
     folder = run / "eval"
     if lesser:

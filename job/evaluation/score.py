@@ -38,7 +38,7 @@ from job.evaluation.ledger import Answer, Ledger, make_ledger, seal_answers, sea
 from job.evaluation.prompts import Encoder, Item
 from job.reporter import Reporter
 from job.train.ranks import Ranks
-from model.fork import Fork
+from model.shared_prefix import SharedPrefix
 
 CPU_TOKEN_BUDGET = 2_048  # as fast as larger batches there, and they pad less
 GPU_TOKEN_BUDGET = 32_768
@@ -50,9 +50,9 @@ VERSION = 1
 class Model(Protocol):
     """The part of a model in use: hidden states at N places, (B, T) -> (N, D), and fp32 logits, (N, D) -> (N, V)."""
 
-    def hidden(self, idx: Tensor, fork: Fork | None = None, only: Tensor | None = None) -> Tensor: ...
+    def hidden(self, idx: Tensor, shared: SharedPrefix | None = None, positions: Tensor | None = None) -> Tensor: ...
 
-    def readout(self, hidden: Tensor) -> Tensor: ...
+    def lm_head(self, hidden: Tensor) -> Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Forward:
 
     @torch.no_grad()
     def __call__(
-        self, ids: Tensor, places: Tensor, words: Tensor, fork: Fork | None = None
+        self, ids: Tensor, places: Tensor, words: Tensor, fork: SharedPrefix | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ids (B, T), places and words (N,), as of `tensors_of` -> nll, greedy, lead, each (N,).
 
@@ -73,7 +73,7 @@ class Forward:
         """
         hidden = self.model.hidden(ids, fork, places)
         chunks = zip(hidden.split(HEAD_ROWS), words.split(HEAD_ROWS), strict=True)
-        nll, greedy, lead = zip(*(compare(self.model.readout(states), right) for states, right in chunks), strict=True)
+        nll, greedy, lead = zip(*(compare(self.model.lm_head(states), right) for states, right in chunks), strict=True)
         return torch.cat(nll), torch.cat(greedy), torch.cat(lead)
 
 

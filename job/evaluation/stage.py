@@ -7,6 +7,7 @@ run.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 

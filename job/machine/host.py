@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,16 +39,14 @@ class Machine:
     capability: tuple[int, int] | None = None
 
 
-def visible_gpus() -> int:
-    """GPUs that torch sees; asks the driver's library and touches no GPU."""
+def gpu_count() -> int:
+    """GPUs that torch sees; torch is asked, which takes seconds to import, only where there is NVIDIA's driver or it is there already."""
+    drivers = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")
+    if "torch" not in sys.modules and not any(Path(device).exists() for device in drivers):
+        return 0
     import torch
 
     return torch.cuda.device_count()
-
-
-def gpus() -> int:
-    """GPUs that this process sees, at least 1: a machine without one computes on its CPU."""
-    return max(1, visible_gpus())
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from job.plan.steptime import BEYOND, expected_error, optimizer_seconds, publish
 from job.recipe.config import DataConfig, Recipe, preset_header
 from job.recipe.derive import Derived, derive, micro_steps
 from job.recipe.leaderboard import UNTIMED_STEPS
-from model.scaling import BF16_TIME
+from model.kernels import BF16_TIME
 
 CROP_SHARE = 0.346
 """tokens that packing drops, published for FineWeb-Edu in rows of 2048; ClimbMix's was never published"""

@@ -24,11 +24,12 @@ import functools
 import numpy as np
 
 from job.machine.gpus import GPU, GPUS
-from job.plan.memory import BF16, FP32, muon_stacks, tables
+from job.plan.memory import BF16, FP32, muon_stacks, shards
 from job.plan.published_runs import GPUS as RANKS
 from job.plan.published_runs import RUNS, Run
 from model.config import GPTConfig
-from model.scaling import BF16_TIME, flops_per_token
+from model.kernels import BF16_TIME
+from model.scaling import flops_per_token
 
 POLAR_ITERATIONS = 5
 POLAR_EFFICIENCY = 0.6
@@ -56,9 +57,10 @@ class Fit:
 
 def optimizer_seconds(config: GPTConfig, gpu: GPU, ranks: int) -> float:
     """The part of a step that no micro-step hides: transport of gradients and weights, Muon on the busiest rank."""
-    matrices = sum(FP32 * ranks * stack.slots(ranks) * stack.size for stack in muon_stacks(config))
-    table = config.padded_vocab * config.width
-    full = matrices + sum(count * table * width for count, width in tables(config))
+    matrices = sum(FP32 * ranks * stack.slots(ranks) * stack.parameters[0].size for stack in muon_stacks(config))
+    full = matrices + sum(
+        p.size * p.dtype for shard in shards(config) if shard.kind == "rows" for p in shard.parameters
+    )
     moved = 2 * full * (ranks - 1) / ranks
     return moved / gpu.bus + polar_flops(config, ranks) / (POLAR_EFFICIENCY * gpu.bf16)
 
@@ -68,7 +70,7 @@ def polar_flops(config: GPTConfig, ranks: int) -> int:
     iteration."""
     total = 0
     for stack in muon_stacks(config):
-        m, n = sorted((stack.rows, stack.columns))
+        m, n = sorted(stack.parameters[0].shape)
         total += stack.slots(ranks) * POLAR_ITERATIONS * (4 * m * m * n + 2 * m**3)
     return total
 

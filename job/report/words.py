@@ -9,10 +9,10 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-KINDS = {"multiple_choice": "multiple choice", "schema": "schema", "language_modeling": "language modeling"}
 from job.recipe.leaderboard import GPT2_XL_CORE, UNTIMED_STEPS
 from job.store.attempt import Record
 
+KINDS = {"multiple_choice": "multiple choice", "schema": "schema", "language_modeling": "language modeling"}
 NONE = "–"
 SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -28,8 +28,9 @@ from job.recipe.derive import derive
 from job.run import preflight
 from job.train.kernels import choose_kernels, layers_in_fp8
 from job.train.step_metrics import now, seconds_between
-from model import attention, fp8
+from model import attention
 from model.config import GPTConfig
+from model.kernels import Fp8Error
 
 REPEATS = 11
 """timings of one thing"""
@@ -120,7 +121,7 @@ def _prove(recipe: Recipe, here: host.Machine, rows: list[dict[str, Any]], *, st
             model = layers_in_fp8(config, tokens, recipe.model.generation)
             for name, agreements in fp8_proof.measurements(model, tokens, device):
                 rows += [_row(f"{name}, {found.what}", found.error, found.bound) for found in agreements]
-        except fp8.Fp8Error as error:
+        except Fp8Error as error:
             raise PreflightError(str(error)) from None
     if wrong := next((row for row in rows if row["error"] is None or row["error"] > row["bound"]), None):
         found = "no number" if wrong["error"] is None else f"wrong by {wrong['error']:.1%}"

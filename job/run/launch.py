@@ -26,6 +26,7 @@ from job.errors import ExitCode, SpeedrunError, UsageError
 from job.evaluation.rescore import Asked, fullness, fullness_of_score
 from job.machine import container, host
 from job.recipe.config import SCHEMA, Recipe, differing_keys
+from job.recipe.derive import derive, micro_steps
 from job.report.render import write_report
 from job.reporter import Reporter
 from job.run.bucket import Bucket
@@ -63,8 +64,6 @@ def check_writable(out: Path) -> None:
 
 def recipe_document(recipe: Recipe, run_id: str) -> dict:
     """What `recipe.json` holds: the values, where each came from, and what follows from them."""
-    from job.recipe.derive import derive
-
     return {
         "schema": SCHEMA,
         "run_id": run_id,
@@ -91,8 +90,6 @@ def open_run(
     run = run_folder(out, run_id)
     check_writable(out)
     container.check(recipe, ranks)
-    from job.recipe.derive import derive, micro_steps
-
     document = recipe_document(recipe, run_id)
     micro_steps(recipe, derive(recipe), ranks)
     if fresh and run.exists():
@@ -134,8 +131,6 @@ def existing_run(out: Path, run_id: str, bucket: Bucket | None = None) -> Path:
 
 def is_done(stage: str, run: Path, recipe: Recipe) -> bool:
     """Whether sealed folders say that `stage` has nothing left to do."""
-    from job.recipe.derive import derive
-
     final = folder_of(run, derive(recipe).rows)
     if stage == "pretrain":
         return is_sealed(final)
@@ -161,8 +156,6 @@ def execute(
     With a `bucket` the run goes on from what is there, unless `fresh` discards that, and is mirrored there.
     Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
     """
-    from job.recipe.derive import derive
-
     attempt = Attempt.claim(run, bucket and bucket.store, **({"fresh": True} if fresh else {}))
     attempt.emit("attempt.started", argv=sys.argv[1:], nodes=nodes.count, **host.describe())
     final = folder_of(run, derive(recipe).rows)
@@ -218,8 +211,6 @@ class _Start:
 
 def _run_ranks(stage: str, start: _Start) -> None:
     """Start the ranks of `stage` on all nodes and see them to their end."""
-    from job.recipe.derive import derive
-
     site, run, attempt, crew = start.site, start.site.run, start.attempt, start.crew
     keeper, resume, final_rows = None, None, derive(start.recipe).rows
     prepared = fold(run).prepared.get("id", "")
@@ -325,8 +316,6 @@ class Said(Reporter):
 
 def describe_plan(out: Path, run: Path | None, recipe: Recipe, stages: Sequence[str], *, ranks: int) -> str:
     """What a command would do: the recipe with the origin of each value, what follows, and which stages are left."""
-    from job.recipe.derive import derive, micro_steps
-
     derived = derive(recipe)
     lines = [f"preset {recipe.preset} ({recipe.evidence})", ""]
     lines += [f"  {key:<24} {_short(value):<16} {recipe.sources[key]}" for key, value in _flat(recipe)]

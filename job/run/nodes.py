@@ -145,7 +145,7 @@ def nodes_here(ranks: int | None, run_id: str, preset: str = "") -> Nodes:
     """The nodes of a run as the environment has them, and how many processes each has: one a GPU, one where the preset is for a CPU."""
     if ranks is None and preset and preset_header(preset).machine == "cpu":
         ranks = 1
-    return Nodes.here(ranks, run_id, otherwise=host.gpus())
+    return Nodes.here(ranks, run_id, otherwise=max(1, host.gpu_count()))
 
 
 def same_command(recipe: Recipe, nodes: Nodes) -> str:

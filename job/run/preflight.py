@@ -29,7 +29,7 @@ from collections.abc import Mapping
 
 from job.errors import PreflightError, UsageError
 from job.machine import container
-from job.machine.host import Machine, compute_dtype, memory_bytes, visible_gpus
+from job.machine.host import Machine, gpu_count, has_fast_bf16, memory_bytes
 from job.plan.memory import host_memory
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
@@ -40,7 +40,7 @@ COMPILER_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 def this_machine() -> Machine:
     """Asked in a process of its own: a process that has touched a GPU keeps some of its memory until it ends."""
-    if not visible_gpus():
+    if not gpu_count():
         return Machine()
     command = [sys.executable, "-m", "job.run.preflight"]
     asked = subprocess.run(command, env=python_environment(os.environ), capture_output=True, text=True, check=False)
@@ -105,8 +105,9 @@ def about_comm(recipe: Recipe, world_size: int, gpus: int | None = None) -> list
     changed = [f.name for f in dataclasses.fields(recipe.comm) if getattr(recipe.comm, f.name) != f.default]
     if world_size == 1 or not changed:
         return [f"comm.{name} does nothing here: one rank sends nothing" for name in changed]
-    gpus = visible_gpus() if gpus is None else gpus
-    if "bf16" in changed and str(compute_dtype(recipe.train.dtype, gpu=gpus > 0)) != "torch.bfloat16":
+    gpus = gpu_count() if gpus is None else gpus
+    in_bf16 = recipe.train.dtype == "bf16" or (recipe.train.dtype == "auto" and (gpus > 0 or has_fast_bf16()))
+    if "bf16" in changed and not in_bf16:
         raise UsageError(
             "comm.bf16=true cannot be used where training computes in fp32: ranks would read different weights; say"
             " -o train.dtype=bf16"

@@ -29,11 +29,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from job.errors import ExitCode, SpeedrunError
 from job.recipe.config import Recipe, from_document
+from job.recipe.derive import Derived, derive
 from job.reporter import Reporter
 
 if TYPE_CHECKING:
     from job.data.prepare import Prepared
-    from job.recipe.derive import Derived
 
 STAGES = {
     "prepare": "job.run.prepare",
@@ -138,7 +138,6 @@ class RankContext:
     def load(self) -> tuple[Recipe, Derived, Prepared]:
         """What the training and evaluation stages start from."""
         from job.data.prepare import Prepared
-        from job.recipe.derive import derive
 
         recipe = self.recipe()
         prepared = Prepared.open(self.out / "prepared" / self.prepared_id)

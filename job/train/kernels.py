@@ -10,7 +10,7 @@ from job.machine.host import Machine
 from job.plan.quote import make_plan
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
-from model import attention, fp8
+from model import attention, fp8, kernels
 from model.config import GPTConfig
 from model.gpt import GPT
 
@@ -44,22 +44,21 @@ def choose_kernels(
     """
     proof = {}
     try:
-        backend = attention.choose_backend(
+        backend = kernels.choose_backend(
             recipe.train.attention,
             machine.capability,
-            attention.installed(),
+            kernels.installed(),
             strict=strict,
             allow_fa2=allow_fa2,
-            price="" if ranks is None else price_of(attention.FA2_COST, recipe, machine, ranks),
+            price="" if ranks is None else price_of(kernels.FA2_COST, recipe, machine, ranks),
         )
-        attention.activate(backend)
+        kernels.activate(backend)
         if prove_on is not None:
             attention.prove(backend, prove_on, gradients=ranks is not None)
-        device = torch.device("cpu" if machine.capability is None else "cuda")
-        in_fp8 = fp8.require_hardware(device, machine.capability, machine.name) if recipe.train.fp8 else "off"
+        in_fp8 = kernels.require_fp8(machine.capability, machine.name) if recipe.train.fp8 else "off"
         if recipe.train.fp8 and ranks is not None and prove_on is not None:
             proof = {"proof": _prove_fp8(recipe, prove_on)}
-    except (attention.BackendError, fp8.Fp8Error) as error:
+    except (kernels.BackendError, kernels.Fp8Error) as error:
         raise PreflightError(str(error)) from None
     return {"attention": backend.description, "fp8": in_fp8} | proof
 

@@ -37,6 +37,7 @@ from job.train.step_metrics import Reading, Readings, SlowRanks
 from job.train.validation import validate
 from model import fp8
 from model.gpt import GPT
+from model.kernels import Fp8Error
 from model.optimizer import Optimizer
 
 
@@ -103,7 +104,7 @@ def accumulate_gradients(run: Run) -> torch.Tensor:
     micro_steps = run.batches.micro_steps
     for micro, (inputs, targets) in enumerate(run.batches.of_step(run.step)):
         if micro == micro_steps - 1 and run.recipe.comm.overlap:
-            run.optimizer.arm()
+            run.optimizer.begin_overlap()
         loss = run.model.loss(inputs, targets) / micro_steps
         loss.backward()
         total += loss.detach()
@@ -179,10 +180,10 @@ def warm_up(run: Run) -> None:
     Leaves no trace.
     """
     rows = torch.zeros(run.batches.device_rows, run.recipe.model.seq_len, dtype=torch.int64, device=run.batches.device)
-    with run.optimizer.rehearsal():
+    with run.optimizer.preserve_state():
         for _ in range(2):
             if run.recipe.comm.overlap:
-                run.optimizer.arm()
+                run.optimizer.begin_overlap()
             run.model.loss(rows, rows).backward()
             run.optimizer.step(run.derived.schedule.at(run.step))
     if 0 < run.recipe.train.val_every < run.derived.steps:
@@ -233,7 +234,7 @@ def use_fp8(model: GPT, recipe: Recipe) -> None:
     """fp8 in the large layers; UsageError where the recipe's sizes do not allow it."""
     try:
         fp8.apply(model, recipe.train.device_batch_size * recipe.model.seq_len, recipe.model.generation)
-    except fp8.Fp8Error as error:
+    except Fp8Error as error:
         raise UsageError(str(error)) from None
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import model.attention
+import model.kernels
 from model import fp8
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -101,7 +102,7 @@ class Trainee:
 
     def gradients(self, rows: Tensor) -> Tensor:
         """The loss of rows (B, T + 1), whose gradients are left in the parameters."""
-        self.optimizer.arm()
+        self.optimizer.begin_overlap()
         loss = self.model.loss(rows[:, :-1], rows[:, 1:])
         loss.backward()
         return loss.detach()
@@ -211,4 +212,4 @@ def relative(got: Tensor, right: Tensor) -> float:
 
 def use_kernel(name: str) -> None:
     """Put an attention kernel behind the model, as `job/train/kernels.py` does."""
-    model.attention.activate(model.attention.Backend(name, name))
+    model.kernels.activate(model.kernels.Backend(name, name))

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 import model.attention
-from model.attention import FA4_FITS, BackendError, activate, attention, choose_backend, disagreement, installed, prove
+from model.attention import attention, disagreement, prove
+from model.kernels import FA4_FITS, BackendError, activate, choose_backend, installed
 
 CPU = torch.device("cpu")
 HOPPER, BLACKWELL, BLACKWELL_CARD, ADA, AMPERE, TURING = (9, 0), (10, 0), (12, 0), (8, 9), (8, 0), (7, 5)
@@ -27,7 +28,7 @@ FA4_LATER = FA2 | {"fa4": "4.0.0b20"}
 @pytest.mark.parametrize(
     ("wanted", "capability", "have", "chosen"),
     [
-        ("fastest", None, FA2, "blocks"),
+        ("fastest", None, FA2, "sdpa"),
         ("fastest", AMPERE, FA3 | FA4, "fa2"),
         ("fastest", ADA, FA2, "fa2"),
         ("fastest", BLACKWELL_CARD, FA4, "fa2"),

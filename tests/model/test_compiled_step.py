@@ -1,4 +1,5 @@
-"""The compiled step: one graph a block, nothing compiled twice, gradients as they come, the same bits from run to run."""
+"""The compiled step: one graph a block, nothing compiled twice, gradients as they come, the same bits from run to
+run."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ CONFIG = GPTConfig.for_depth(
     4, V, T, width=128, head_dim=64, window_tile=32
 )  # windows 32 and 128, with value embeddings and without
 DTYPE = compute_dtype("auto")
-"""bf16 products take fifty times as long as fp32's on a processor without instructions for them; what is compiled is the same"""
+"""bf16 products take fifty times as long as fp32's on a processor without instructions for them; what is compiled is
+the same"""
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +69,8 @@ def test_no_break_and_nothing_compiled_again_in_50_steps(in_fp8: bool) -> None:
 
 
 def test_blocks_of_one_kind_share_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first block (x is x0), and with a short window those without and with a value embedding, and those with a long one.
+    """The first block (x is x0), and with a short window those without and with a value embedding, and those with a
+    long one.
 
     Which graphs there are is Dynamo's business: they run as they were traced, without Inductor's minute.
     """

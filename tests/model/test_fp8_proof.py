@@ -11,9 +11,10 @@ from torch import Tensor
 
 from model import fp8, fp8_proof
 from model.config import GPTConfig
-from model.fp8 import E4M3, E5M2, Fp8Error
+from model.fp8 import E4M3, E5M2
 from model.fp8_proof import FEWEST_TOKENS, SPREAD, disagreement, measurements, prove, rounding, shapes
 from model.gpt import GPT
+from model.kernels import Fp8Error
 
 CPU = torch.device("cpu")
 REAL_PRODUCT = torch._scaled_mm
@@ -132,7 +133,8 @@ def test_a_kernel_that_fails_names_the_layer(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(Fp8Error) as refused:
         prove(model_in_fp8(SMALL), 64, CPU)
     assert str(refused.value) == (
-        "fp8 fails on this device: blocks.0.attn.q (128 to 128 channels): CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul; "
+        "fp8 fails on this device: blocks.0.attn.q (128 to 128 channels): CUBLAS_STATUS_NOT_SUPPORTED when calling "
+        "cublasLtMatmul; "
         "say -o train.fp8=false"
     )
 

@@ -1,6 +1,8 @@
-"""A step's compiled pieces, lowered for an H100 by a machine that has none (hopper.py tells how), against the table in hopper.md.
+"""A step's compiled pieces, lowered for an H100 by a machine that has none (hopper.py tells how), against the table in
+hopper.md.
 
-A change that moves a number here moves it on purpose: `python tests/model/hopper.py --write`, and the table's difference is reviewed.
+A change that moves a number here moves it on purpose: `python tests/model/hopper.py --write`, and the table's
+difference is reviewed.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ def test_blocks_of_one_kind_share_one_graph(lowered: Table, depth: int) -> None:
 
 @pytest.mark.parametrize("step", ["d24", "d22"])
 def test_the_loss_holds_no_fp32_tensor_of_a_chunk(lowered: Table, step: str) -> None:
-    """bf16 in, e5m2 out: three bytes a logit, a kernel's input counted once. One fp32 tensor, written and read, would be eight more."""
+    """bf16 in, e5m2 out: three bytes a logit, a kernel's input counted once. One fp32 tensor, written and read, would
+    be eight more."""
     (numbers,) = [n for (of, graph), n in lowered.items() if of == step and graph.startswith("_loss_and_gradient")]
     assert float(numbers[3]) * 1e9 <= 3.1 * 2048 * 32_768

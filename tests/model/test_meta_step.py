@@ -1,7 +1,7 @@
 """Whole steps of the published sizes with the GPU's choices, on the meta device: every operation legal by CUDA's rules.
 
-Meta tensors have shapes, strides and dtypes, and no numbers. torch's meta functions apply the rules of the CUDA kernels where they
-have them (`_scaled_mm`: sixteen, rows times columns); the attention kernel's are checked here.
+Meta tensors have shapes, strides and dtypes, and no numbers. torch's meta functions apply the rules of the CUDA kernels
+where they have them (`_scaled_mm`: sixteen, rows times columns); the attention kernel's are checked here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ VOCAB, T = 32_768, 2048
 
 
 class CudaRules(TorchDispatchMode):
-    """Counts the operations; the attention kernel's arguments are checked; the largest fp32 tensor of a micro-step is kept."""
+    """Counts the operations; the attention kernel's arguments are checked; the largest fp32 tensor of a micro-step is
+    kept."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,8 +15,8 @@ from conftest import flash_attention_4, torch_calls_windows
 from torch import Tensor
 
 from model import attention, fp8, fp8_proof
-from model.fork import Fork
 from model.gpt import GPT
+from model.shared_prefix import SharedPrefix
 
 
 def products(bench: Bench) -> Result:
@@ -160,7 +160,7 @@ def _fork_inputs(bench: Bench, shapes: list[tuple[int, int, list[int]]]):
             position += range(prefix, prefix + tail)
             branch += [number] * tail
         columns = [torch.tensor(x, device=bench.device).expand(rows, -1) for x in (position, branch)]
-        fork = Fork(prefix, *columns, columns[0])
+        fork = SharedPrefix(prefix, *columns, columns[0])
         shape = (rows, len(position), config.heads, config.head_dim)
         q, k, v = (torch.randn(shape, generator=generator, device=bench.device).bfloat16() for _ in range(3))
         fork.mask(config.windows[0])

@@ -173,7 +173,7 @@ def _train(
         generator = torch.Generator().manual_seed(step)
         rows = torch.randint(0, RANKED.vocab_size, (RANKED_ROWS, RANKED.seq_len + 1), generator=generator)
         mine = rows.chunk(world)[rank].to(device)
-        optimizer.arm()
+        optimizer.begin_overlap()
         model.loss(mine[:, :-1], mine[:, 1:]).backward()
         optimizer.step(schedule.at(step))
     return {name: p.detach().cpu() for name, p in model.named_parameters()}, sum(optimizer.traffic.bytes.values())

@@ -86,7 +86,7 @@ def trained_gpt(depth: int, vocab_size: int, rows: np.ndarray, steps: int) -> GP
     optimizer = Optimizer(model.groups(), derived.specs, polar_dtype=torch.float32)
     for step in range(steps):
         block = torch.from_numpy(rows[np.arange(8 * step, 8 * step + 8) % len(rows)])
-        optimizer.arm()
+        optimizer.begin_overlap()
         model.loss(block[:, :-1], block[:, 1:]).backward()
         optimizer.step(derived.schedule.at(step))
     return model
@@ -140,7 +140,7 @@ def compare_task(
     answers, seconds = _answers(model, task, tokenizer, cap)
 
     def logits_from(first: int) -> Callable[[Tensor], Tensor]:
-        return model.logits if whole else lambda ids: model.readout(model.hidden(ids)[:, first:])
+        return model.logits if whole else lambda ids: model.lm_head(model.hidden(ids)[:, first:])
 
     began = time.process_time()
     expected = {

@@ -78,7 +78,7 @@ def test_a_forked_row_holds_the_prefix_once_and_knows_every_tokens_place():
     assert ids.tolist() == [[9, 8, 0, 0, 7, 1, 7, 0, 0]]
     assert (places.tolist(), words.tolist()) == ([4, 5, 6], [1, 2, 3])
     assert fork.prefix == 4
-    assert fork.branch.tolist() == [[0, 0, -1, -1, 1, 1, 2, -1, -1]]
+    assert fork.suffix.tolist() == [[0, 0, -1, -1, 1, 1, 2, -1, -1]]
     assert fork.position[0, [0, 1, 4, 5, 6]].tolist() == [0, 1, 2, 3, 2]
     assert fork.previous[0, [1, 4, 5, 6]].tolist() == [0, 1, 4, 1]
 

@@ -14,6 +14,7 @@ import pytest
 from job.evaluation.ledger import ANSWERS, LEDGER
 from job.evaluation.rescore import asking, fullness, fullness_of_score
 from job.recipe.config import EvalConfig, resolve
+from job.recipe.derive import derive
 from job.run.bucket import Bucket
 from job.run.launch import is_done, recipe_document
 from job.store.attempt import Record, fold_event
@@ -37,7 +38,6 @@ def test_core_says_more_than_the_smoke_score_and_more_items_say_more() -> None:
 @pytest.fixture
 def scored(tmp_path: Path):
     """A finished run with a score of this name and cap."""
-    from job.recipe.derive import derive
 
     def make(name: str, cap: int | None, weights: str | None = None) -> Path:
         made_from = {"run": "r"}

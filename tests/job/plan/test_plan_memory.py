@@ -24,7 +24,7 @@ from model import fp8
 from model.attention import attention
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.optimizer import Optimizer, _share_out
+from model.optimizer import Optimizer, build_shards
 from model.scaling import RULES, derive
 from model.shards import Options
 
@@ -54,7 +54,7 @@ def test_static_parts_are_those_of_the_optimizer(depth: int, generation: str, vo
     everything = size(list(model.parameters()))
     for rank in range(ranks):
         alone = SimpleNamespace(world=ranks, rank=rank)
-        shards = _share_out(model.groups(), specs, alone, Options(torch.bfloat16, None, 1 << 20))
+        shards = build_shards(model.groups(), specs, alone, Options(torch.bfloat16, None, 1 << 20))
         held = size([s.tensor for shard in shards for s in shard.state()])
         assert state_bytes(c, ranks, rank) == held
         saved = [s.tensor for shard in shards if rank == 0 or not shard.replicated for s in shard.state()]

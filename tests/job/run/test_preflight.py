@@ -15,8 +15,8 @@ from job.machine.host import Machine, memory_bytes
 from job.recipe.config import resolve
 from job.run.preflight import about_comm, check, this_machine
 from job.train.kernels import choose_kernels, machine_of, price_of
-from model import attention
-from model.attention import FA4_FITS
+from model import kernels
+from model.kernels import FA4_FITS
 
 H100 = Machine(8, "NVIDIA H100 80GB HBM3", (9, 0))
 A100 = Machine(8, "NVIDIA A100-SXM4-80GB", (8, 0))
@@ -33,7 +33,7 @@ def said(preset: str = "run6", ranks: int = 8, *overrides: str, machine: Machine
 
 @pytest.fixture
 def only_fa2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "installed", lambda: {"fa2": torch.__version__})
+    monkeypatch.setattr(kernels, "installed", lambda: {"fa2": torch.__version__})
 
 
 @pytest.mark.usefixtures("only_fa2")
@@ -53,15 +53,15 @@ def test_the_recipe_may_ask_for_the_slower_kernel() -> None:
 
 
 def test_with_the_fast_kernel_there_is_nothing_to_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "installed", lambda: {"fa2": "2.13.0", "fa4": FA4_FITS})
+    monkeypatch.setattr(kernels, "installed", lambda: {"fa2": "2.13.0", "fa4": FA4_FITS})
     activated = []
-    monkeypatch.setattr(attention, "activate", activated.append)
+    monkeypatch.setattr(kernels, "activate", activated.append)
     assert said() == ["8 GPUs: NVIDIA H100 80GB HBM3", f"attention: FlashAttention 4 ({FA4_FITS})", FP8_ON_H100]
     assert [backend.name for backend in activated] == ["fa4"]
 
 
 def test_a_kernel_that_cannot_be_loaded_is_an_error_and_not_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "installed", lambda: {"fa2": "2.13.0", "fa3": "unversioned"})
+    monkeypatch.setattr(kernels, "installed", lambda: {"fa2": "2.13.0", "fa3": "unversioned"})
     for strict in (True, False):
         with pytest.raises(PreflightError, match="fa3 cannot be used: "):
             choose_kernels(resolve("run6"), H100, 8, strict=strict, allow_fa2=True)
