@@ -2,6 +2,7 @@
 
     python tests/model/hopper.py             prints the table
     python tests/model/hopper.py --write     puts it into hopper.md beside this file, with which test_hopper.py compares it
+    python tests/model/hopper.py 22          prints the part of this depth
 
 The step is the product's own: a d24 and a d22 in fp8, rows and vocabulary of the published run, `GPT.compile_blocks`, forward and
 backward, and the compiled update of one rank of eight. It runs on the meta device, where everything makes the choices that it makes on
@@ -327,7 +328,7 @@ def main() -> None:
     pretend()
     counting = Counting()
     counting.install()
-    for depth in DEPTHS:
+    for depth in [int(word) for word in sys.argv[1:] if word.isdigit()] or DEPTHS:
         step(depth, counting)
     text = HEAD + "".join(f"{graph.row()}\n" for graph in counting.graphs)
     if "--write" in sys.argv[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,13 +18,20 @@ from model.scaling import RULES, derive
 from model.schedule import Schedule
 
 V, T, B, STEPS = 512, 128, 2, 50
-CONFIG = GPTConfig.for_depth(
-    4, V, T, width=128, head_dim=64, window_tile=32
-)  # windows 32 and 128, with value embeddings and without
+CONFIG = GPTConfig.for_depth(4, V, T, width=128, head_dim=64, window_tile=32)  # two windows, value embeddings or none
 DTYPE = compute_dtype("auto")
 """bf16 products take fifty times as long as fp32's on a processor without instructions for them; what is compiled is the same"""
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads() -> Iterator[None]:
+    """The code that Inductor writes depends on their number: with one for all tests, its cache serves the next one too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def rows(step: int) -> tuple[Tensor, Tensor]:
@@ -80,16 +88,11 @@ def test_blocks_of_one_kind_share_their_graph(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_same_bits_from_run_to_run() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        runs = []
-        for _ in range(2):
-            model, optimizer = prepared(True)
-            steps(model, optimizer, 5)
-            runs.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
-    finally:
-        torch.set_num_threads(threads)
+    runs = []
+    for _ in range(2):
+        model, optimizer = prepared(True)
+        steps(model, optimizer, 5)
+        runs.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
 
 

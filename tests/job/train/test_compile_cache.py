@@ -296,9 +296,9 @@ def made(start: Start) -> set[Path]:
 
 @pytest.mark.slow
 def test_a_resumed_warm_up_compiles_nothing(tmp_path: Path) -> None:
-    """With Inductor, on a CPU: a first start, another machine, and one whose copy has a flipped byte."""
+    """With Inductor, on a CPU: a first start and another machine."""
     starts = {}
-    for name in ("first", "second", "third"):
+    for name in ("first", "second"):
         start = Start(tmp_path, name, nodes=Nodes(1))
         before = made(start)
         command = [sys.executable, str(Path(__file__).with_name("compiled_warm_up.py"))]
@@ -315,11 +315,8 @@ def test_a_resumed_warm_up_compiles_nothing(tmp_path: Path) -> None:
         start.upload()
         start.end()
         print(name, starts[name])
-        if name == "second":
-            flip(tmp_path / "bucket" / start.caches.key)
-    first, second, third = starts.values()
+    first, second = starts.values()
     assert first["compiled"] > 5 and not first["loads"] and first["sealed"]
     assert second["compiled"] == 0 and second["loaded"] == first["compiled"] + first["loaded"] and second["loads"]
     assert second["new"] == 0 and not second["sealed"]
-    assert third["compiled"] == first["compiled"] and not third["loads"] and third["sealed"]
-    assert first["losses"] == second["losses"] == third["losses"]
+    assert first["losses"] == second["losses"]
