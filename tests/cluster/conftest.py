@@ -21,7 +21,7 @@ SKY = ROOT / ".sky-env"
 DEBIAN = {"slurmctld": "slurm-wlm", "munged": "munge", "sshd": "openssh-server", "rsync": "rsync", "setfacl": "acl"}
 
 SPEEDRUN = """#!/usr/bin/env bash
-# What the image's `speedrun` is on a node: here the nodes share a disk, so each start gets a folder of its own, as on a new machine.
+# What the image's `speedrun` is on a node. The nodes share a disk here: each start gets a folder, as on a new machine.
 out={state}/disks/$SLURM_JOB_ID.$SLURMD_NODENAME words=()
 mkdir -p "$out"
 date +%s.%N >"$out/started"
@@ -104,7 +104,8 @@ def cluster(sky_env: Path) -> Iterator[Cluster]:
     )
     if missing or os.geteuid() != 0:
         pytest.skip(
-            f"a Slurm of one's own needs root and Debian's {', '.join(missing or DEBIAN.values())} (.ci/run installs them)"
+            f"a Slurm of one's own needs root and Debian's {', '.join(missing or DEBIAN.values())} "
+            "(.ci/run installs them)"
         )
     state = Path(tempfile.mkdtemp(prefix="speedrun-cluster-", dir="/var/tmp"))
     state.chmod(0o755)

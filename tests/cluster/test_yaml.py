@@ -1,4 +1,5 @@
-"""What SkyPilot itself does not check in sky/*.yaml, and that every `run:` is a command line of ours that hands its exit code on.
+"""What SkyPilot itself does not check in sky/*.yaml, and that every `run:` is a command line of ours that hands its
+exit code on.
 
 The scripts are run by bash, as a node runs them, with a stand-in for `speedrun` that writes down its arguments.
 """
@@ -66,7 +67,8 @@ sys.exit(first)
 
 
 def run_script(task: dict[str, Any], folder: Path, *codes: int, doctor: int = 0) -> tuple[int, list[list[str]]]:
-    """The exit code of `run:` and the arguments of each `speedrun` in it, which end with `codes`; with two, the first waits for a signal."""
+    """The exit code of `run:` and the arguments of each `speedrun` in it, which end with `codes`; with two, the first
+    waits for a signal."""
     (folder / "bin").mkdir(parents=True)
     stand_in = folder / "bin" / "speedrun"
     stand_in.write_text(STAND_IN.format(python=sys.executable))

@@ -1,4 +1,5 @@
-"""The `sky` image in the hands of SkyPilot's own provisioning code (provision.py), up to the rsync that arrives; and without HOME."""
+"""The `sky` image in the hands of SkyPilot's own provisioning code (provision.py), up to the rsync that arrives; and
+without HOME."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 HOME = "ENV HOME=/home/speedrun\n"
 SUDO = """#!/bin/sh
-# SkyPilot's `sudo docker ...` goes through; what else it would change on a rented machine (users, services) is not done to this one.
+# SkyPilot's `sudo docker ...` goes through; what else it would change (users, services) is not done to this machine.
 [ "$1" = docker ] || exit 0
 exec "$@"
 """
@@ -26,7 +27,8 @@ exec "$@"
 
 @dataclasses.dataclass
 class Rented:
-    """A rented machine as SkyPilot sees it: a home with its key, a `sudo`, `docker`. `container` is what SkyPilot starts on it."""
+    """A rented machine as SkyPilot sees it: a home with its key, a `sudo`, `docker`. `container` is what SkyPilot
+    starts on it."""
 
     engine: Any
     home: Path

@@ -11,9 +11,10 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+import locked
 
 PACKAGES = r"flash-attn-4|quack-kernels|nvidia-cutlass-dsl\S*|cuda-\w+|apache-tvm-ffi|torch-c-dlpack-ext|einops"
 COMPILE = """
@@ -40,7 +41,7 @@ print(json.dumps(said))
 
 
 @pytest.mark.slow
-def test_the_locked_kernels_compile_for_hopper_as_torch_calls_them(tmp_path: Path, locked: ModuleType) -> None:
+def test_the_locked_kernels_compile_for_hopper_as_torch_calls_them(tmp_path: Path) -> None:
     dump = tmp_path / "dump"
     dump.mkdir()
     try:

@@ -99,7 +99,8 @@ def losses_of(generation: str, seeds: tuple[int, ...], steps: int) -> dict[bool,
     """Final losses by seed, in fp8 (True) and in bf16 (False)."""
     with ProcessPoolExecutor(usable_cores(), multiprocessing.get_context("forkserver")) as pool:
         runs = {
-            in_fp8: [pool.submit(final_loss, generation, seed, in_fp8, steps) for seed in seeds] for in_fp8 in (True, False)
+            in_fp8: [pool.submit(final_loss, generation, seed, in_fp8, steps) for seed in seeds]
+            for in_fp8 in (True, False)
         }
         losses = {in_fp8: [run.result() for run in runs[in_fp8]] for in_fp8 in (False, True)}
     print(f"{generation}, {steps} steps: {losses}")

@@ -38,7 +38,9 @@ def depth(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def lowered(depth: int) -> Table:
-    ended = subprocess.run([sys.executable, HERE / "hopper.py", str(depth)], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, HERE / "hopper.py", str(depth)], capture_output=True, text=True, check=False
+    )
     if ended.returncode == UNAVAILABLE:
         pytest.skip(ended.stderr.strip().splitlines()[-1])
     assert ended.returncode == 0, ended.stderr

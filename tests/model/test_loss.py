@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.loss
 from job.plan.memory import CHUNK_LOGIT
 from model.fp8 import E4M3, Quantised, quantise
 from model.loss import capped_logits, cross_entropy, token_losses
+from tensors import Largest
 
 N, D, V, PADDED = 70, 24, 50, 64
 
@@ -84,16 +84,6 @@ def test_extreme_logits_stay_finite(batch: tuple) -> None:
     loss = cross_entropy(1e4 * hidden, weight, targets, 15.0, V)
     grads = torch.autograd.grad(loss, (hidden, weight))
     assert loss.isfinite() and all(g.isfinite().all() for g in grads)
-
-
-class Largest(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = out if isinstance(out, tuple | list) else [out]
-        self.elements = max([self.elements, *(x.numel() for x in tensors if isinstance(x, Tensor))])
-        return out
 
 
 def test_the_logits_of_a_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:

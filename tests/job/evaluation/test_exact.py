@@ -5,12 +5,12 @@ The reference is asked for every other item; `make bench` asks it for all at a c
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from helpers import load
 
 CAP = 11
 TIE = 1e-5
@@ -20,10 +20,7 @@ BF16_ERROR = 0.05
 
 @pytest.fixture(scope="module")
 def compare():
-    spec = importlib.util.spec_from_file_location("core_compare", Path(__file__).parent / "compare.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
+    module = load(Path(__file__).with_name("compare.py"), "core_compare")
     if not module.CORPUS.is_dir():
         pytest.skip(f"the corpus is not there ({module.CORPUS})")
     return module

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import s3_server
 from job.errors import DataError, StorageError, UsageError
 from job.store.s3 import S3Store
 from job.store.sealed import MANIFEST, open_sealed, sealing, sha256_file
@@ -293,9 +294,7 @@ def weak_server(tmp_path: Path) -> Iterator[str]:
         process.kill()
 
 
-def test_a_server_that_ignores_conditional_writes_is_refused_with_a_sentence(
-    weak_server: str, s3_server, monkeypatch
-) -> None:
+def test_a_server_that_ignores_conditional_writes_is_refused_with_a_sentence(weak_server: str, monkeypatch) -> None:
     weak = s3_server.S3(weak_server, "bucket", "", "user", "secret")
     weak.enter(monkeypatch)
     sentence = r"its server ignores conditional writes \(2 of 2 writers created the same object\), so two attempts at one run could both publish"
