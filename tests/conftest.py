@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import settings
 
 import fault_proxy
 import s3_server
+from job.cli.commands import main
 
 settings.register_profile("shared-cores", deadline=None)  # a deadline would measure the neighbours on a busy machine
 settings.load_profile("shared-cores")
@@ -82,6 +84,12 @@ class Speedrun:
             words, capture_output=True, text=True, env=self.environment(), cwd=ROOT, timeout=300, check=False
         )
         assert ended.returncode == code, f"exit {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+        return ended
+
+    def here(self, words: list[str], *, code: int = 0) -> Result:
+        """The same without a process, for what ends before a stage begins."""
+        ended = CliRunner().invoke(main, words[len(self.command()) :], env=self.environment(), prog_name="speedrun")
+        assert ended.exit_code == code, f"exit {ended.exit_code}\n{ended.output}\n{ended.exception!r}"
         return ended
 
 
