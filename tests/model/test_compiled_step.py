@@ -60,8 +60,15 @@ def steps(model: GPT, optimizer: Optimizer, count: int, first: int = 0) -> list[
     return losses
 
 
-@pytest.mark.parametrize("in_fp8", [False, True])
-def test_no_break_and_nothing_compiled_again_in_50_steps(in_fp8: bool) -> None:
+@pytest.mark.parametrize(
+    ("in_fp8", "traced"), [(False, False), (True, True), pytest.param(True, False, marks=pytest.mark.by_hand)]
+)
+def test_no_break_and_nothing_compiled_again_in_50_steps(
+    in_fp8: bool, traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`traced`: the graphs run as Dynamo traced them, without Inductor's minutes."""
+    if traced:
+        run_as_traced(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     model, optimizer = prepared(True, in_fp8)
@@ -71,6 +78,12 @@ def test_no_break_and_nothing_compiled_again_in_50_steps(in_fp8: bool) -> None:
     compiled += steps(model, optimizer, STEPS - 1, first=1)
     assert dict(counters["stats"]) == after_one and not counters["graph_break"]
     assert compiled[:3] == pytest.approx(steps(*prepared(False, in_fp8), 3), abs=0.01), "as the eager step"
+    if traced:
+        torch._dynamo.reset()  # no other test is to find these graphs
+
+
+def run_as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph.forward)
 
 
 def test_blocks_of_one_kind_share_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +91,7 @@ def test_blocks_of_one_kind_share_their_graph(monkeypatch: pytest.MonkeyPatch) -
 
     Which graphs there are is Dynamo's business: they run as they were traced, without Inductor's minute.
     """
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph.forward)
+    run_as_traced(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     model, _ = prepared(True, config=replace(CONFIG, depth=12))

@@ -111,7 +111,7 @@ def test_on_a_fresh_machine_the_same_command_finds_everything_done(
 def test_a_fresh_machine_with_another_recipe_is_refused(
     finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any
 ) -> None:
-    said = with_s3(with_s3.tiny("run", tmp_path, "--bucket", shared.url, "-o", "train.steps=10"), code=2).stderr
+    said = with_s3.here(with_s3.tiny("run", tmp_path, "--bucket", shared.url, "-o", "train.steps=10"), code=2).stderr
     assert said == (
         "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to discard the old run\n"
     )

@@ -100,7 +100,7 @@ def test_json_prints_the_result_and_nothing_else(finished: Path) -> None:
 def test_a_changed_recipe_is_refused_and_fresh_starts_anew(finished: Path, tmp_path: Path, speedrun) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
-    refused = speedrun(speedrun.tiny("run", out, "-o", "train.steps=10"), code=2)
+    refused = speedrun.here(speedrun.tiny("run", out, "-o", "train.steps=10"), code=2)
     assert refused.stderr == (
         "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to discard the old run\n"
     )
@@ -114,7 +114,8 @@ def test_an_evaluation_that_is_refused_changes_nothing(finished: Path, tmp_path:
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
     before = (out / "runs" / "t" / "recipe.json").read_bytes()
-    said = speedrun(speedrun.command("evaluate", "--run-id", "t", "--out", str(out), "-o", "eval.cap=2"), code=2).stderr
+    words = speedrun.command("evaluate", "--run-id", "t", "--out", str(out), "-o", "eval.cap=2")
+    said = speedrun.here(words, code=2).stderr
     assert "a cap of 2 examples per task leaves too few for the" in said
     assert (out / "runs" / "t" / "recipe.json").read_bytes() == before
 
