@@ -1,4 +1,5 @@
-"""The rules of the house that no linter knows: locks, packages, the direction of imports, sizes, what the text may name."""
+"""The rules of the house that no linter knows: locks, packages, the direction of imports, sizes, what the text may
+name."""
 
 from __future__ import annotations
 

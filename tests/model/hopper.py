@@ -1,19 +1,20 @@
 """Every compiled piece of a training step, lowered for an H100 by a machine that has none, and counted.
 
     python tests/model/hopper.py             prints the table
-    python tests/model/hopper.py --write     puts it into hopper.md beside this file, with which test_hopper.py compares it
+    python tests/model/hopper.py --write     puts it into hopper.md, with which test_hopper.py compares it
     python tests/model/hopper.py 22          prints the part of this depth
 
-The step is the product's own: a d24 and a d22 in fp8, rows and vocabulary of the published run, `GPT.compile_blocks`, forward and
-backward, and the compiled update of one rank of eight. It runs on the meta device, where everything makes the choices that it makes on
-a GPU (the flash-attention kernel, chunks of the loss, sizes of the update's parts) and no number is computed. Dynamo and AOTAutograd
-trace it there. Before Inductor's first pass the graph is moved to a CUDA device that nobody has: fake tensors, the properties of an
-H100, and Triton told that its target is sm_90. From then on Inductor does what it does for a GPU (its passes, the cut between what is
-saved and what is computed again, fusion, the code of the kernels) up to that code, which is counted and not run: what it costs in
-time is not seen here, nor whether Triton compiles it.
+The step is the product's own: a d24 and a d22 in fp8, rows and vocabulary of the published run, `GPT.compile_blocks`,
+forward and backward, and the compiled update of one rank of eight. It runs on the meta device, where everything makes
+the choices that it makes on a GPU (the flash-attention kernel, chunks of the loss, sizes of the update's parts) and
+no number is computed. Dynamo and AOTAutograd trace it there. Before Inductor's first pass the graph is moved to a
+CUDA device that nobody has: fake tensors, the properties of an H100, and Triton told that its target is sm_90. From
+then on Inductor does what it does for a GPU (its passes, the cut between what is saved and what is computed again,
+fusion, the code of the kernels) up to that code, which is counted and not run: what it costs in time is not seen
+here, nor whether Triton compiles it.
 
-Bytes are what Inductor counts: every tensor that a kernel reads or writes, once, however often the kernel goes over it. The counts of
-kernels are the launches in the generated code.
+Bytes are what Inductor counts: every tensor that a kernel reads or writes, once, however often the kernel goes over
+it. The counts of kernels are the launches in the generated code.
 
 All of this replaces functions of torch for the whole process: nothing else should run in it.
 """
@@ -44,8 +45,9 @@ DEPTHS, ROWS, T, VOCAB, WORLD = (24, 22), 16, 2048, 32_768, 8
 HEAD = """\
 # What Inductor makes of a training step for an H100
 
-Counted, not measured: `python tests/model/hopper.py --write` makes this table, and its head explains how. A micro-step has 16 rows
-of 2048 tokens, in fp8; the update is rank 0's of eight. "saved" is what a graph's forward keeps for its backward, weights left out.
+Counted, not measured: `python tests/model/hopper.py --write` makes this table, and its head explains how. A micro-step
+has 16 rows of 2048 tokens, in fp8; the update is rank 0's of eight. "saved" is what a graph's forward keeps for its
+backward, weights left out.
 
 | step | graph | calls | Triton kernels | other kernels | GB a call | saved, bytes/(token x channel) |
 |---|---|---:|---:|---|---:|---:|
@@ -83,7 +85,8 @@ class Graph:
 
     def row(self) -> str:
         other = ", ".join(f"{count} {name}" for name, count in sorted(self.other.items())) or "-"
-        return f"| {self.step} | {self.name} | {self.calls} | {self.triton} | {other} | {self.bytes / 1e9:.4f} | {self.saved} |"
+        kernels = f"{self.triton} | {other} | {self.bytes / 1e9:.4f}"
+        return f"| {self.step} | {self.name} | {self.calls} | {kernels} | {self.saved} |"
 
 
 def pretend() -> None:
@@ -143,7 +146,8 @@ def pretend() -> None:
 
 
 class Counting:
-    """Inductor from the first pass to the generated code, for the pretended GPU; `graphs` are those that it has made."""
+    """Inductor from the first pass to the generated code, for the pretended GPU; `graphs` are those that it has
+    made."""
 
     def __init__(self) -> None:
         self.graphs: list[Graph] = []
@@ -182,7 +186,8 @@ class Counting:
         GraphLowering.compile_to_module = lambda lowered: self.count(lowered)
 
     def count(self, lowered: Any) -> Any:
-        """Instead of loading the code of `lowered`: a row of the table, and a function that makes outputs of the right shapes."""
+        """Instead of loading the code of `lowered`: a row of the table, and a function that makes outputs of the
+        right shapes."""
         nodes = list(lowered.orig_gm.graph.nodes)
         inputs, outputs = [node for node in nodes if node.op == "placeholder"], nodes[-1].args[0]
         written = lowered.codegen()[0]
@@ -202,7 +207,8 @@ class Counting:
         return SimpleNamespace(call=_stand_in(graph, inputs, outputs), runner=None)
 
     def name(self, nodes: list[Any], inputs: list[Any], backward: bool) -> str:
-        """Of a block: its kind and the direction; else the function that was compiled and the shape of what it is about."""
+        """Of a block: its kind and the direction; else the function that was compiled and the shape of what it is
+        about."""
         from torch._guards import CompileContext
 
         compiled = str(CompileContext.current_compile_id())
@@ -245,7 +251,8 @@ def _to_gpu(gm: Any) -> None:
 
 
 def _saved(inputs: list[Any]) -> int:
-    """Bytes that a backward is handed by its forward: neither the gradients from above nor fp32 weights, which are there anyway."""
+    """Bytes that a backward is handed by its forward: neither the gradients from above nor fp32 weights, which are
+    there anyway."""
     import torch
 
     values = [(node.name, node.meta["val"]) for node in inputs if not node.name.startswith("tangents")]

@@ -1,8 +1,8 @@
 """A checkpoint of the leaderboard's training program, read into our GPT by name: an oracle, and no part of the product.
 
-A checkpoint is `model_<step>.pt`, a dict of tensors, and `meta_<step>.json`, whose `model_config` says the shape. What it does not say
-is the generation (windows, rotary base, scale of q and k, softcap live in the program), so the caller does; tensors of the other
-generation are then missing or left over, and either is an error that names them.
+A checkpoint is `model_<step>.pt`, a dict of tensors, and `meta_<step>.json`, whose `model_config` says the shape.
+What it does not say is the generation (windows, rotary base, scale of q and k, softcap live in the program), so the
+caller does; tensors of the other generation are then missing or left over, and either is an error that names them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ CONFIG = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_emb
 def load_nanochat(
     folder: Path, step: int, generation: str, compute_dtype: torch.dtype = torch.float32, **switches: object
 ) -> GPT:
-    """The model of step `step` in `folder`; ValueError for a configuration or a tensor that our GPT has no place for, or lacks."""
+    """The model of step `step` in `folder`; ValueError for a configuration or a tensor that our GPT has no place for,
+    or lacks."""
     meta = json.loads((folder / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
     config = our_config(meta["model_config"], generation, **switches)
     tensors = torch.load(folder / f"model_{step:06d}.pt", map_location="cpu", weights_only=True)

@@ -1,8 +1,10 @@
-"""FlashAttention 4 as the CUDA lock pins it, called by torch's own wrapper, compiled for a Hopper GPU by a machine that has none.
+"""FlashAttention 4 as the CUDA lock pins it, called by torch's own wrapper, compiled for a Hopper GPU by a machine
+that has none.
 
-The kernels' compiler runs anywhere and is told the target; tensors are fake ones. Only its last step, which asks for a driver, is left
-out. What is seen: the locked versions fit each other, torch's call fits theirs (arguments and number of values), and forward and
-backward, full and windowed, become machine code for sm_90a. What is not: a result; on a GPU `model.attention.prove` looks at that.
+The kernels' compiler runs anywhere and is told the target; tensors are fake ones. Only its last step, which asks for
+a driver, is left out. What is seen: the locked versions fit each other, torch's call fits theirs (arguments and
+number of values), and forward and backward, full and windowed, become machine code for sm_90a. What is not: a result;
+on a GPU `model.attention.prove` looks at that.
 """
 
 from __future__ import annotations

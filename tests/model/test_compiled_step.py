@@ -1,4 +1,5 @@
-"""The compiled step: one graph a block, nothing compiled twice, gradients as they come, the same bits from run to run."""
+"""The compiled step: one graph a block, nothing compiled twice, gradients as they come, the same bits from run to
+run."""
 
 from __future__ import annotations
 
@@ -20,14 +21,16 @@ from model.schedule import Schedule
 V, T, B, STEPS = 512, 128, 2, 50
 CONFIG = GPTConfig.for_depth(4, V, T, width=128, head_dim=64, window_tile=32)  # two windows, value embeddings or none
 DTYPE = compute_dtype("auto")
-"""bf16 products take fifty times as long as fp32's on a processor without instructions for them; what is compiled is the same"""
+"""bf16 products take fifty times as long as fp32's on a processor without instructions for them; what is compiled is
+the same"""
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
 def two_threads() -> Iterator[None]:
-    """The code that Inductor writes depends on their number: with one for all tests, its cache serves the next one too."""
+    """The code that Inductor writes depends on their number: with one for all tests, its cache serves the next one
+    too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -87,7 +90,8 @@ def run_as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_of_one_kind_share_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first block (x is x0), and with a short window those without and with a value embedding, and those with a long one.
+    """The first block (x is x0), and with a short window those without and with a value embedding, and those with a
+    long one.
 
     Which graphs there are is Dynamo's business: they run as they were traced, without Inductor's minute.
     """

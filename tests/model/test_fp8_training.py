@@ -1,7 +1,8 @@
 """A d4 trained in fp8 by torchao's CPU path ends where bf16 ends, in both generations.
 
-The July generation's rates end at a twentieth of their height and not at zero, so that two runs which differ by rounding keep a distance:
-with 256 tokens a step it was larger than what is to be shown. Four times the tokens, and the rule's own rates for them, bring it down.
+The July generation's rates end at a twentieth of their height and not at zero, so that two runs which differ by
+rounding keep a distance: with 256 tokens a step it was larger than what is to be shown. Four times the tokens, and
+the rule's own rates for them, bring it down.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ DESIGNS = {"feb": (4, 2.0), "head": (16, 1.0)}
 
 
 class WideProducts(TorchDispatchMode):
-    """bf16 products as fp32 products of the same numbers, rounded: what bf16 instructions do, on a processor that has none."""
+    """bf16 products as fp32 products of the same numbers, rounded: what bf16 instructions do, on a processor that has
+    none."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):

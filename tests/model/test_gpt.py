@@ -1,4 +1,5 @@
-"""The GPT against a second implementation that knows nothing of the first: one row, one head, one position at a time."""
+"""The GPT against a second implementation that knows nothing of the first: one row, one head, one position at a
+time."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ SWITCHES: dict[str, dict[str, object]] = {
 }
 
 
-# ---- the plainest possible implementation -------------------------------------------------------------------------------------
+# ---- the plainest possible implementation
+# -------------------------------------------------------------------------------------
 
 
 def rms(x: Tensor) -> Tensor:
@@ -150,7 +152,8 @@ def test_gradients_are_those_of_finite_differences() -> None:
         assert (parameter.grad * direction).sum().item() == pytest.approx(expected, rel=1e-4, abs=1e-8), name
 
 
-# ---- losses and precision -----------------------------------------------------------------------------------------------------
+# ---- losses and precision
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_losses_are_those_of_the_logits() -> None:
@@ -227,7 +230,8 @@ def trained_a_little() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-# ---- initialisation -----------------------------------------------------------------------------------------------------------
+# ---- initialisation
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_weights_depend_on_seed_and_name_alone() -> None:
@@ -309,7 +313,8 @@ def test_groups_hold_every_parameter_once() -> None:
     assert all(isinstance(m, Linear) for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
-# ---- configuration ------------------------------------------------------------------------------------------------------------
+# ---- configuration
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -322,8 +327,8 @@ def test_width_follows_depth(depth: int, width: int) -> None:
 
 @pytest.mark.parametrize(
     ("generation", "changes", "T", "short"),
-    [("feb", {}, 2048, 1024), ("head", {}, 2048, 512), ("head", {"window_divisor": 3}, 2048, 768), ("head", {}, 256, 128),
-     ("head", {}, 64, 64), ("feb", {}, 256, 128), ("head", {}, 513, 256)],
+    [("feb", {}, 2048, 1024), ("head", {}, 2048, 512), ("head", {"window_divisor": 3}, 2048, 768),
+     ("head", {}, 256, 128), ("head", {}, 64, 64), ("feb", {}, 256, 128), ("head", {}, 513, 256)],
 )  # fmt: skip
 def test_windows(generation: str, changes: dict[str, object], T: int, short: int) -> None:
     config = GPTConfig.for_depth(10, 256, T, generation, **changes)

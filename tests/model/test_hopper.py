@@ -1,6 +1,8 @@
-"""A step's compiled pieces, lowered for an H100 by a machine that has none (hopper.py tells how), against the table in hopper.md.
+"""A step's compiled pieces, lowered for an H100 by a machine that has none (hopper.py tells how), against the table
+in hopper.md.
 
-A change that moves a number here moves it on purpose: `python tests/model/hopper.py --write`, and the table's difference is reviewed.
+A change that moves a number here moves it on purpose: `python tests/model/hopper.py --write`, and the table's
+difference is reviewed.
 """
 
 from __future__ import annotations

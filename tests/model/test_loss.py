@@ -100,7 +100,8 @@ def test_the_logits_of_a_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def peak_bytes(loss: Callable[[Tensor, Tensor, Tensor], Tensor], rows: int, words: int, width: int) -> int:
-    """Most bytes that tensors take at one time from the inputs to their gradients: counted by torch on tensors without memory."""
+    """Most bytes that tensors take at one time from the inputs to their gradients: counted by torch on tensors
+    without memory."""
     with FakeTensorMode():
         hidden = torch.empty(rows, width, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(words, width, requires_grad=True)

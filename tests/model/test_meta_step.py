@@ -1,7 +1,7 @@
 """Whole steps of the published sizes with the GPU's choices, on the meta device: every operation legal by CUDA's rules.
 
-Meta tensors have shapes, strides and dtypes, and no numbers. torch's meta functions apply the rules of the CUDA kernels where they
-have them (`_scaled_mm`: sixteen, rows times columns); the attention kernel's are checked here.
+Meta tensors have shapes, strides and dtypes, and no numbers. torch's meta functions apply the rules of the CUDA
+kernels where they have them (`_scaled_mm`: sixteen, rows times columns); the attention kernel's are checked here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ VOCAB, T = 32_768, 2048
 
 
 class CudaRules(TorchDispatchMode):
-    """Counts the operations; the attention kernel's arguments are checked; the largest fp32 tensor of a micro-step is kept."""
+    """Counts the operations; the attention kernel's arguments are checked; the largest fp32 tensor of a micro-step is
+    kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +60,8 @@ class CudaRules(TorchDispatchMode):
 EVERY = [(depth, rows, generation) for depth in (22, 24, 26) for rows in (8, 16, 32) for generation in ("head", "feb")]
 QUICK = (24, 16, "head")
 PAIRWISE = [(22, 8, "head"), (22, 16, "feb"), (24, 32, "feb"), (26, 32, "head"), (26, 8, "feb")]
-"""With QUICK: each depth in both generations, and each number of rows; rows only decide how many chunks the loss has."""
+"""With QUICK: each depth in both generations, and each number of rows; rows only decide how many chunks the loss
+has."""
 
 
 def case(depth: int, rows: int, generation: str) -> object:

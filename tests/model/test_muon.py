@@ -1,4 +1,5 @@
-"""Muon's arithmetic against a plain second implementation on single matrices, and the properties each of its steps promises."""
+"""Muon's arithmetic against a plain second implementation on single matrices, and the properties each of its steps
+promises."""
 
 from __future__ import annotations
 
@@ -109,7 +110,8 @@ def test_each_step_keeps_its_promise(rows: int, columns: int, seed: int) -> None
 
 @pytest.mark.parametrize("generation", [FEB, HEAD], ids=["feb", "head"])
 def test_a_zero_gradient_moves_nothing(generation: dict) -> None:
-    """At initialisation whole matrices have a zero gradient: no NaN, no update, and decay alone where it is asked for."""
+    """At initialisation whole matrices have a zero gradient: no NaN, no update, and decay alone where it is asked
+    for."""
     start = torch.randn(8, 4)
     for decay, expected in ((0.0, start), (0.5, start * (1 - 0.02 * math.sqrt(2) * 0.5))):
         p = nn.Parameter(start.clone())
@@ -121,7 +123,8 @@ def test_a_zero_gradient_moves_nothing(generation: dict) -> None:
 
 
 def test_decay_is_cautious() -> None:
-    """Entries that the update pushes away from zero are not decayed; without decay the two runs differ only elsewhere."""
+    """Entries that the update pushes away from zero are not decayed; without decay the two runs differ only
+    elsewhere."""
     weights = {}
     for decay in (0.0, 0.4):
         p = nn.Parameter(torch.randn(16, 16, generator=torch.Generator().manual_seed(5)))

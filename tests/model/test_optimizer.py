@@ -1,4 +1,5 @@
-"""The optimizer on one rank: AdamW against torch's, state as slices, refusals, determinism, and the traffic of published shapes."""
+"""The optimizer on one rank: AdamW against torch's, state as slices, refusals, determinism, and the traffic of
+published shapes."""
 
 from __future__ import annotations
 
@@ -187,7 +188,8 @@ def test_groups_that_do_not_fit_are_refused() -> None:
 
 @pytest.fixture
 def pretend():
-    """pretend(depth, rank, ...): the optimizer of a published model on one of 8 ranks that are not there, weights on meta."""
+    """pretend(depth, rank, ...): the optimizer of a published model on one of 8 ranks that are not there, weights on
+    meta."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     def make(depth: int, rank: int, **options) -> Optimizer:
@@ -237,7 +239,8 @@ def test_remainders_do_not_pile_up_on_one_rank(pretend) -> None:
 
 @pytest.mark.slow
 def test_compiled_updates_agree_and_never_recompile() -> None:
-    """Schedules move every number for 50 steps after the first; the compiled updates stay within rounding of the plain ones."""
+    """Schedules move every number for 50 steps after the first; the compiled updates stay within rounding of the
+    plain ones."""
     torch._dynamo.reset()
     plain, optimizer = build(polar_dtype=torch.float32)
     train(plain, optimizer, range(1))

@@ -1,7 +1,7 @@
 """The optimizer over many ranks (gloo processes on this machine) against one rank, with the real GPT.
 
-A worker process runs one `scenario` function of this module; what it returns is read back by the test. The processes are forked
-from a server that has imported torch once.
+A worker process runs one `scenario` function of this module; what it returns is read back by the test. The processes
+are forked from a server that has imported torch once.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def hyper(step: int) -> StepHyper:
 
 @torch.no_grad()
 def stir(model: GPT) -> None:
-    """Give the parameters that begin as zero a value. While no block adds anything, the gradients of lambda and mu vanish but for
-    rounding, which differs with the number of ranks, and Adam divides it by its own size: nothing could then be compared."""
+    """Give the parameters that begin as zero a value. While no block adds anything, the gradients of lambda and mu
+    vanish but for rounding, which differs with the number of ranks, and Adam divides it by its own size: nothing
+    could then be compared."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if not parameter.any():
@@ -128,7 +129,8 @@ def scenario_resume(rank: int, world: int, slices: list, steps: range):
 
 
 def scenario_bf16(rank: int, world: int):
-    """One step's reduced gradients by transport; then four steps with bf16, at once and resumed after two from exact weights.
+    """One step's reduced gradients by transport; then four steps with bf16, at once and resumed after two from exact
+    weights.
 
     The forward pass is in fp32 here, and so sees whether the weights of other owners are those that a gather leaves.
     """
@@ -320,7 +322,8 @@ def test_numbers_that_do_not_divide(tmp_path: Path) -> None:
 
 
 def test_bf16_transport(tmp_path: Path) -> None:
-    """Owners keep exact weights, everybody else their bf16 rounding: what a bf16 forward reads is the same on every rank."""
+    """Owners keep exact weights, everybody else their bf16 rounding: what a bf16 forward reads is the same on every
+    rank."""
     results = on_ranks(
         2,
         tmp_path / "ranks",
@@ -365,7 +368,8 @@ def test_every_rank_hears_of_a_bad_gradient_that_it_owns(tmp_path: Path) -> None
 
 
 def test_collectives_and_bytes_are_those_of_the_formula(tmp_path: Path) -> None:
-    """Per step: matrices in stacks padded to the world, tables by rows, small tensors twice over the ring (facts: roofline)."""
+    """Per step: matrices in stacks padded to the world, tables by rows, small tensors twice over the ring (facts:
+    roofline)."""
     world, steps = 3, 2
     results = on_ranks(world, tmp_path / "ranks", scenario_train, config=TINY, dtype=torch.float32, steps=steps)
     groups = GPT(TINY).groups()

@@ -29,7 +29,8 @@ def meta_model(config: GPTConfig) -> GPT:
         return GPT(config, torch.bfloat16)
 
 
-# ---- the leaderboard's numbers ------------------------------------------------------------------------------------------------
+# ---- the leaderboard's numbers
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,8 @@ def test_automatic_batch(generation: str) -> None:
     assert actual == {L: 1 << power for L, power in expected.items()}
 
 
-# ---- FLOPs, counted by torch --------------------------------------------------------------------------------------------------
+# ---- FLOPs, counted by torch
+# --------------------------------------------------------------------------------------------------
 
 
 def counted(config: GPTConfig, rows: int) -> dict[str, int]:
@@ -140,7 +142,8 @@ def test_attention_is_counted_without_causality() -> None:
     assert counted(config, rows)["bmm"] == 12 * config.width * 128 * 3 * rows * 128
 
 
-# ---- learning rates and weight decay ------------------------------------------------------------------------------------------
+# ---- learning rates and weight decay
+# ------------------------------------------------------------------------------------------
 
 
 def at(depth: int, generation: str, batch: int, **changes: object) -> Derived:
@@ -167,16 +170,16 @@ def test_weight_decay(depth: int, generation: str, batch: int, changes: dict, ex
 def test_learning_rates_of_run_6() -> None:
     lrs = {name: spec.lr for name, spec in at(24, "head", 1 << 20).specs.items()}
     root2 = math.sqrt(2)  # at d24 and 2^20 the batch and width rules cancel
-    expected = {"matrices": 0.02 * root2, "wte": 0.3, "value_embeds": 0.15, "head": 0.008, "resid_lambdas": 0.005 * root2,
-                "x0_lambdas": 0.5 * root2, "smear_backout": 0.2}  # fmt: skip
+    expected = {"matrices": 0.02 * root2, "wte": 0.3, "value_embeds": 0.15, "head": 0.008,
+                "resid_lambdas": 0.005 * root2, "x0_lambdas": 0.5 * root2, "smear_backout": 0.2}  # fmt: skip
     assert lrs == pytest.approx(expected)
 
 
 def test_learning_rates_of_run_2() -> None:
     lrs = {name: spec.lr for name, spec in at(26, "feb", 1 << 19).specs.items()}
     width = (1664 / 768) ** -0.5
-    expected = {"matrices": 0.02, "wte": 0.3 * width, "value_embeds": 0.3 * width, "head": 0.004 * width, "resid_lambdas": 0.005,
-                "x0_lambdas": 0.5}  # fmt: skip
+    expected = {"matrices": 0.02, "wte": 0.3 * width, "value_embeds": 0.3 * width, "head": 0.004 * width,
+                "resid_lambdas": 0.005, "x0_lambdas": 0.5}  # fmt: skip
     assert lrs == pytest.approx(expected)
 
 
@@ -211,7 +214,8 @@ def test_base_values_can_be_changed() -> None:
         RULES["head"].changed(lrs={"lm_head": 1.0})
 
 
-# ---- horizons and explanations ------------------------------------------------------------------------------------------------
+# ---- horizons and explanations
+# ------------------------------------------------------------------------------------------------
 
 
 def test_horizon_by_steps_tokens_or_ratio() -> None:
