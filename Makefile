@@ -57,8 +57,9 @@ test: $(PROJECT) ## all tests but the slow ones
 
 # Container and cluster wait for disks and for SkyPilot's next look, so they run beside chaos, one after the other.
 # Each target's output comes whole, when it has ended.
+SYNCED := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 slow: $(PROJECT) $(SKY) ## all slow tests: the next three
-	@$(MAKE) --jobs 2 --keep-going --output-sync=target --no-print-directory chaos services
+	@$(MAKE) --jobs 2 --keep-going $(SYNCED) --no-print-directory chaos services
 
 services: container
 	@$(MAKE) --no-print-directory cluster

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import random
 import socket
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from job.reporter import Reporter
 from job.store.attempt import read_events
 from job.store.sealed import open_sealed
+from s3_server import is_free
 
 if TYPE_CHECKING:
     import subprocess
@@ -103,6 +105,12 @@ def command_line(pid: int) -> str:
 
 def ranks_of(supervisor: int) -> list[int]:
     return [pid for pid in children(supervisor) if "job.run.rank" in command_line(pid)]
+
+
+def free_ports(number: int) -> list[int]:
+    """Below the range of outgoing connections, which tests beside this one open all the time, and s3_server's."""
+    ports = range(6000, 12000)
+    return random.SystemRandom().sample([port for port in ports if is_free(port)], number)
 
 
 def loopback() -> str:

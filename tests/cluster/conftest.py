@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from helpers import free_ports
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -34,17 +35,6 @@ for word in "$@"; do
 done
 exec {root}/.venv/bin/speedrun "${{words[@]}}"
 """
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @dataclasses.dataclass
