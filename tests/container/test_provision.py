@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from helpers import free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -53,9 +54,7 @@ class Rented:
 @pytest.fixture
 def rented(sky_image: Any, sky_env: Path, tmp_path: Path) -> Iterator[Rented]:
     """The container, with the sshd in it, is gone at the end."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    (port,) = free_ports(1)
     (tmp_path / ".ssh").mkdir(mode=0o700)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/sudo").write_text(SUDO)
