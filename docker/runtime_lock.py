@@ -1,8 +1,9 @@
 """Print the part of a lock that the program itself needs: `python runtime_lock.py pyproject.toml requirements.lock`.
 
-The locks hold the developers' tools too, and an image needs none of them. Who asked for a package stands under each pin ("# via");
-what the project's own dependencies lead to is kept, hashes and all, so that pip still checks every file; so are the attention kernels
-(extra `attention`) where the lock has them, which is on CUDA. Standard library only.
+The locks hold the developers' tools too, and an image needs none of them. Who asked for a package stands under each
+pin ("# via"); what the project's own dependencies lead to is kept, hashes and all, so that pip still checks every
+file; so are the attention kernels (extra `attention`) where the lock has them, which is on CUDA. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def canonical(name: str) -> str:
 
 
 def runtime_part(pyproject: str, lock: str) -> str:
-    """The pins of `lock` that the dependencies in `pyproject` lead to. KeyError for a dependency that the lock does not have."""
+    """The pins of `lock` that the dependencies in `pyproject` lead to. KeyError for a dependency that the lock does
+    not have."""
     pins = {canonical(match["name"]): match[0] for match in PIN.finditer(lock)}
     needs: dict[str, set[str]] = {}
     for name, pin in pins.items():

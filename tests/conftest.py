@@ -1,19 +1,22 @@
-"""Fixtures that several test files share: a small real corpus, a tiny recipe, the command line as a process, a real S3 server."""
+"""Fixtures of all tests: a small real corpus, a tiny recipe, the command line as a process, a real S3 server."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import settings
+
+import fault_proxy
+import s3_server
+from job.cli.commands import main
 
 settings.register_profile("shared-cores", deadline=None)  # a deadline would measure the neighbours on a busy machine
 settings.load_profile("shared-cores")
@@ -83,6 +86,12 @@ class Speedrun:
         assert ended.returncode == code, f"exit {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
         return ended
 
+    def here(self, words: list[str], *, code: int = 0) -> Result:
+        """The same without a process, for what ends before a stage begins."""
+        ended = CliRunner().invoke(main, words[len(self.command()) :], env=self.environment(), prog_name="speedrun")
+        assert ended.exit_code == code, f"exit {ended.exit_code}\n{ended.output}\n{ended.exception!r}"
+        return ended
+
 
 @pytest.fixture(scope="session")
 def sky_env() -> Path:
@@ -109,41 +118,8 @@ def speedrun(small_corpus: Path) -> Speedrun:
     return Speedrun(small_corpus)
 
 
-def load(name: str) -> ModuleType:
-    """tests/`name`.py as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def s3_server() -> ModuleType:
-    """tests/s3_server.py as a module."""
-    return load("s3_server")
-
-
-@pytest.fixture(scope="session")
-def locked() -> ModuleType:
-    """tests/locked.py as a module."""
-    return load("locked")
-
-
-@pytest.fixture(scope="session")
-def gate() -> Any:
-    """The class Gate of tests/gate.py."""
-    return load("gate").Gate
-
-
-@pytest.fixture(scope="session")
-def fault_proxy() -> ModuleType:
-    """tests/fault_proxy.py as a module."""
-    return load("fault_proxy")
-
-
-@pytest.fixture(scope="session")
-def s3_shared(s3_server: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def s3_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The S3 server of this test run, one for all of its processes."""
     base = tmp_path_factory.getbasetemp()
     with s3_server.shared_server((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "s3") as s3:
@@ -152,12 +128,12 @@ def s3_shared(s3_server: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def s3(s3_shared: Any) -> Any:
-    """A prefix of the test's own in a bucket of a real S3 server: `url`, `environment()`, `variables()`, `client()`, `keys()`."""
+    """A prefix of the test's own in a bucket of a real S3 server (s3_server.S3)."""
     return s3_shared.place()
 
 
 @pytest.fixture
-def faults(s3_shared: Any, fault_proxy: ModuleType) -> Iterator[Any]:
-    """A proxy before the S3 server that does what networks do: `s3`, a place behind it, and `on(request, fault, times)`."""
+def faults(s3_shared: Any) -> Iterator[Any]:
+    """A proxy before the S3 server that does what networks do (fault_proxy.Faults)."""
     with fault_proxy.Faults(s3_shared.place()) as faults:
         yield faults

@@ -1,4 +1,5 @@
-"""A gate between a client and a TCP server: open it forwards; shut it is a black hole, which keeps every connection and answers nothing."""
+"""A gate between a client and a TCP server: open it forwards; shut it is a black hole, which keeps every connection
+and answers nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import time
 
 
 class Gate:
-    """Listens on a free port of the loopback; `shut` is set by whoever likes, and before the first bytes to the server that hold `shut_on`."""
+    """Listens on a free port of the loopback; `shut` is set by whoever likes, and before the first bytes to the
+    server that hold `shut_on`."""
 
     def __init__(self, server_port: int, shut_on: bytes | None = None) -> None:
         self.shut = threading.Event()

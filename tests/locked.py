@@ -1,4 +1,5 @@
-"""Packages of the CUDA lock in an environment of their own: what it takes to compile for a GPU on a machine that has none."""
+"""Packages of the CUDA lock in an environment of their own: what it takes to compile for a GPU on a machine that has
+none."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class Unavailable(Exception):
 
 
 def environment(folder: Path, packages: str) -> Path:
-    """The Python of a new environment in `folder` with all that this one has and, as the lock pins them, the `packages` (a regex)."""
+    """The Python of a new environment in `folder` with all that this one has and, as the lock pins them, the
+    `packages` (a regex)."""
     python, lock = folder / "bin" / "python", folder / "packages.lock"
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     site = next((folder / "lib").glob("python*/site-packages"))

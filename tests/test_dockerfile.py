@@ -1,8 +1,8 @@
-"""What the image is made from, as far as no engine is needed: the part of the lock that goes in, placeholders, and `make push`."""
+"""What the image is made from, as far as no engine is needed: the part of the lock that goes in, placeholders, and
+`make push`."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers import load
+
 ROOT = Path(__file__).resolve().parent.parent
 PLACEHOLDER = "ghcr.io/YOUR-NAME/gpt2-speedrun"
 
 
 def runtime_part(lock: str) -> str:
-    spec = importlib.util.spec_from_file_location("runtime_lock", ROOT / "docker/runtime_lock.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(ROOT / "docker/runtime_lock.py")
     return module.runtime_part((ROOT / "pyproject.toml").read_text(), (ROOT / lock).read_text())
 
 

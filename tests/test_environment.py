@@ -1,4 +1,5 @@
-"""`make` makes the environment: once, from the lock, whole or not at all. The real Makefile, tiny wheels, no network."""
+"""`make` makes the environment: once, from the lock, whole or not at all. The real Makefile, tiny wheels, no
+network."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def write_wheel(folder: Path, name: str, version: str, extra: dict[str, str] | N
 
 
 class Tree:
-    """A folder with the real Makefile, a project of one file, and locks that the wheels satisfy (but for torch's CUDA build)."""
+    """A folder with the real Makefile, a project of one file, and locks that the wheels satisfy (but for torch's CUDA
+    build)."""
 
     def __init__(self, root: Path, wheels: Path) -> None:
         self.root, self.wheels = root, wheels

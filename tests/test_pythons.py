@@ -1,4 +1,5 @@
-"""Which Pythons the project admits, the locks serve, and `make` takes. The real Makefile and locks; the interpreters are stand-ins."""
+"""Which Pythons the project admits, the locks serve, and `make` takes. The real Makefile and locks; the interpreters
+are stand-ins."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def test_nothing_is_imported_that_only_the_oldest_python_has() -> None:
 
 
 class Tree:
-    """A folder with the Makefile and the locks, and a search path that begins with stand-ins for every Python that `make` asks."""
+    """A folder with the Makefile and the locks, and a search path that begins with stand-ins for every Python that
+    `make` asks."""
 
     def __init__(self, root: Path, pythons: dict[str, str]) -> None:
         """`pythons`: name -> the version that it says; all other names are broken."""

@@ -80,7 +80,8 @@ def test_asynchronous_against_synchronous(tmp_path: Path, monkeypatch: pytest.Mo
         process.join()
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     print(
-        f"\n\nd8, 2 gloo ranks, {sum(m['bytes'] for m in measured) / 1e9:.2f} GB of state; the slower rank of each checkpoint"
+        f"\n\nd8, 2 gloo ranks, {sum(m['bytes'] for m in measured) / 1e9:.2f} GB of state; "
+        "the slower rank of each checkpoint"
     )
     print(f"{'checkpoint':>12} {'training waits':>16} {'written':>10} {'share':>8}")
     for number, both in enumerate(zip(*(m["times"] for m in measured), strict=True), 1):
@@ -112,6 +113,5 @@ def test_resume_against_cold_start(tmp_path: Path, speedrun: Any) -> None:
         cold.append(first_step_after(speedrun, out))
         resumed.append(first_step_after(speedrun, out))
     print(f"\n\nfrom process start to the first step, medians of {RESTARTS}, interleaved")
-    print(
-        f"cold {statistics.median(cold):.2f} s, resumed {statistics.median(resumed):.2f} s: {statistics.median(resumed) / statistics.median(cold):.2f} times"
-    )
+    first, again = statistics.median(cold), statistics.median(resumed)
+    print(f"cold {first:.2f} s, resumed {again:.2f} s: {again / first:.2f} times")

@@ -1,4 +1,5 @@
-"""CORE's production path beside the plain one-item-at-a-time reference: same answers, how much sooner, and where the time goes.
+"""CORE's production path beside the plain one-item-at-a-time reference: same answers, how much sooner, and where the
+time goes.
 
     python -m pytest tests/bench/bench_core.py --override-ini "python_files=bench_*.py" --capture=no
 
@@ -7,13 +8,12 @@ Seconds are CPU seconds of one thread; tokenising is in neither column.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers import load
 from job.evaluation.bundle import open_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -22,10 +22,7 @@ ARCHIVE = ROOT.parent / "shared" / "data" / "core" / "core_bundle.tar.zst"
 
 @pytest.fixture(scope="module")
 def compare():
-    spec = importlib.util.spec_from_file_location("core_compare", ROOT / "tests" / "job" / "evaluation" / "compare.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
+    module = load(ROOT / "tests/job/evaluation/compare.py", "core_compare")
     if not module.CORPUS.is_dir() or not ARCHIVE.is_file():
         pytest.skip(f"the corpus or the CORE bundle is not there ({module.CORPUS}, {ARCHIVE})")
     torch.set_num_threads(1)
@@ -45,8 +42,8 @@ def print_table(title, compared, scores=None):
     )
     for c in compared:
         margin = f"{max(c.differing):.1e}" if c.differing else ""
-        cells = f"{len(c.answers):>6}{c.seconds:>9.2f}{c.seconds / ours:>7.1%}{c.speedup * c.seconds:>11.2f}{c.speedup:>7.1f}"
-        print(f"{c.label:<34}{cells}{len(c.differing):>8}{margin:>9}")
+        cells = f"{len(c.answers):>6}{c.seconds:>9.2f}{c.seconds / ours:>7.1%}{c.speedup * c.seconds:>11.2f}"
+        print(f"{c.label:<34}{cells}{c.speedup:>7.1f}{len(c.differing):>8}{margin:>9}")
     items, differing = sum(len(c.answers) for c in compared), sum(len(c.differing) for c in compared)
     print(f"{'all':<34}{items:>6}{ours:>9.2f}{'':>7}{theirs:>11.2f}{theirs / ours:>7.1f}{differing:>8}")
     print(f"items a second: {items / ours:.2f}, reference {items / theirs:.2f}", flush=True)

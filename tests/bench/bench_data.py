@@ -2,7 +2,8 @@
 
     pytest tests/bench/bench_data.py --override-ini "python_files=bench_*.py" --capture=no
 
-Two ways of doing the same are measured in turns, chunk by chunk, in processor seconds of one thread, so that the ratio holds on a busy machine.
+Two ways of doing the same are measured in turns, chunk by chunk, in processor seconds of one thread, so that the
+ratio holds on a busy machine.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def tokenizer(request) -> Tokenizer:
 
 
 def linear_rows(documents: Iterable[list[int]], bos: int, counts: PackCounts) -> Iterator[np.ndarray]:
-    """The straightforward way: 1000 lists of ids in a list, all of them looked at for each one taken (leaderboard §6)."""
+    """The straightforward way: 1000 lists of ids in a list, all of them looked at for each one taken (leaderboard
+    §6)."""
     source, buffer = iter(documents), []
     row, filled = np.empty(ROW_TOKENS, np.uint16), 0
     while True:
@@ -100,9 +102,7 @@ def in_turns(*iterators: Iterator) -> None:
 
 
 def test_encode_and_pack(tokenizer):
-    print(
-        f"\n\nV {tokenizer.vocab_size}: million tokens a second and core, 15 MB shards of real text, T = {ROW_TOKENS - 1}"
-    )
+    print(f"\n\nV {tokenizer.vocab_size}: million tokens a second and core, 15 MB shards of text, T = {ROW_TOKENS - 1}")
     print(f"{'':28}{'tiktoken + linear':>20}{'ours':>10}{'ratio':>8}{'crop, linear':>15}{'crop, ours':>13}")
     tokenizer.encode("")
     list(tokenizer.encode_documents([""]))
@@ -137,9 +137,8 @@ def test_rows(tmp_path):
         began = time.process_time()
         for start in range(0, len(rows), 32):
             rows.take(epoch * len(rows) + start, 32, out=buffer)
-        print(
-            f"epoch {epoch} {'as stored' if epoch == 0 else 'permuted':10} {len(rows) * ROW_TOKENS / (time.process_time() - began) / 1e6:8.0f}"
-        )
+        speed = len(rows) * ROW_TOKENS / (time.process_time() - began) / 1e6
+        print(f"epoch {epoch} {'as stored' if epoch == 0 else 'permuted':10} {speed:8.0f}")
 
 
 TRAINERS = {
@@ -152,7 +151,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from job.data.tokenizer import SPLIT_PATTERN
 tokenizer = Tokenizer(models.BPE())
 split = pre_tokenizers.Split(Regex(SPLIT_PATTERN.replace("?+", "?").replace("++", "+")), "isolated")
-tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
 alphabet = pre_tokenizers.ByteLevel.alphabet()
 trainer = trainers.BpeTrainer(vocab_size=V - 9, initial_alphabet=alphabet, show_progress=False)
 tokenizer.train_from_iterator((text[:10_000] for text in documents()), trainer)
@@ -174,7 +174,8 @@ import rustbpe, tokenizers
 before, began, cpu = megabytes("VmRSS"), time.perf_counter(), time.process_time()
 """
 EPILOGUE = """
-print(characters, time.perf_counter() - began, time.process_time() - cpu, megabytes("VmHWM"), megabytes("VmHWM") - before)
+peak = megabytes("VmHWM")
+print(characters, time.perf_counter() - began, time.process_time() - cpu, peak, peak - before)
 """
 
 

@@ -1,8 +1,9 @@
 """The training step on this CPU: tokens per second of a d4, plain against ours, and what bounds it.
 
-"Plain" is the same model as one would write it down: fp32, eager, attention with a T x T mask, the logits of the whole batch, the update
-in fp32. Configurations take turns, and the best of their rounds counts, so that a busy machine disturbs all alike. bf16 is left out on a
-processor without instructions for it, where a step would take minutes.
+"Plain" is the same model as one would write it down: fp32, eager, attention with a T x T mask, the logits of the
+whole batch, the update in fp32. Configurations take turns, and the best of their rounds counts, so that a busy
+machine disturbs all alike. bf16 is left out on a processor without instructions for it, where a step would take
+minutes.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def test_tokens_per_second() -> None:
         seconds = in_model + in_update
         reference = reference or seconds
         print(
-            f"{name:20} {B * T / seconds:9.0f} {reference / seconds:12.2f} {in_model * 1e3:9.0f} {in_update * 1e3:10.0f} "
-            f"{flops / in_model / 1e9:8.0f} {trainee.loss:8.4f}"
+            f"{name:20} {B * T / seconds:9.0f} {reference / seconds:12.2f} {in_model * 1e3:9.0f} "
+            f"{in_update * 1e3:10.0f} {flops / in_model / 1e9:8.0f} {trainee.loss:8.4f}"
         )
 
 

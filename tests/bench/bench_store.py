@@ -68,7 +68,8 @@ def test_upload_against_upload_file(s3, tmp_path: Path, monkeypatch: pytest.Monk
     ours = times["push_sealed, 16 files of 64 MiB"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"\n\n{FILES * SIZE >> 20} MiB to a server on this machine, {TURNS} turns; this process never held more than {peak:.0f} MiB"
+        f"\n\n{FILES * SIZE >> 20} MiB to a server on this machine, {TURNS} turns; "
+        f"this process never held more than {peak:.0f} MiB"
     )
     print(f"{'':<34} {'seconds':>24} {'median':>8} {'ours takes':>11}")
     for way, taken in times.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from gate import Gate
 from job.recipe.leaderboard import UNTIMED_STEPS
 from job.store.attempt import read_events
 
@@ -48,10 +49,10 @@ def turning(run: Any, out: Path, url: str, hole: Any) -> list[tuple[float, float
     return shut
 
 
-def test_a_blocked_store_against_a_good_one_in_the_same_run(tmp_path: Path, speedrun: Any, s3: Any, gate: Any) -> None:
+def test_a_blocked_store_against_a_good_one_in_the_same_run(tmp_path: Path, speedrun: Any, s3: Any) -> None:
     (tmp_path / "without").mkdir()
     speedrun(speedrun.tiny("pretrain", tmp_path / "without", *OPTIONS))
-    hole = gate(urlsplit(s3.endpoint).port)
+    hole = Gate(urlsplit(s3.endpoint).port)
     run = dataclasses.replace(speedrun, variables=s3.variables() | {"AWS_ENDPOINT_URL": hole.url})
     (tmp_path / "with").mkdir()
     (tmp_path / "with" / "prepared").symlink_to(tmp_path / "without" / "prepared")
@@ -68,7 +69,6 @@ def test_a_blocked_store_against_a_good_one_in_the_same_run(tmp_path: Path, spee
     print(f"\n\nms a step of the tests' tiny model, a checkpoint every 10 steps, the store turning every {TURN:.0f} s")
     print(f"{'':>24} {'steps':>6} {'median':>8} {'p90':>8}")
     for name, values in columns.items():
-        print(
-            f"{name:>24} {len(values):>6} {statistics.median(values):>8.1f} {statistics.quantiles(values, n=10)[-1]:>8.1f}"
-        )
+        p90 = statistics.quantiles(values, n=10)[-1]
+        print(f"{name:>24} {len(values):>6} {statistics.median(values):>8.1f} {p90:>8.1f}")
     print(f"blocked / answering, medians: {statistics.median(blocked) / statistics.median(answered):.3f}")

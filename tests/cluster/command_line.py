@@ -1,5 +1,6 @@
 # usage: .sky-env/bin/python tests/cluster/command_line.py '[["launch", "-c", "smoke", "sky/smoke.yaml"], ...]'
-"""What SkyPilot's own command line makes of these words, up to where it would ask a cloud: a JSON list, one task each."""
+"""What SkyPilot's own command line makes of these words, up to where it would ask a cloud: a JSON list, one task
+each."""
 
 import json
 import os

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,13 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers import free_ports
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SKY = ROOT / ".sky-env"
 DEBIAN = {"slurmctld": "slurm-wlm", "munged": "munge", "sshd": "openssh-server", "rsync": "rsync", "setfacl": "acl"}
 
 SPEEDRUN = """#!/usr/bin/env bash
-# What the image's `speedrun` is on a node: here the nodes share a disk, so each start gets a folder of its own, as on a new machine.
+# What the image's `speedrun` is on a node. The nodes share a disk here: each start gets a folder, as on a new machine.
 out={state}/disks/$SLURM_JOB_ID.$SLURMD_NODENAME words=()
 mkdir -p "$out"
 date +%s.%N >"$out/started"
@@ -34,17 +35,6 @@ for word in "$@"; do
 done
 exec {root}/.venv/bin/speedrun "${{words[@]}}"
 """
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @dataclasses.dataclass
@@ -104,7 +94,8 @@ def cluster(sky_env: Path) -> Iterator[Cluster]:
     )
     if missing or os.geteuid() != 0:
         pytest.skip(
-            f"a Slurm of one's own needs root and Debian's {', '.join(missing or DEBIAN.values())} (.ci/run installs them)"
+            f"a Slurm of one's own needs root and Debian's {', '.join(missing or DEBIAN.values())} "
+            "(.ci/run installs them)"
         )
     state = Path(tempfile.mkdtemp(prefix="speedrun-cluster-", dir="/var/tmp"))
     state.chmod(0o755)

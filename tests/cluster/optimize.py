@@ -1,9 +1,11 @@
 # usage: .sky-env/bin/python tests/cluster/optimize.py '[["sky/speedrun.yaml", ["aws", "nebius"]], ...]'
-"""SkyPilot's own opinion of a YAML: parsed by its schema, validated, and given to its optimizer with these clouds enabled.
+"""SkyPilot's own opinion of a YAML: parsed by its schema, validated, and given to its optimizer with these clouds
+enabled.
 
-No network, no server, no account: the catalog is a small one with rows of 1 and 8 H100s and of CPUs, and the questions that would be
-put to a cloud are answered here. On-demand prices of GPUs, and those of eight as spot, are SkyPilot's catalog's of November 2026;
-regions and the rest are placeholders. Prints a JSON list: what would be rented, or the error.
+No network, no server, no account: the catalog is a small one with rows of 1 and 8 H100s and of CPUs, and the
+questions that would be put to a cloud are answered here. On-demand prices of GPUs, and those of eight as spot, are
+SkyPilot's catalog's of November 2026; regions and the rest are placeholders. Prints a JSON list: what would be
+rented, or the error.
 """
 
 import json

@@ -1,33 +1,29 @@
-"""sky/*.yaml launched for real: SkyPilot, a Slurm of two nodes, an S3 server; a managed job that is preempted in training.
+"""sky/*.yaml launched for real: SkyPilot, a Slurm of two nodes, an S3 server; a managed job that is preempted in
+training.
 
-Only `resources` differ from what users launch. A preemption is `scancel`: the nodes and what is on their disks are gone.
+Only `resources` differ from what users launch. A preemption is `scancel`: the nodes and what is on their disks are
+gone.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers import wait_for
+
 pytestmark = pytest.mark.slow
 
 OPTIONS = (
-    "-o model.depth=2 -o model.seq_len=64 -o data.vocab_size=512 -o data.max_chars=400000 -o eval.cap=12 -o eval.samples=0 "
+    "-o model.depth=2 -o model.seq_len=64 -o data.vocab_size=512 -o data.max_chars=400000 "
+    "-o eval.cap=12 -o eval.samples=0 "
     "-o train.steps=120 -o train.total_batch_size=1024 -o train.device_batch_size=4 -o train.checkpoint_every=20 "
     "-o train.val_every=0 -o train.val_tokens=4096 -o train.threads=1 -o train.dtype=fp32"
 )
-
-
-def wait_for(what: Callable[[], Any], seconds: float, why: Callable[[], str]) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, why()
-        time.sleep(0.5)
-    return found
 
 
 def stored(s3: Any, key: str) -> bytes:
@@ -71,7 +67,7 @@ def test_managed_job_on_two_nodes_is_preempted_and_recovers(
     given = cluster.given(s3, PRESET="smoke", RUN_ID="job", OPTIONS=OPTIONS)
     job = cluster.sky("jobs", "launch", "-y", "--infra", "slurm", "--no-use-spot", *given, str(task), seconds=900)
     try:
-        wait_for(lambda: sealed_steps(s3, "job") or job.poll() is not None, 600, cluster.said)
+        wait_for(lambda: sealed_steps(s3, "job") or job.poll() is not None, 600, cluster.said, every=0.5)
         assert job.poll() is None, cluster.said()
         first = cluster.slurm("squeue", "--noheader", "--format=%i", "--states=RUNNING")
         cluster.slurm("scancel", first)

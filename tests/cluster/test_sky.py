@@ -1,4 +1,5 @@
-"""SkyPilot's schema and optimizer on every YAML of sky/, offline, with a small catalog (optimize.py); its command line on the README's lines."""
+"""SkyPilot's schema and optimizer on every YAML of sky/, offline, with a small catalog (optimize.py); its command
+line on the README's lines."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@" >>"$CALLS"
 
 
 def test_the_readmes_lines_are_whole_tasks_to_skypilots_command_line(sky_env: Path, tmp_path: Path) -> None:
-    """The block is run by bash, from the image's name on, with a `sky` and a `make` that write down what they are given."""
+    """The block is run by bash, from the image's name on, with a `sky` and a `make` that write down what they are
+    given."""
     section = (ROOT / "README.md").read_text().split("\n## On a cloud\n")[1]
     (block,) = re.findall(r"^    export IMAGE=.*?(?=^\S)", section, re.MULTILINE | re.DOTALL)
     for name in ("sky", "make"):

@@ -1,4 +1,5 @@
-"""What SkyPilot itself does not check in sky/*.yaml, and that every `run:` is a command line of ours that hands its exit code on.
+"""What SkyPilot itself does not check in sky/*.yaml, and that every `run:` is a command line of ours that hands its
+exit code on.
 
 The scripts are run by bash, as a node runs them, with a stand-in for `speedrun` that writes down its arguments.
 """
@@ -66,7 +67,8 @@ sys.exit(first)
 
 
 def run_script(task: dict[str, Any], folder: Path, *codes: int, doctor: int = 0) -> tuple[int, list[list[str]]]:
-    """The exit code of `run:` and the arguments of each `speedrun` in it, which end with `codes`; with two, the first waits for a signal."""
+    """The exit code of `run:` and the arguments of each `speedrun` in it, which end with `codes`; with two, the first
+    waits for a signal."""
     (folder / "bin").mkdir(parents=True)
     stand_in = folder / "bin" / "speedrun"
     stand_in.write_text(STAND_IN.format(python=sys.executable))
@@ -93,20 +95,14 @@ def test_the_folder_holds_yaml_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_is_one_task_with_a_header(path: Path) -> None:
+def test_a_file_is_one_task_and_begins_with_its_command_and_its_price(path: Path) -> None:
     text = path.read_text()
     assert len(list(yaml.safe_load_all(text))) == 1, "`sky launch` refuses a file of two documents"
     header = re.match(r"(?:#.*\n)+", text)[0].splitlines()
-    assert 9 <= len(header) <= 12
     assert any(
         re.match(rf"#   sky (?:jobs )?launch .*sky/{path.name} .*--image-id docker:\$IMAGE", line) for line in header
     )
-    assert any("What lands in the bucket" in line for line in header) or "lands in the bucket" in " ".join(header)
-    words = " ".join(line.lstrip("# ") for line in header)
-    assert re.search(r"\$\d.*\((?:estimated|published)", words)
-    assert path.stem not in GPU or "prices: SkyPilot's catalog, November 2026" in words, (
-        "a price without a date is worth nothing"
-    )
+    assert re.search(r"\$\d", " ".join(header))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

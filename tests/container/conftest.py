@@ -1,12 +1,13 @@
-"""A real engine and the image built by it, once for all tests of this folder; what a test does with them is `image.run(...)`.
+"""A real engine and the image built by it, once for all tests of this folder; what a test does with them is
+`image.run(...)`.
 
-SPEEDRUN_ENGINE=FOLDER keeps the engine's packages, base image and build cache in FOLDER from one run of the tests to the next.
+SPEEDRUN_ENGINE=FOLDER keeps the engine's packages, base image and build cache in FOLDER from one run of the tests to
+the next.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,10 +16,11 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from helpers import load
 
 ROOT = Path(__file__).resolve().parents[2]
 UID = 10001
@@ -33,17 +35,9 @@ HARDENED = (
 EPOCH = "1700000000"
 
 
-def sibling(name: str) -> ModuleType:
-    """The module `name.py` of this folder (tests are no package)."""
-    spec = importlib.util.spec_from_file_location(f"container_{name}", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Any]:
-    engines = sibling("engine")
+    engines = load(Path(__file__).with_name("engine.py"), "container_engine")
     if (against := engines.reason_against()) is not None:
         pytest.skip(against)
     kept = os.environ.get("SPEEDRUN_ENGINE")

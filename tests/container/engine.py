@@ -1,11 +1,13 @@
-"""A Docker engine of its own, from Debian packages, for the tests of the image: as root, on Debian 12, without an image registry.
+"""A Docker engine of its own, from Debian packages, for the tests of the image: as root, on Debian 12, without an
+image registry.
 
-    python tests/container/engine.py FOLDER COMMAND ...     an engine in FOLDER, COMMAND with `docker` on its path and the base image loaded
+    python tests/container/engine.py FOLDER COMMAND ...     an engine in FOLDER, COMMAND with `docker` on its path
 
-The engine is the next Debian release's, unpacked into FOLDER: nothing is installed beside the machine's own. It has no bridge and no
-packet filter (builds use the host's network, containers have none), so it needs nothing of the machine but root and cgroups.
-No registry is asked: the base image is a stand-in for `python:3.11-slim-bookworm`, made by mmdebstrap from the machine's own Debian
-mirror. FOLDER may be kept: packages, base image and build cache are then found again, and so is an engine that runs there.
+The engine is the next Debian release's, unpacked into FOLDER: nothing is installed beside the machine's own. It has
+no bridge and no packet filter (builds use the host's network, containers have none), so it needs nothing of the
+machine but root and cgroups. No registry is asked: the base image is a stand-in for `python:3.11-slim-bookworm`, made
+by mmdebstrap from the machine's own Debian mirror. FOLDER may be kept: packages, base image and build cache are then
+found again, and so is an engine that runs there.
 """
 
 from __future__ import annotations
@@ -155,7 +157,8 @@ class Engine:
             time.sleep(0.3)
 
     def make_base_image(self) -> None:
-        """The stand-in base. It carries this machine's certificates, so that pip works inside a build behind a proxy."""
+        """The stand-in base. It carries this machine's certificates, so that pip works inside a build behind a
+        proxy."""
         if self.run(["docker", "image", "inspect", BASE_IMAGE]).returncode == 0:
             return
         archive = self.folder / "base.tar"
@@ -206,7 +209,8 @@ class Engine:
     # --- images
 
     def build(self, context: Path, tag: str, *arguments: str, timeout: float = 900) -> str:
-        """Build `context` as `tag` on the stand-in base, with pip's find-links of this machine as the "wheels" context; what it said."""
+        """Build `context` as `tag` on the stand-in base, with pip's find-links of this machine as the "wheels"
+        context; what it said."""
         wheels = wheels_folder() or self.folder / "no-wheels"
         wheels.mkdir(exist_ok=True)
         words = ["docker", "build", "--progress=plain", "--network=host", f"--build-arg=BASE_IMAGE={BASE_IMAGE}"]
@@ -234,7 +238,8 @@ def wheels_folder() -> Path | None:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Engine]:
-    """An engine in `folder` with the base image, stopped at the end. RuntimeError where the packages of .ci/run are missing."""
+    """An engine in `folder` with the base image, stopped at the end. RuntimeError where the packages of .ci/run are
+    missing."""
     if missing := [name for name in ("mmdebstrap", "runc", "tini") if not shutil.which(name)]:
         raise RuntimeError(f"not installed: {', '.join(missing)}; .ci/run installs them")
     engine = Engine(folder)

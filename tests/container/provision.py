@@ -1,14 +1,19 @@
 # usage: .sky-env/bin/python tests/container/provision.py IMAGE CONTAINER PORT KEY RUN_OPTION ...
-"""SkyPilot's own code on an image, up to the first files of its own that arrive in the container: what `image_id: docker:IMAGE` means.
+"""SkyPilot's own code on an image, up to the first files of its own that arrive in the container: what
+`image_id: docker:IMAGE` means.
 
-On a rented machine SkyPilot starts the image, prepares it through `docker exec` as root, starts sshd in it, logs in as the image's user
-and sends its files by rsync. `DockerInitializer`, `SSHCommandRunner` and `_internal_file_mounts` are SkyPilot's; the machine is this
-one. HOME has .ssh/authorized_keys, and the path has `docker` and a `sudo` (test_provision.py makes them). Left out:
+On a rented machine SkyPilot starts the image, prepares it through `docker exec` as root, starts sshd in it, logs in
+as the image's user and sends its files by rsync. `DockerInitializer`, `SSHCommandRunner` and `_internal_file_mounts`
+are SkyPilot's; the machine is this one. HOME has .ssh/authorized_keys, and the path has `docker` and a `sudo`
+(test_provision.py makes them). Left out:
 
 - The ssh connection to the rented machine: commands for it are run by a shell here.
-- `docker pull`, since no registry is reachable, and the restart of the engine for NVIDIA's runtime, since it is not ours to restart.
-- --cap-add=SYS_RESOURCE and --ulimit=memlock=-1 where this machine lacks that right itself: no engine can hand on what it has not.
-- After it: Ray and SkyPilot's own Python, which are installed in the container over the network, and are the same for every image.
+- `docker pull`, since no registry is reachable, and the restart of the engine for NVIDIA's runtime, since it is not
+  ours to restart.
+- --cap-add=SYS_RESOURCE and --ulimit=memlock=-1 where this machine lacks that right itself: no engine can hand on
+  what it has not.
+- After it: Ray and SkyPilot's own Python, which are installed in the container over the network, and are the same for
+  every image.
 
 Prints one JSON line of what a login sees. What goes wrong is SkyPilot's own exception.
 """

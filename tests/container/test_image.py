@@ -16,7 +16,10 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 LARGEST = 1_600_000_000
 """bytes of the CPU image, unpacked"""
-OURS = "/opt/speedrun/bin/speedrun /opt/speedrun/lib/python3.11/site-packages/{job,model,gpt2_speedrun-*} /usr/local/bin/speedrun"
+OURS = (
+    "/opt/speedrun/bin/speedrun /opt/speedrun/lib/python3.11/site-packages/{job,model,gpt2_speedrun-*} "
+    "/usr/local/bin/speedrun"
+)
 
 
 def inside(image: Any, script: str, user: str = "") -> str:

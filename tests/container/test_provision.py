@@ -1,11 +1,11 @@
-"""The `sky` image in the hands of SkyPilot's own provisioning code (provision.py), up to the rsync that arrives; and without HOME."""
+"""The `sky` image in the hands of SkyPilot's own provisioning code (provision.py), up to the rsync that arrives; and
+without HOME."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers import free_ports
+
 pytestmark = pytest.mark.slow
 
 HOME = "ENV HOME=/home/speedrun\n"
 SUDO = """#!/bin/sh
-# SkyPilot's `sudo docker ...` goes through; what else it would change on a rented machine (users, services) is not done to this one.
+# SkyPilot's `sudo docker ...` goes through; what else it would change (users, services) is not done to this machine.
 [ "$1" = docker ] || exit 0
 exec "$@"
 """
@@ -26,7 +28,8 @@ exec "$@"
 
 @dataclasses.dataclass
 class Rented:
-    """A rented machine as SkyPilot sees it: a home with its key, a `sudo`, `docker`. `container` is what SkyPilot starts on it."""
+    """A rented machine as SkyPilot sees it: a home with its key, a `sudo`, `docker`. `container` is what SkyPilot
+    starts on it."""
 
     engine: Any
     home: Path
@@ -51,9 +54,7 @@ class Rented:
 @pytest.fixture
 def rented(sky_image: Any, sky_env: Path, tmp_path: Path) -> Iterator[Rented]:
     """The container, with the sshd in it, is gone at the end."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    (port,) = free_ports(1)
     (tmp_path / ".ssh").mkdir(mode=0o700)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/sudo").write_text(SUDO)

@@ -1,4 +1,5 @@
-"""The image at work in a real engine: hardened, of any user, stopped, starved of memory, disk and rights. Each ends as the table says."""
+"""The image at work in a real engine: hardened, of any user, stopped, starved of memory, disk and rights. Each ends
+as the table says."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from helpers import wait_for
+
 pytestmark = pytest.mark.slow
 
 
@@ -21,12 +24,12 @@ def events(out: Path, kind: str, run: str = "t") -> list[dict]:
 
 
 def wait_for_step(image: Any, container: str, out: Path, step: int) -> None:
-    deadline = time.monotonic() + 240
-    while not any(event["step"] == step for event in events(out, "train.step")):
+    def found() -> bool:
         state = image.engine.docker("inspect", "--format={{.State.Status}} {{.State.ExitCode}}", container)
         assert state.startswith("running"), f"{state}\n{image.engine.run(['docker', 'logs', container]).stderr}"
-        assert time.monotonic() < deadline, "no such step within four minutes"
-        time.sleep(0.1)
+        return any(event["step"] == step for event in events(out, "train.step"))
+
+    wait_for(found, 240, "no such step within four minutes", every=0.1)
 
 
 def exit_code(image: Any, container: str) -> int:

@@ -71,7 +71,8 @@ DRY = Sizes(
 
 @dataclass
 class Result:
-    """What a step found: `facts` (name -> number or words), tables of (columns, rows), and whether what it checks holds."""
+    """What a step found: `facts` (name -> number or words), tables of (columns, rows), and whether what it checks
+    holds."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     tables: list[tuple[list[str], list[list[Any]]]] = field(default_factory=list)
@@ -84,7 +85,8 @@ class Result:
 
 
 class Trainee:
-    """A model with its optimizer, stepped as `job/train/loop.py` steps: one micro-step, the update, nothing waited for."""
+    """A model with its optimizer, stepped as `job/train/loop.py` steps: one micro-step, the update, nothing waited
+    for."""
 
     def __init__(self, sizes: Sizes, device: torch.device, *, in_fp8: bool) -> None:
         with device:
@@ -114,7 +116,8 @@ class Trainee:
 
 
 class Bench:
-    """A device, the sizes, and the model that several steps train (made when it is first asked for, kept until `free`)."""
+    """A device, the sizes, and the model that several steps train (made when it is first asked for, kept until
+    `free`)."""
 
     def __init__(self, device: torch.device, sizes: Sizes) -> None:
         self.device, self.sizes = device, sizes
@@ -180,7 +183,8 @@ class Bench:
     def medians(self, functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
         """The median of each one's milliseconds; they take turns, after two calls that do not count.
 
-        All are queued before any is waited for: a GPU that waits for the host would count the host's time as the kernel's.
+        All are queued before any is waited for: a GPU that waits for the host would count the host's time as the
+        kernel's.
         """
         marks: dict[str, list[tuple]] = {name: [] for name in functions}
         for _ in range(self.sizes.repeats + 2):
@@ -192,7 +196,8 @@ class Bench:
 
 
 def text(vocab: int, length: int) -> Tensor:
-    """`length` tokens (int64) of what Python carries with it: its reference, then its library's source; words by their hash."""
+    """`length` tokens (int64) of what Python carries with it: its reference, then its library's source; words by
+    their hash."""
     from pydoc_data.topics import topics
 
     pieces, library = list(topics.values()), sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))

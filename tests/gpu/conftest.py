@@ -1,8 +1,10 @@
-"""What an older torch lacks of what `model/` calls, for measuring on a machine that has no newer one. The product has none of this.
+"""What an older torch lacks of what `model/` calls, for measuring on a machine that has no newer one. The product has
+none of this.
 
-torch 2.11 (Python 3.12, CUDA 13, Triton 3.6): `torch.compile` has no `recompile_limit`; torch.distributed has no `reduce_scatter_single`
-and `all_gather_single` (other names for what it has); torch's wrapper of FlashAttention 4 refuses windows, so its package is called
-directly (`flash_attention_4`). Wheels that the machine lacks lie in a folder and are unpacked into another (`unpack`).
+torch 2.11 (Python 3.12, CUDA 13, Triton 3.6): `torch.compile` has no `recompile_limit`; torch.distributed has no
+`reduce_scatter_single` and `all_gather_single` (other names for what it has); torch's wrapper of FlashAttention 4
+refuses windows, so its package is called directly (`flash_attention_4`). Wheels that the machine lacks lie in a
+folder and are unpacked into another (`unpack`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def adapt() -> list[str]:
-    """Give this process's torch what it lacks; what that was, one sentence each. Before anything of `model/` is imported."""
+    """Give this process's torch what it lacks; what that was, one sentence each. Before anything of `model/` is
+    imported."""
     import torch
     import torch.distributed as dist
 

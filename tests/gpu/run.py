@@ -1,14 +1,18 @@
-"""`make gpu`: what ten minutes of one GPU can say. `python tests/gpu/run.py --out DIR [--wheels DIR] [--only STEP ...] [--dry]`
+"""`make gpu`: what ten minutes of one GPU can say.
 
-Writes DIR/gpu.json and DIR/gpu.md (card and stack first, then one part a step), DIR/log.txt and DIR/progress.jsonl; both documents are
-written anew after every step, so that what was found stays whatever comes later.
+    python tests/gpu/run.py --out DIR [--wheels DIR] [--only STEP ...] [--dry]
 
-The steps run in one child process, because they share the compiled model. Each has its own limit of seconds: at its end the child is
-killed, the step says so, and a new child goes on behind it. A step that raises ends its child too: nothing is measured on a device
-in an unknown state. `--budget` bounds the whole; a step for which no time is left says that.
+Writes DIR/gpu.json and DIR/gpu.md (card and stack first, then one part a step), DIR/log.txt and DIR/progress.jsonl;
+both documents are written anew after every step, so that what was found stays whatever comes later.
 
-`--dry` takes tiny sizes, the CPU, and a compiler that generates no code: every step is executed, and no figure means anything.
-Exit code: 0 if every step ran and all that it checks holds, 1 if not; without a GPU it is skipped, and says so.
+The steps run in one child process, because they share the compiled model. Each has its own limit of seconds: at its
+end the child is killed, the step says so, and a new child goes on behind it. A step that raises ends its child too:
+nothing is measured on a device in an unknown state. `--budget` bounds the whole; a step for which no time is left
+says that.
+
+`--dry` takes tiny sizes, the CPU, and a compiler that generates no code: every step is executed, and no figure means
+anything. Exit code: 0 if every step ran and all that it checks holds, 1 if not; without a GPU it is skipped, and says
+so.
 """
 
 from __future__ import annotations
@@ -214,6 +218,7 @@ def child(options: argparse.Namespace) -> int:
     import importlib
 
     import torch
+
     from bench import DRY, Bench, Sizes, use_kernel
 
     if options.dry:

@@ -1,8 +1,8 @@
-"""The GPU's script without a GPU: every step executed in its dry form, its watchdog, what stays of a step that fails, the adapter."""
+"""The GPU's script without a GPU: every step executed in its dry form, its watchdog, what stays of a step that fails,
+the adapter."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from helpers import load
 from job.machine.stack import LOCKED, differences, lines
 
 HERE = Path(__file__).parent
@@ -46,10 +47,7 @@ def outcomes(out: Path) -> dict[str, str]:
 
 def module(name: str) -> ModuleType:
     """A module of this folder, which the script's own path has."""
-    spec = importlib.util.spec_from_file_location(f"gpu_{name}", HERE / f"{name}.py")
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    return load(HERE / f"{name}.py", f"gpu_{name}")
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ class Http(ThreadingHTTPServer):
 
 
 class WandbServer:
-    """As much of wandb's server as a run asks for: it keeps history lines by offset, and says at a resume how many it has."""
+    """As much of wandb's server as a run asks for: it keeps history lines by offset, and says at a resume how many it
+    has."""
 
     def __init__(self) -> None:
         self.hangs = self.answers_nonsense = False

@@ -1,19 +1,20 @@
 """Every compiled piece of a training step, lowered for an H100 by a machine that has none, and counted.
 
     python tests/model/hopper.py             prints the table
-    python tests/model/hopper.py --write     puts it into hopper.md beside this file; test_hopper.py compares
+    python tests/model/hopper.py --write     puts it into hopper.md, with which test_hopper.py compares it
+    python tests/model/hopper.py 22          prints the part of this depth
 
 The step is the product's own: a d24 and a d22 in fp8, rows and vocabulary of the published run, `GPT.compile_blocks`,
 forward and backward, and the compiled update of one rank of eight. It runs on the meta device, where everything makes
-the choices that it makes on a GPU (the flash-attention kernel, chunks of the loss, sizes of the update's parts) and no
-number is computed. Dynamo and AOTAutograd trace it there. Before Inductor's first pass the graph is moved to a CUDA
-device that nobody has: fake tensors, the properties of an H100, and Triton told that its target is sm_90. From then on
-Inductor does what it does for a GPU (its passes, the cut between what is saved and what is computed again, fusion, the
-code of the kernels) up to that code, which is counted and not run: what it costs in time is not seen here, nor whether
-Triton compiles it.
+the choices that it makes on a GPU (the flash-attention kernel, chunks of the loss, sizes of the update's parts) and
+no number is computed. Dynamo and AOTAutograd trace it there. Before Inductor's first pass the graph is moved to a
+CUDA device that nobody has: fake tensors, the properties of an H100, and Triton told that its target is sm_90. From
+then on Inductor does what it does for a GPU (its passes, the cut between what is saved and what is computed again,
+fusion, the code of the kernels) up to that code, which is counted and not run: what it costs in time is not seen
+here, nor whether Triton compiles it.
 
-Bytes are what Inductor counts: every tensor that a kernel reads or writes, once, however often the kernel goes over it.
-The counts of kernels are the launches in the generated code.
+Bytes are what Inductor counts: every tensor that a kernel reads or writes, once, however often the kernel goes over
+it. The counts of kernels are the launches in the generated code.
 
 All of this replaces functions of torch for the whole process: nothing else should run in it.
 """
@@ -84,8 +85,8 @@ class Graph:
 
     def row(self) -> str:
         other = ", ".join(f"{count} {name}" for name, count in sorted(self.other.items())) or "-"
-        counted = f"{self.calls} | {self.triton} | {other} | {self.bytes / 1e9:.4f} | {self.saved}"
-        return f"| {self.step} | {self.name} | {counted} |"
+        kernels = f"{self.triton} | {other} | {self.bytes / 1e9:.4f}"
+        return f"| {self.step} | {self.name} | {self.calls} | {kernels} | {self.saved} |"
 
 
 def pretend() -> None:
@@ -185,8 +186,8 @@ class Counting:
         GraphLowering.compile_to_module = lambda lowered: self.count(lowered)
 
     def count(self, lowered: Any) -> Any:
-        """Instead of loading the code of `lowered`: a row of the table, and a function that makes outputs of the right
-        shapes."""
+        """Instead of loading the code of `lowered`: a row of the table, and a function that makes outputs of the
+        right shapes."""
         nodes = list(lowered.orig_gm.graph.nodes)
         inputs, outputs = [node for node in nodes if node.op == "placeholder"], nodes[-1].args[0]
         written = lowered.codegen()[0]
@@ -336,7 +337,7 @@ def main() -> None:
     pretend()
     counting = Counting()
     counting.install()
-    for depth in DEPTHS:
+    for depth in [int(word) for word in sys.argv[1:] if word.isdigit()] or DEPTHS:
         step(depth, counting)
     text = HEAD + "".join(f"{graph.row()}\n" for graph in counting.graphs)
     if "--write" in sys.argv[1:]:

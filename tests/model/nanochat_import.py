@@ -1,8 +1,8 @@
 """A checkpoint of the leaderboard's training program, read into our GPT by name: an oracle, and no part of the product.
 
-A checkpoint is `model_<step>.pt`, a dict of tensors, and `meta_<step>.json`, whose `model_config` says the shape. What
-it does not say is the generation (windows, rotary base, scale of q and k, softcap live in the program), so the caller
-does; tensors of the other generation are then missing or left over, and either is an error that names them.
+A checkpoint is `model_<step>.pt`, a dict of tensors, and `meta_<step>.json`, whose `model_config` says the shape.
+What it does not say is the generation (windows, rotary base, scale of q and k, softcap live in the program), so the
+caller does; tensors of the other generation are then missing or left over, and either is an error that names them.
 """
 
 from __future__ import annotations

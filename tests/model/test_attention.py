@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.attention import attention, block_mask
+from tensors import Largest
 
 
 def by_definition(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
@@ -54,18 +54,6 @@ def test_real_sizes(dtype: torch.dtype) -> None:
     expected = by_definition(*(x.double() for x in inputs), 128, 1 / math.sqrt(32))
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(attention(*inputs, 128).double(), expected, rtol=0, atol=tolerance)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = out if isinstance(out, tuple | list) else [out]
-        self.elements = max([self.elements, *(x.numel() for x in tensors if isinstance(x, Tensor))])
-        return out
 
 
 def test_a_short_window_costs_no_square_mask() -> None:

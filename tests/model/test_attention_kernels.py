@@ -1,10 +1,10 @@
-"""FlashAttention 4 as the CUDA lock pins it, called by torch's own wrapper, compiled for a Hopper GPU by a machine that
-has none.
+"""FlashAttention 4 as the CUDA lock pins it, called by torch's own wrapper, compiled for a Hopper GPU by a machine
+that has none.
 
-The kernels' compiler runs anywhere and is told the target; tensors are fake ones. Only its last step, which asks for a
-driver, is left out. What is seen: the locked versions fit each other, torch's call fits theirs (arguments and number of
-values), and forward and backward, full and windowed, become machine code for sm_90a. What is not: a result; on a GPU
-`model.attention.prove` looks at that.
+The kernels' compiler runs anywhere and is told the target; tensors are fake ones. Only its last step, which asks for
+a driver, is left out. What is seen: the locked versions fit each other, torch's call fits theirs (arguments and
+number of values), and forward and backward, full and windowed, become machine code for sm_90a. What is not: a result;
+on a GPU `model.attention.prove` looks at that.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+import locked
 
 PACKAGES = r"flash-attn-4|quack-kernels|nvidia-cutlass-dsl\S*|cuda-\w+|apache-tvm-ffi|torch-c-dlpack-ext|einops"
 COMPILE = """
@@ -42,7 +43,7 @@ print(json.dumps(said))
 
 
 @pytest.mark.slow
-def test_the_locked_kernels_compile_for_hopper_as_torch_calls_them(tmp_path: Path, locked: ModuleType) -> None:
+def test_the_locked_kernels_compile_for_hopper_as_torch_calls_them(tmp_path: Path) -> None:
     dump = tmp_path / "dump"
     dump.mkdir()
     try:

@@ -3,6 +3,7 @@ run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,14 +20,22 @@ from model.scaling import RULES, derive
 from model.schedule import Schedule
 
 V, T, B, STEPS = 512, 128, 2, 50
-CONFIG = GPTConfig.for_depth(
-    4, V, T, width=128, head_dim=64, window_tile=32
-)  # windows 32 and 128, with value embeddings and without
+CONFIG = GPTConfig.for_depth(4, V, T, width=128, head_dim=64, window_tile=32)  # two windows, value embeddings or none
 DTYPE = compute_dtype("auto")
 """bf16 products take fifty times as long as fp32's on a processor without instructions for them; what is compiled is
 the same"""
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads() -> Iterator[None]:
+    """The code that Inductor writes depends on their number: with one for all tests, its cache serves the next one
+    too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def rows(step: int) -> tuple[Tensor, Tensor]:
@@ -55,17 +64,30 @@ def steps(model: GPT, optimizer: Optimizer, count: int, first: int = 0) -> list[
     return losses
 
 
-@pytest.mark.parametrize("in_fp8", [False, True])
-def test_no_break_and_nothing_compiled_again_in_50_steps(in_fp8: bool) -> None:
+@pytest.mark.parametrize(
+    ("in_fp8", "traced"), [(False, False), (True, True), pytest.param(True, False, marks=pytest.mark.by_hand)]
+)
+def test_no_break_and_nothing_compiled_again_in_50_steps(
+    in_fp8: bool, traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`traced`: the graphs run as Dynamo traced them, without Inductor's minutes, for ten steps."""
+    if traced:
+        run_as_traced(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     model, optimizer = prepared(True, in_fp8)
     compiled = steps(model, optimizer, 1)
     after_one = dict(counters["stats"])
     assert after_one["unique_graphs"] >= 4 + 1, "four kinds of block, and the loss"
-    compiled += steps(model, optimizer, STEPS - 1, first=1)
+    compiled += steps(model, optimizer, 9 if traced else STEPS - 1, first=1)
     assert dict(counters["stats"]) == after_one and not counters["graph_break"]
     assert compiled[:3] == pytest.approx(steps(*prepared(False, in_fp8), 3), abs=0.01), "as the eager step"
+    if traced:
+        torch._dynamo.reset()  # no other test is to find these graphs
+
+
+def run_as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph.forward)
 
 
 def test_blocks_of_one_kind_share_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +96,7 @@ def test_blocks_of_one_kind_share_their_graph(monkeypatch: pytest.MonkeyPatch) -
 
     Which graphs there are is Dynamo's business: they run as they were traced, without Inductor's minute.
     """
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph.forward)
+    run_as_traced(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     model, _ = prepared(True, config=replace(CONFIG, depth=12))
@@ -84,16 +106,11 @@ def test_blocks_of_one_kind_share_their_graph(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_same_bits_from_run_to_run() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        runs = []
-        for _ in range(2):
-            model, optimizer = prepared(True)
-            steps(model, optimizer, 5)
-            runs.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
-    finally:
-        torch.set_num_threads(threads)
+    runs = []
+    for _ in range(2):
+        model, optimizer = prepared(True)
+        steps(model, optimizer, 5)
+        runs.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
 
 

@@ -133,8 +133,8 @@ def test_a_kernel_that_fails_names_the_layer(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(Fp8Error) as refused:
         prove(model_in_fp8(SMALL), 64, CPU)
     assert str(refused.value) == (
-        "fp8 fails on this device: blocks.0.attn.q (128 to 128 channels): CUBLAS_STATUS_NOT_SUPPORTED when calling "
-        "cublasLtMatmul; "
+        "fp8 fails on this device: blocks.0.attn.q (128 to 128 channels): CUBLAS_STATUS_NOT_SUPPORTED "
+        "when calling cublasLtMatmul; "
         "say -o train.fp8=false"
     )
 

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import pickle
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers import load
+
 V, T, D, H, L = 100, 256, 64, 4, 4  # padded to 128 words; the short windows are 128 of 256 in both generations
 
 
-def importer() -> ModuleType:
-    path = Path(__file__).with_name("nanochat_import.py")
-    spec = importlib.util.spec_from_file_location("nanochat_import", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-nanochat = importer()
+nanochat = load(Path(__file__).with_name("nanochat_import.py"))
 
 
 def tensors(generation: str) -> dict[str, Tensor]:

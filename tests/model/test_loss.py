@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.loss
 from job.plan.memory import CHUNK_LOGIT
 from model.fp8 import E4M3, Quantised, quantise
 from model.loss import capped_logits, cross_entropy, token_losses
+from tensors import Largest
 
 N, D, V, PADDED = 70, 24, 50, 64
 
@@ -86,16 +86,6 @@ def test_extreme_logits_stay_finite(batch: tuple) -> None:
     assert loss.isfinite() and all(g.isfinite().all() for g in grads)
 
 
-class Largest(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = out if isinstance(out, tuple | list) else [out]
-        self.elements = max([self.elements, *(x.numel() for x in tensors if isinstance(x, Tensor))])
-        return out
-
-
 def test_the_logits_of_a_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.loss, "CPU_CHUNK_ELEMENTS", 16 * 512)
     hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
@@ -110,8 +100,8 @@ def test_the_logits_of_a_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def peak_bytes(loss: Callable[[Tensor, Tensor, Tensor], Tensor], rows: int, words: int, width: int) -> int:
-    """Most bytes that tensors take at one time from the inputs to their gradients: counted by torch on tensors without
-    memory."""
+    """Most bytes that tensors take at one time from the inputs to their gradients: counted by torch on tensors
+    without memory."""
     with FakeTensorMode():
         hidden = torch.empty(rows, width, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(words, width, requires_grad=True)

@@ -241,8 +241,8 @@ def test_remainders_do_not_pile_up_on_one_rank(pretend) -> None:
 
 @pytest.mark.slow
 def test_compiled_updates_agree_and_never_recompile() -> None:
-    """Schedules move every number for 50 steps after the first; the compiled updates stay within rounding of the plain
-    ones."""
+    """Schedules move every number for 50 steps after the first; the compiled updates stay within rounding of the
+    plain ones."""
     torch._dynamo.reset()
     plain, optimizer = build(polar_dtype=torch.float32)
     train(plain, optimizer, range(1))

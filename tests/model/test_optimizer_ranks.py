@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import multiprocessing
-import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from helpers import loopback, on_ranks
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.hyper import GroupSpec, StepHyper
@@ -43,8 +42,8 @@ def hyper(step: int) -> StepHyper:
 @torch.no_grad()
 def stir(model: GPT) -> None:
     """Give the parameters that begin as zero a value. While no block adds anything, the gradients of lambda and mu
-    vanish but for rounding, which differs with the number of ranks, and Adam divides it by its own size: nothing could
-    then be compared."""
+    vanish but for rounding, which differs with the number of ranks, and Adam divides it by its own size: nothing
+    could then be compared."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if not parameter.any():
@@ -207,36 +206,9 @@ def scenario_fault(rank: int, world: int):
     return [name for name, bad in zip(optimizer.flagged, optimizer.nonfinite.tolist(), strict=True) if bad]
 
 
-def _worker(rank: int, world: int, folder: str, scenario: str, kwargs: dict) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save(globals()[scenario](rank, world, **kwargs), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def on_ranks(world: int, folder: Path, scenario: str, **kwargs) -> list:
-    """What the scenario returns on each of `world` gloo ranks."""
-    folder.mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "model.gpt", "model.optimizer"])
-    processes = [
-        context.Process(target=_worker, args=(rank, world, str(folder), scenario, kwargs)) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in processes] == [0] * world
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
 @pytest.fixture(autouse=True)
 def _one_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    loopback = next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0"))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -290,7 +262,7 @@ def alone(config: GPTConfig, dtype: torch.dtype, steps: int) -> dict:
 
 def check_world(world: int, config: GPTConfig, steps: int, folder: Path) -> tuple[float, float]:
     """fp64: weights and state after `steps`; fp32: the first step's reduced gradients. Returns the distances."""
-    kwargs = {"config": config, "scenario": "scenario_train", "world": world}
+    kwargs = {"config": config, "function": scenario_train, "world": world}
     many = on_ranks(folder=folder / "f64", dtype=torch.float64, steps=steps, **kwargs)
     one = alone(config, torch.float64, steps)
     for result in many:
@@ -319,22 +291,22 @@ def test_a_d4_on_many_ranks_trains_as_on_one(world: int, tmp_path: Path) -> None
 
 
 def test_overlap_changes_no_bit(tmp_path: Path) -> None:
-    for on, off in on_ranks(2, tmp_path / "ranks", "scenario_overlap"):
+    for on, off in on_ranks(2, tmp_path / "ranks", scenario_overlap):
         assert all(torch.equal(on[name], off[name]) for name in on)
 
 
 @pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", id="blocks compiled", marks=pytest.mark.slow)])
 def test_reductions_start_during_the_backward(backend: str | None, tmp_path: Path) -> None:
     """The head's and the last block's gradients are on their way before the first block's backward is done."""
-    for launched, total in on_ranks(2, tmp_path / "ranks", "scenario_launches", backend=backend):
+    for launched, total in on_ranks(2, tmp_path / "ranks", scenario_launches, backend=backend):
         assert 0 < launched[3] < launched[1] < launched[0] < total
 
 
 def test_state_moves_between_numbers_of_ranks(tmp_path: Path) -> None:
     """3 ranks -> 2 ranks -> 1 rank against one rank throughout, in fp64."""
-    three = on_ranks(3, tmp_path / "three", "scenario_train", config=TINY, dtype=torch.float64, steps=4)
+    three = on_ranks(3, tmp_path / "three", scenario_train, config=TINY, dtype=torch.float64, steps=4)
     saved = [s for result in three for s in result["slices"]]
-    two = on_ranks(2, tmp_path / "two", "scenario_resume", slices=saved, steps=range(4, 7))
+    two = on_ranks(2, tmp_path / "two", scenario_resume, slices=saved, steps=range(4, 7))
     before, after = gathered(three), gathered(two, "loaded")
     assert all(torch.equal(before[n], after[n]) for n in before.keys() | after.keys())
     assert {result["steps"] for result in two} == {7}
@@ -343,7 +315,7 @@ def test_state_moves_between_numbers_of_ranks(tmp_path: Path) -> None:
 
 
 def test_numbers_that_do_not_divide(tmp_path: Path) -> None:
-    results = on_ranks(3, tmp_path / "ranks", "scenario_odd")
+    results = on_ranks(3, tmp_path / "ranks", scenario_odd)
     for result in results:
         assert worst(result["weights"], results[0]["weights"]) == 0
     joined = gathered(results)
@@ -357,7 +329,7 @@ def test_bf16_transport(tmp_path: Path) -> None:
     results = on_ranks(
         2,
         tmp_path / "ranks",
-        "scenario_train",
+        scenario_train,
         config=TINY,
         dtype=torch.bfloat16,
         steps=3,
@@ -371,7 +343,7 @@ def test_bf16_transport(tmp_path: Path) -> None:
         assert torch.equal(masters[f"weight/{name}"].view_as(a).bfloat16(), a.bfloat16()), name
         differing += not torch.equal(a, b)
     assert differing > 0
-    plain = on_ranks(2, tmp_path / "plain", "scenario_train", config=TINY, dtype=torch.bfloat16, steps=3)
+    plain = on_ranks(2, tmp_path / "plain", scenario_train, config=TINY, dtype=torch.bfloat16, steps=3)
     sent, full = results[0]["traffic"], plain[0]["traffic"]
     assert sent.calls["all_gather"] == full.calls["all_gather"]
     assert 0.5 * full.bytes["all_gather"] <= sent.bytes["all_gather"] < full.bytes["all_gather"]
@@ -379,7 +351,7 @@ def test_bf16_transport(tmp_path: Path) -> None:
 
 def test_bf16_transport_rounds_gradients_once_and_resumes_exactly(tmp_path: Path) -> None:
     """A mean of two rounded gradients, and its own rounding: 2^-8 of the norm at most, and not nothing."""
-    results = on_ranks(2, tmp_path / "ranks", "scenario_bf16")
+    results = on_ranks(2, tmp_path / "ranks", scenario_bf16)
     exact, rounded = (
         {name: t for name, t in gathered(results, key).items() if name.startswith(("muon_momentum/", "adamw_first/"))}
         for key in ("exact", "bf16")
@@ -393,7 +365,7 @@ def test_bf16_transport_rounds_gradients_once_and_resumes_exactly(tmp_path: Path
 
 
 def test_every_rank_hears_of_a_bad_gradient_that_it_owns(tmp_path: Path) -> None:
-    named = on_ranks(2, tmp_path / "ranks", "scenario_fault")
+    named = on_ranks(2, tmp_path / "ranks", scenario_fault)
     assert sorted(set(named[0] + named[1])) == ["blocks.1.mlp.up.weight", "head.weight"]
 
 
@@ -401,7 +373,7 @@ def test_collectives_and_bytes_are_those_of_the_formula(tmp_path: Path) -> None:
     """Per step: matrices in stacks padded to the world, tables by rows, small tensors twice over the ring (facts:
     roofline)."""
     world, steps = 3, 2
-    results = on_ranks(world, tmp_path / "ranks", "scenario_train", config=TINY, dtype=torch.float32, steps=steps)
+    results = on_ranks(world, tmp_path / "ranks", scenario_train, config=TINY, dtype=torch.float32, steps=steps)
     groups = GPT(TINY).groups()
     stacks: dict[torch.Size, int] = {}
     for _, p in groups["matrices"]:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
-from bench import USED, Bench, Result, relative, use_kernel
-from conftest import flash_attention_4, torch_calls_windows
 from torch import Tensor
 
+from bench import USED, Bench, Result, relative, use_kernel
+from conftest import flash_attention_4, torch_calls_windows
 from model import attention, fp8, fp8_proof
 from model.gpt import GPT
 from model.shared_prefix import SharedPrefix
@@ -41,7 +41,8 @@ def products(bench: Bench) -> Result:
 
 
 def attend(bench: Bench) -> Result:
-    """Forward and backward of each kernel at the model's shapes and windows, against fp32 on blocks; the fastest is used from here on."""
+    """Forward and backward of each kernel at the model's shapes and windows, against fp32 on blocks; the fastest is
+    used from here on."""
     result, rows = Result(), []
     for kernel in ("fa2", "fa4") if bench.on_gpu else ("blocks",):
         if kernel == "fa4" and importlib.util.find_spec("flash_attn") is None:
@@ -81,7 +82,8 @@ def _kernel_rows(bench: Bench, kernel: str, result: Result) -> list[list[object]
 
 
 def _attention_at(bench: Bench, window: int) -> tuple[float, float, float]:
-    """Milliseconds forward, and with backward, of a micro-batch; the worst relative error of output and gradients of two rows."""
+    """Milliseconds forward, and with backward, of a micro-batch; the worst relative error of output and gradients of
+    two rows."""
     config, generator = bench.sizes.config, torch.Generator(bench.device).manual_seed(0)
     shape = (bench.sizes.rows, config.seq_len, config.heads, config.head_dim)
     q, k, v, weight = (torch.randn(shape, generator=generator, device=bench.device).bfloat16() for _ in range(4))
@@ -106,7 +108,8 @@ def _attention_at(bench: Bench, window: int) -> tuple[float, float, float]:
 
 
 def forks(bench: Bench) -> Result:
-    """Shapes of CORE's branches (masked SDPA), each for the first and the second time, with cuDNN's kernel allowed and not."""
+    """Shapes of CORE's branches (masked SDPA), each for the first and the second time, with cuDNN's kernel allowed
+    and not."""
     result, outputs, rows = Result(), {}, []
     shapes = _fork_shapes(bench)
     for allowed in (False, True):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from unittest.mock import patch
 
 import torch
-from bench import Bench, Result
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import model.gpt
+from bench import Bench, Result
 from model.hyper import StepHyper
 
 MARK = "speedrun: "
@@ -25,7 +25,8 @@ ESTIMATED: dict[str, float | None] = {
     "update (all of it, on one rank)": None,
     "not attributed": None,
 }
-"""ms of a micro-step of d24, 16 x 2048 tokens, on one H100: estimated by counted traffic and assumed rates (not measured by anybody)"""
+"""ms of a micro-step of d24, 16 x 2048 tokens, on one H100: estimated by counted traffic and assumed rates (not
+measured by anybody)"""
 
 
 def profiled(bench: Bench) -> Result:

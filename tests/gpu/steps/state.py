@@ -10,9 +10,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from bench import Bench, Result, relative
 from torch import Tensor
 
+from bench import Bench, Result, relative
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.optimizer import Optimizer
@@ -53,7 +53,8 @@ def checkpoint(bench: Bench) -> Result:
 
 
 def resume(bench: Bench) -> Result:
-    """Two steps, from the state that was kept, twice: the same bits, or by how much they differ and in how many tensors."""
+    """Two steps, from the state that was kept, twice: the same bits, or by how much they differ and in how many
+    tensors."""
     trainee, result = bench.trainee(), Result()
     kept, first = (_buffers(_slices(trainee.optimizer), bench.on_gpu) for _ in range(2))
     _copy(_slices(trainee.optimizer), kept)
@@ -186,7 +187,8 @@ class _Done:
 
 
 def _through_the_host() -> None:
-    """gloo's collectives on host copies: it takes no GPU's tensors in every one of them. NCCL wants a GPU for each rank."""
+    """gloo's collectives on host copies: it takes no GPU's tensors in every one of them. NCCL wants a GPU for each
+    rank."""
     real_reduce, real_broadcast = dist.all_reduce, dist.broadcast
 
     def mean(full: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The step that is rented: compiled, timed, profiled; in fp8 beside bf16; beside the same step of plain torch modules."""
+"""The step that is rented: compiled, timed, profiled; in fp8 beside bf16; beside the same step of plain torch
+modules."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from unittest.mock import patch
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from bench import Bench, Result, Trainee, relative
 from torch import Tensor
 from torch._dynamo.utils import compilation_time_metrics, counters
 
 import model.attention
 import model.gpt
+from bench import Bench, Result, Trainee, relative
 from model.hyper import StepHyper
 
 PHASES = 14
@@ -27,7 +28,8 @@ CURVE_SECONDS = 80
 
 
 def compiled(bench: Bench) -> Result:
-    """Build the model and warm up as a run does: seconds by phase, graphs, peak memory; then one compiled block against fp32."""
+    """Build the model and warm up as a run does: seconds by phase, graphs, peak memory; then one compiled block
+    against fp32."""
     bench.free()
     torch._dynamo.reset()
     counters.clear()
@@ -83,7 +85,8 @@ def _memory(bench: Bench) -> dict[str, str]:
 
 
 def _block_against_fp32(bench: Bench, trainee: Trainee, result: Result) -> None:
-    """Output and gradients of the compiled fp8 block 0 against the same block in fp32, not compiled: faults of joined kernels show."""
+    """Output and gradients of the compiled fp8 block 0 against the same block in fp32, not compiled: faults of joined
+    kernels show."""
     block, config = trainee.model.blocks[0], bench.sizes.config
     plain = _without_fp8(copy.deepcopy(block))
     generator = torch.Generator(bench.device).manual_seed(0)
@@ -218,7 +221,8 @@ def _curve(bench: Bench, in_fp8: bool) -> list[float]:
 
 
 def plain(bench: Bench) -> Result:
-    """The step of torch's own modules, half the rows: bf16, SDPA without windows, logits of all tokens, AdamW, blocks compiled."""
+    """The step of torch's own modules, half the rows: bf16, SDPA without windows, logits of all tokens, AdamW, blocks
+    compiled."""
     bench.free()
     result, rows = Result(), bench.batch(0)[: max(1, bench.sizes.rows // 2)]
     if bench.on_gpu:

@@ -109,7 +109,7 @@ def test_the_readme_shows_every_command() -> None:
 def test_usage_errors_are_one_sentence_and_write_nothing(
     tmp_path: Path, speedrun, words: list[str], code: int, sentence: str
 ) -> None:
-    ended = speedrun(speedrun.command(*words, "--out", str(tmp_path / "out")), code=code)
+    ended = speedrun.here(speedrun.command(*words, "--out", str(tmp_path / "out")), code=code)
     assert ended.stderr.startswith(sentence)
     assert ended.stderr.count("\n") == 1
     assert ended.stdout == ""
@@ -118,7 +118,7 @@ def test_usage_errors_are_one_sentence_and_write_nothing(
 
 def test_an_output_folder_that_cannot_be_written(tmp_path: Path, speedrun) -> None:
     (tmp_path / "file").write_text("")
-    ended = speedrun(speedrun.tiny("run", tmp_path / "file" / "out"), code=2)
+    ended = speedrun.here(speedrun.tiny("run", tmp_path / "file" / "out"), code=2)
     remedy = (
         container.remedy_for(tmp_path / "file" / "out") if container.inside() else "choose another folder or give user"
     )
@@ -135,7 +135,7 @@ def test_missing_and_empty_data_end_with_11(tmp_path: Path, speedrun) -> None:
 
 
 def test_dry_run_says_all_and_writes_nothing(tmp_path: Path, speedrun) -> None:
-    ended = speedrun(speedrun.tiny("run", tmp_path / "out", "--dry-run"))
+    ended = speedrun.here(speedrun.tiny("run", tmp_path / "out", "--dry-run"))
     assert "train.steps              12               -o\n" in ended.stdout
     assert f"run folder: {tmp_path / 'out' / 'runs' / 't'}\n" in ended.stdout
     assert ended.stdout.endswith("  prepare: to do\n  pretrain: to do\n  evaluate: to do\n  report: to do\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers import load
 from job.data.tokenizer import Tokenizer, train_tokenizer
 from job.evaluation.batches import plan_batches
 from job.evaluation.bundle import Task
@@ -32,14 +32,7 @@ T = 256
 CORPUS = Path(__file__).parents[4] / "shared" / "data" / "corpus"
 
 
-def _reference():
-    spec = importlib.util.spec_from_file_location("core_reference", Path(__file__).parent / "reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = _reference()
+reference = load(Path(__file__).with_name("reference.py"), "core_reference")
 
 
 @dataclasses.dataclass

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-import importlib.util
 import re
 import zlib
 from pathlib import Path
 
 import pytest
+
+from helpers import load
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[3] / "shared" / "data"
@@ -34,10 +35,7 @@ def tokenizer() -> WordTokenizer:
 @pytest.fixture(scope="session")
 def reference():
     """tests/job/evaluation/reference.py as a module."""
-    spec = importlib.util.spec_from_file_location("core_reference", HERE / "reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(HERE / "reference.py", "core_reference")
 
 
 @pytest.fixture(scope="session")

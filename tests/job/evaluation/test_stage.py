@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
+from helpers import ranks_of, wait_for
 from job.evaluation.ledger import Ledger
 from job.store.attempt import read_events
 from job.store.sealed import open_sealed
@@ -58,18 +58,12 @@ def findings(out: Path) -> dict:
     return {"ledger": ledger, "answers": answers, "bpb": open_sealed(folder / "bpb", kind="bpb").facts}
 
 
-def workers_of(pid: int) -> list[int]:
-    """The ranks below process `pid`."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"job.run.rank" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
 def wait_until(condition, process) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
+    def met() -> bool:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        return condition()
+
+    wait_for(met, 120, every=0.01)
 
 
 @pytest.mark.parametrize("ranks", ["2", "4"])
@@ -103,7 +97,7 @@ def test_a_killed_rank_ends_all_of_them(copied, speedrun):
     out = copied("rank")
     process = speedrun.start(evaluate(speedrun, out, "--ranks", "2"))
     wait_until(lambda: (out / "runs" / "t" / "eval").is_dir(), process)
-    ranks = workers_of(process.pid)
+    ranks = ranks_of(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     _, said = process.communicate(timeout=60)

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from gate import Gate
+from helpers import children, wait_for_event
 from job.store.attempt import read_events
 from job.store.sealed import MANIFEST, open_sealed
 
@@ -47,19 +48,9 @@ def stored(s3: Any) -> dict[str, str]:
     return {entry["Key"][len(s3.prefix) + 1 :]: entry["ETag"].strip('"') for entry in objects}
 
 
-def wait_for(out: Path, process: Any, kind: str, **fields: Any) -> None:
-    """Until the run has recorded such an event."""
-    deadline = time.monotonic() + 240
-    while not any(e["kind"] == kind and fields.items() <= e.items() for e in read_events(out / "runs" / "t")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"no {kind}"
-        time.sleep(0.02)
-
-
 def family(pid: int) -> list[int]:
     """The process and all that it started, directly or not."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(member for child in children for member in family(int(child)))]
+    return [pid, *(member for child in children(pid) for member in family(child))]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +112,7 @@ def test_on_a_fresh_machine_the_same_command_finds_everything_done(
 def test_a_fresh_machine_with_another_recipe_is_refused(
     finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any
 ) -> None:
-    said = with_s3(with_s3.tiny("run", tmp_path, "--bucket", shared.url, "-o", "train.steps=10"), code=2).stderr
+    said = with_s3.here(with_s3.tiny("run", tmp_path, "--bucket", shared.url, "-o", "train.steps=10"), code=2).stderr
     assert said == (
         "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to"
         " discard the old run\n"
@@ -140,7 +131,7 @@ def test_report_on_a_machine_without_the_run(
 
 @pytest.mark.slow
 def test_killed_in_mid_upload_a_fresh_machine_ends_with_the_same_weights(
-    finished: tuple[Path, str], prepared: Path, tmp_path: Path, with_s3: Any, s3: Any, gate: Any
+    finished: tuple[Path, str], prepared: Path, tmp_path: Path, with_s3: Any, s3: Any
 ) -> None:
     """The last checkpoint is taken away, made again, and the gate shuts when its upload begins: the one before is what
     the bucket has."""
@@ -148,7 +139,7 @@ def test_killed_in_mid_upload_a_fresh_machine_ends_with_the_same_weights(
     shutil.rmtree(prepared / "runs" / "t" / "checkpoints" / FINAL)
     gone = [{"Key": f"{s3.prefix}/{key}"} for key in stored(s3) if key.startswith(f"runs/t/checkpoints/{FINAL}/")]
     s3.client().delete_objects(Bucket=s3.bucket, Delete={"Objects": gone})
-    blocking = gate(urlsplit(s3.endpoint).port, shut_on=f"checkpoints/{FINAL}/".encode())
+    blocking = Gate(urlsplit(s3.endpoint).port, shut_on=f"checkpoints/{FINAL}/".encode())
     first = dataclasses.replace(with_s3, variables=with_s3.variables | {"AWS_ENDPOINT_URL": blocking.url})
     process = first.start(first.tiny("pretrain", prepared, "--bucket", s3.url))
     assert blocking.shut.wait(240), process.communicate()
@@ -166,7 +157,7 @@ def test_of_two_supervisors_the_older_publishes_nothing_after_the_newers_claim(
     finished: tuple[Path, str], prepared: Path, tmp_path: Path, with_s3: Any, s3: Any
 ) -> None:
     older = with_s3.start(with_s3.tiny("run", prepared, "--bucket", s3.url))
-    wait_for(prepared, older, "upload.done", folder=f"runs/t/checkpoints/{32:015d}")
+    wait_for_event(prepared, older, "upload.done", folder=f"runs/t/checkpoints/{32:015d}")
     stopped = family(older.pid)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
@@ -187,9 +178,9 @@ def test_of_two_supervisors_the_older_publishes_nothing_after_the_newers_claim(
 
 @pytest.mark.slow
 def test_a_store_that_blocks_for_ever_ends_with_12_and_the_path(
-    finished: tuple[Path, str], prepared: Path, with_s3: Any, s3: Any, gate: Any
+    finished: tuple[Path, str], prepared: Path, with_s3: Any, s3: Any
 ) -> None:
-    hole = gate(urlsplit(s3.endpoint).port, shut_on=f"checkpoints/{32:015d}/".encode())
+    hole = Gate(urlsplit(s3.endpoint).port, shut_on=f"checkpoints/{32:015d}/".encode())
     blocked = dataclasses.replace(with_s3, variables=with_s3.variables | {"AWS_ENDPOINT_URL": hole.url})
     said = blocked(blocked.tiny("run", prepared, "--bucket", s3.url, "--bucket-wait", "0.1"), code=12).stderr
     assert hole.shut.is_set()
@@ -205,7 +196,7 @@ def test_a_store_that_blocks_for_ever_ends_with_12_and_the_path(
 @pytest.mark.slow
 def test_a_signal_ends_with_75_and_everything_pushed(prepared: Path, with_s3: Any, s3: Any) -> None:
     process = with_s3.start(with_s3.tiny("run", prepared, "--bucket", s3.url, "-o", "train.steps=4000"))
-    wait_for(prepared, process, "train.step", step=5)
+    wait_for_event(prepared, process, "train.step", step=5)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said

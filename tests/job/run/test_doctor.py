@@ -40,9 +40,8 @@ def test_a_deep_look_computes_and_is_kept_in_the_bucket(tmp_path: Path, speedrun
 
 @NO_GPU
 def test_no_gpu_where_one_is_paid_for(tmp_path: Path, speedrun) -> None:
-    ended = speedrun(
-        speedrun.command("doctor", "--strict", "--out", str(tmp_path / "out")), code=int(ExitCode.PREFLIGHT)
-    )
+    words = speedrun.command("doctor", "--strict", "--out", str(tmp_path / "out"))
+    ended = speedrun.here(words, code=int(ExitCode.PREFLIGHT))
     assert ended.stdout.startswith("card: none") and "CPU: " in ended.stdout
     assert (
         ended.stderr.startswith("speedrun: --strict is set and torch sees no GPU here")

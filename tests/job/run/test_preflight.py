@@ -198,9 +198,8 @@ def test_this_machine() -> None:
 def test_no_gpu_where_one_is_paid_for_ends_with_10_and_writes_nothing(tmp_path: Path, speedrun, command: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    ended = speedrun(
-        speedrun.command(command, "--preset", "smoke", "--strict", "--out", str(tmp_path / "out")), code=10
-    )
+    words = speedrun.command(command, "--preset", "smoke", "--strict", "--out", str(tmp_path / "out"))
+    ended = speedrun.here(words, code=10)
     assert ended.stderr.startswith("speedrun: --strict is set and torch sees no GPU here (")
     assert (
         ended.stderr.endswith("): mend that, or leave --strict out to train on the CPU\n")

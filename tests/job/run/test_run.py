@@ -12,16 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers import command_line, events, ranks_of, result, wait_for, wait_for_event, weights
 from job.run.supervise import Interrupts
 from job.store.attempt import fold, read_events
-from job.store.sealed import open_sealed
-
-
-def weights(out: Path) -> dict[str, str]:
-    """SHA-256 by file of the newest checkpoint's weights."""
-    newest = max((out / "runs" / "t" / "checkpoints").iterdir())
-    files = open_sealed(newest, kind="checkpoint").files
-    return {name: entry["sha256"] for name, entry in files.items() if name.startswith("weights-")}
 
 
 def prepared_hashes(out: Path) -> dict[str, str]:
@@ -30,21 +23,6 @@ def prepared_hashes(out: Path) -> dict[str, str]:
 
     files = (p for p in (out / "prepared").rglob("*") if p.is_file() and p.name != "manifest.json")
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def events(out: Path, kind: str) -> list[dict]:
-    return [e for e in read_events(out / "runs" / "t") if e["kind"] == kind]
-
-
-def wait_for(out: Path, process, kind: str, **fields: object) -> None:
-    """Until the run has recorded such an event."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        if any(all(e.get(k) == v for k, v in fields.items()) for e in events(out, kind)):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no {kind} within two minutes")
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +63,13 @@ def test_the_run_folder_is_as_designed(finished: Path) -> None:
         "weights-00000.safetensors",
     ]
     assert json.loads((run / "recipe.json").read_text())["sources"]["train.steps"] == "-o"
-    result = json.loads((run / "report" / "result.json").read_text())
-    assert result["core"] is None
-    assert len(result["smoke_score"]["tasks"]) == 22
-    assert result["steps"] == 12
-    assert result["tokens"] == 12 * 512
-    assert result["val_bpb"] > 0
-    assert result["bigram_bpb"] > 0
+    found = result(finished)
+    assert found["core"] is None
+    assert len(found["smoke_score"]["tasks"]) == 22
+    assert found["steps"] == 12
+    assert found["tokens"] == 12 * 512
+    assert found["val_bpb"] > 0
+    assert found["bigram_bpb"] > 0
 
 
 def test_events_tell_the_story_in_order(finished: Path) -> None:
@@ -116,15 +94,13 @@ def test_the_same_command_again_does_nothing_twice(finished: Path, tmp_path: Pat
 
 
 def test_json_prints_the_result_and_nothing_else(finished: Path) -> None:
-    assert json.loads((finished / "printed").read_text()) == json.loads(
-        (finished / "runs" / "t" / "report" / "result.json").read_text()
-    )
+    assert json.loads((finished / "printed").read_text()) == result(finished)
 
 
 def test_a_changed_recipe_is_refused_and_fresh_starts_anew(finished: Path, tmp_path: Path, speedrun) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
-    refused = speedrun(speedrun.tiny("run", out, "-o", "train.steps=10"), code=2)
+    refused = speedrun.here(speedrun.tiny("run", out, "-o", "train.steps=10"), code=2)
     assert refused.stderr == (
         "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to discard the old run\n"
     )
@@ -138,7 +114,8 @@ def test_an_evaluation_that_is_refused_changes_nothing(finished: Path, tmp_path:
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
     before = (out / "runs" / "t" / "recipe.json").read_bytes()
-    said = speedrun(speedrun.command("evaluate", "--run-id", "t", "--out", str(out), "-o", "eval.cap=2"), code=2).stderr
+    words = speedrun.command("evaluate", "--run-id", "t", "--out", str(out), "-o", "eval.cap=2")
+    said = speedrun.here(words, code=2).stderr
     assert "a cap of 2 examples per task leaves too few for the" in said
     assert (out / "runs" / "t" / "recipe.json").read_bytes() == before
 
@@ -154,7 +131,7 @@ def test_a_signal_while_stepping_seals_a_checkpoint_and_the_same_command_goes_on
     finished: Path, prepared: Path, speedrun, name: str
 ) -> None:
     process = speedrun.start(speedrun.tiny("run", prepared))
-    wait_for(prepared, process, "train.step", step=1)
+    wait_for_event(prepared, process, "train.step", step=1)
     process.send_signal(signal.Signals[name])
     began = time.monotonic()
     _, said = process.communicate(timeout=60)
@@ -182,30 +159,29 @@ def test_a_signal_that_comes_twice_at_once_is_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "kind", "fields"),
+    "kills",
     [
-        ("prepare", "stage.started", {"stage": "prepare"}),
-        ("prepare", "prepare.tokenizer", {}),
-        ("pretrain", "stage.started", {"stage": "pretrain"}),
-        ("pretrain", "train.step", {"step": 5}),
-        ("evaluate", "eval.task", {}),
-        ("evaluate", "stage.started", {"stage": "evaluate"}),
-        ("report", "stage.started", {"stage": "report"}),
+        (("stage.started", {"stage": "prepare"}), ("prepare.tokenizer", {}), ("stage.started", {"stage": "pretrain"})),
+        (("train.step", {"step": 5}), ("stage.started", {"stage": "evaluate"}), ("eval.task", {})),
+        (("stage.started", {"stage": "report"}),),
     ],
+    ids=["prepare and pretrain", "pretrain and evaluate", "report"],
 )
 def test_sigkill_in_any_stage_and_the_same_command_again(
-    finished: Path, tmp_path: Path, speedrun, stage: str, kind: str, fields: dict
+    finished: Path, tmp_path: Path, speedrun, kills: tuple[tuple[str, dict], ...]
 ) -> None:
-    process = speedrun.start(speedrun.tiny("run", tmp_path))
-    wait_for(tmp_path, process, kind, **fields)
-    process.kill()
-    process.communicate()
+    """One run is killed at each of these events in turn, then left to end."""
+    if kills[0][1] != {"stage": "prepare"}:
+        shutil.copytree(finished / "prepared", tmp_path / "prepared")
+    for attempt, (kind, fields) in enumerate(kills, 1):
+        process = speedrun.start(speedrun.tiny("run", tmp_path))
+        wait_for_event(tmp_path, process, kind, attempt=attempt, **fields)
+        process.kill()
+        process.communicate()
     speedrun(speedrun.tiny("run", tmp_path))
     assert weights(tmp_path) == weights(finished)
     assert prepared_hashes(tmp_path) == prepared_hashes(finished)
-    mine, undisturbed = (
-        json.loads((o / "runs" / "t" / "report" / "result.json").read_text()) for o in (tmp_path, finished)
-    )
+    mine, undisturbed = result(tmp_path), result(finished)
     for key in ("val_bpb", "bigram_bpb", "tokens", "steps"):
         assert mine[key] == undisturbed[key], key
     scores = [[(t["task"], t["accuracy"]) for t in r["smoke_score"]["tasks"]] for r in (mine, undisturbed)]
@@ -215,8 +191,8 @@ def test_sigkill_in_any_stage_and_the_same_command_again(
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_with_75_and_nothing_stays_behind(prepared: Path, speedrun) -> None:
     process = speedrun.start(speedrun.tiny("run", prepared))
-    wait_for(prepared, process, "train.step", step=0)
-    ranks = [p for p in children(process.pid) if "job.run.rank" in command_line(p)]
+    wait_for_event(prepared, process, "train.step", step=0)
+    ranks = ranks_of(process.pid)
     assert len(ranks) == 1
     os.kill(ranks[0], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
@@ -227,14 +203,11 @@ def test_a_killed_rank_ends_the_run_with_75_and_nothing_stays_behind(prepared: P
 @pytest.mark.slow
 def test_ranks_end_when_their_supervisor_is_killed(prepared: Path, speedrun) -> None:
     process = speedrun.start(speedrun.tiny("run", prepared, "-o", "train.steps=4000"))
-    wait_for(prepared, process, "train.step", step=0)
-    ranks = [p for p in children(process.pid) if "job.run.rank" in command_line(p)]
+    wait_for_event(prepared, process, "train.step", step=0)
+    ranks = ranks_of(process.pid)
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{p}").exists() and "job.run.rank" in command_line(p) for p in ranks):
-        assert time.monotonic() < deadline, "a rank outlived its supervisor"
-        time.sleep(0.1)
+    wait_for(lambda: not any("job.run.rank" in command_line(p) for p in ranks), 10, "a rank outlived its supervisor")
 
 
 @pytest.mark.slow
@@ -282,14 +255,3 @@ def test_fp8_trains_on_a_cpu_and_says_that_it_is_for_tests(finished: Path, prepa
     )
     assert "it is for tests" in events(prepared, "train.start")[0]["fp8"]
     assert len(events(prepared, "train.step")) == 4
-
-
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except FileNotFoundError:
-        return ""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from helpers import Kept
 from job.console import Console
 from job.errors import DataError, StorageError, UsageError
-from job.reporter import Reporter
 from job.run.bucket import Bucket
 from job.run.uploader import Live, Mirror
 from job.store.attempt import Attempt, read_events
@@ -22,14 +21,6 @@ from job.store.stores import FolderStore, pull_sealed, push_sealed
 
 RUN = "runs/r"
 FINAL = 80
-
-
-class Kept(Reporter):
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def emit(self, kind: str, **fields: Any) -> None:
-        self.events.append({"kind": kind, **fields})
 
 
 class Failing(FolderStore):

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import s3_server
 from job.errors import DataError, StorageError, UsageError
 from job.store import open_store
 from job.store.s3 import S3Store
@@ -295,9 +296,7 @@ def weak_server(tmp_path: Path) -> Iterator[str]:
         process.kill()
 
 
-def test_a_server_that_ignores_conditional_writes_is_refused_with_a_sentence(
-    weak_server: str, s3_server, monkeypatch
-) -> None:
+def test_a_server_that_ignores_conditional_writes_is_refused_with_a_sentence(weak_server: str, monkeypatch) -> None:
     weak = s3_server.S3(weak_server, "bucket", "", "user", "secret")
     weak.enter(monkeypatch)
     sentence = (

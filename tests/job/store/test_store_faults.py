@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+import fault_proxy as fault
+import s3_server
 from job.errors import DataError, ExitCode, StorageError, UsageError
 from job.store import open_store
 from job.store.s3 import S3Store
@@ -35,12 +37,6 @@ def folder(tmp_path_factory) -> Path:
         for name, size in (("weights", PART + 1000), ("optimizer", 70_000), ("empty", 0)):
             (unsealed.path / name).write_bytes(os.urandom(size))
     return path
-
-
-@pytest.fixture
-def fault(fault_proxy) -> Any:
-    """The faults by name."""
-    return fault_proxy
 
 
 @pytest.fixture
@@ -82,7 +78,7 @@ UP = {
 
 
 @pytest.mark.parametrize("case", UP)
-def test_up(case: str, store, faults, fault, folder: Path, tmp_path: Path) -> None:
+def test_up(case: str, store, faults, folder: Path, tmp_path: Path) -> None:
     operation, name, times = UP[case]
     faults.on(operation, eval(name, vars(fault)), times)
     push_sealed(store, KEY, folder)
@@ -106,7 +102,7 @@ DOWN = {
 
 
 @pytest.mark.parametrize("case", DOWN)
-def test_down(case: str, store, faults, fault, folder: Path, tmp_path: Path) -> None:
+def test_down(case: str, store, faults, folder: Path, tmp_path: Path) -> None:
     push_sealed(store, KEY, folder)
     operation, name, times, skip = DOWN[case]
     faults.on(operation, eval(name, vars(fault)), times, skip)
@@ -115,7 +111,7 @@ def test_down(case: str, store, faults, fault, folder: Path, tmp_path: Path) -> 
 
 
 def test_wrong_bytes_every_time_are_data_errors_and_nothing_of_them_stays(
-    store, faults, fault, folder: Path, tmp_path: Path
+    store, faults, folder: Path, tmp_path: Path
 ) -> None:
     push_sealed(store, KEY, folder)
     faults.on("GetObject", fault.flip_down, times=float("inf"), skip=1)
@@ -168,7 +164,7 @@ FOR_EVER = {
 
 @pytest.mark.parametrize("case", FOR_EVER)
 def test_for_ever_is_12_with_everything_on_disk_and_then_the_same_call_goes_on(
-    case: str, store, faults, fault, folder: Path, tmp_path: Path
+    case: str, store, faults, folder: Path, tmp_path: Path
 ) -> None:
     impatient = S3Store.at(faults.s3.url, patience=0.5, timeout=0.5, part=PART)
     operation, name, why = FOR_EVER[case]
@@ -211,7 +207,7 @@ def test_at_the_start_a_lost_answer_does_not_make_a_store_weak(store, faults, fa
 # --- credentials that expire
 
 
-def test_expired_credentials_are_read_again(faults, fault, folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_expired_credentials_are_read_again(faults, folder: Path, tmp_path: Path, monkeypatch) -> None:
     """What a node's role does: the file gets new ones while the upload goes on."""
     faults.s3.enter(monkeypatch)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -233,16 +229,14 @@ def test_expired_credentials_are_read_again(faults, fault, folder: Path, tmp_pat
 
 
 @pytest.fixture
-def own_server(tmp_path: Path, s3_server) -> Iterator[Any]:
+def own_server(tmp_path: Path) -> Iterator[Any]:
     server = s3_server.Server(tmp_path / "server").start()
     yield server
     server.kill()
 
 
-def test_kill_9_of_the_server_in_mid_upload(
-    own_server, fault_proxy, fault, folder: Path, tmp_path: Path, monkeypatch
-) -> None:
-    with fault_proxy.Faults(own_server.s3.place()) as faults:
+def test_kill_9_of_the_server_in_mid_upload(own_server, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    with fault.Faults(own_server.s3.place()) as faults:
         faults.s3.enter(monkeypatch)
         store = S3Store.at(faults.s3.url, patience=60.0, timeout=5.0, part=PART)
         push_sealed(store, "runs/t/checkpoints/1", folder)
@@ -271,7 +265,7 @@ CLIENT = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_client_killed_in_mid_upload(number: int, store, faults, fault, folder: Path, tmp_path: Path) -> None:
+def test_a_client_killed_in_mid_upload(number: int, store, faults, folder: Path, tmp_path: Path) -> None:
     """Nothing of it is visible; the next start sweeps what it left, and the same upload succeeds."""
     faults.on("UploadPart", fault.black_hole, skip=1)
     command = [sys.executable, "-c", textwrap.dedent(CLIENT), faults.s3.url, KEY, str(folder)]

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from helpers import Kept
 from job.console import Console
 from job.machine import host
 from job.recipe.config import FREE, Recipe, differing_keys, from_document, resolve
-from job.reporter import Reporter
 from job.run.nodes import Nodes, Order
 from job.run.site import Site
 from job.run.uploader import Mirror
@@ -29,17 +29,6 @@ from job.train.compile_cache import ARCHIVE, Caches
 GPU = "NVIDIA H100 80GB HBM3, 9.0, 580.95.05"
 GROUP = "triton/KEY/__grp__kernel.json"
 TWO_RANKS = Nodes(2)
-
-
-class Kept(Reporter):
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def emit(self, kind: str, **fields: Any) -> None:
-        self.events.append({"kind": kind, **fields})
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["kind"] == f"compile_cache.{kind}"]
 
 
 class Start:
@@ -70,7 +59,7 @@ class Start:
         if self.caches._thread:
             self.caches._thread.join()
         self.caches.emit("train.step")
-        return bool(self.reporter.of("sealed"))
+        return bool(self.reporter.of("compile_cache.sealed"))
 
     def end(self, *, interrupted: bool = False) -> None:
         self.caches.end(interrupted=interrupted)
@@ -117,13 +106,15 @@ def test_another_machine_has_it_from_the_bucket_in_a_folder_of_its_own(tmp_path:
     second = Start(tmp_path, "second")
     kernel = f"{second.compiled}/triton/KEY/k.cubin"
     assert second.contents() == {"inductor/ab/graph.py": "code", GROUP: json.dumps({"child_paths": {"k": kernel}})}
-    assert [event["origin"] for event in second.reporter.of("loaded")] == [str(tmp_path / "bucket")]
+    assert [event["origin"] for event in second.reporter.of("compile_cache.loaded")] == [str(tmp_path / "bucket")]
     second.warm()
     assert not second.sealed(), "nothing was new"
     second.end()
     assert not second.compiled.exists()
     third = Start(tmp_path, "second")
-    assert [event["origin"] for event in third.reporter.of("loaded")] == [str(tmp_path / "second" / third.caches.key)]
+    assert [event["origin"] for event in third.reporter.of("compile_cache.loaded")] == [
+        str(tmp_path / "second" / third.caches.key)
+    ]
 
 
 def test_ranks_of_other_nodes_do_not_count(tmp_path: Path) -> None:
@@ -215,20 +206,22 @@ def test_what_is_not_right_is_said_removed_and_compiled(
     follower = Start(tmp_path, "follower", first=False)
     assert follower.contents() == {} and (kept / MANIFEST).exists(), "only the first node removes it"
     second = Start(tmp_path, "second")
-    assert [why in event["why"] for event in second.reporter.of("refused")] == [True], second.reporter.events
-    assert second.contents() == {} and not second.reporter.of("loaded") and not (kept / MANIFEST).exists()
+    assert [why in event["why"] for event in second.reporter.of("compile_cache.refused")] == [True], (
+        second.reporter.events
+    )
+    assert second.contents() == {} and not second.reporter.of("compile_cache.loaded") and not (kept / MANIFEST).exists()
     compile_something(second)
     second.warm()
     assert second.sealed()
     second.upload()
-    assert Start(tmp_path, "third").reporter.of("loaded")
+    assert Start(tmp_path, "third").reporter.of("compile_cache.loaded")
 
 
 def test_a_damaged_one_on_this_disk_leaves_the_buckets(tmp_path: Path, kept: Path) -> None:
     flip(tmp_path / "first" / kept.relative_to(tmp_path / "bucket"))
     again = Start(tmp_path, "first")
-    assert len(again.reporter.of("refused")) == 1
-    assert [event["origin"] for event in again.reporter.of("loaded")] == [str(tmp_path / "bucket")]
+    assert len(again.reporter.of("compile_cache.refused")) == 1
+    assert [event["origin"] for event in again.reporter.of("compile_cache.loaded")] == [str(tmp_path / "bucket")]
 
 
 @pytest.mark.parametrize("interrupted", [True, False])
@@ -237,7 +230,7 @@ def test_one_that_ranks_did_not_survive_is_not_tried_twice(tmp_path: Path, kept:
     second.warm(0)
     second.end(interrupted=interrupted)
     third = Start(tmp_path, "second")
-    assert bool(third.reporter.of("loaded")) == interrupted
+    assert bool(third.reporter.of("compile_cache.loaded")) == interrupted
 
 
 def test_too_much_is_not_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +238,7 @@ def test_too_much_is_not_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     start = Start(tmp_path, "out")
     compile_something(start)
     start.warm()
-    assert not start.sealed() and len(start.reporter.of("not_sealed")) == 1
+    assert not start.sealed() and len(start.reporter.of("compile_cache.not_sealed")) == 1
     assert not start.caches.folder.exists()
 
 
@@ -266,7 +259,10 @@ def test_without_a_gpu_or_switched_off_nothing_changes(
     [("train.seed=7", True), ("train.steps=9", True), ("train.device_batch_size=8", False), ("model.depth=3", False)],
 )
 def test_runs_share_what_has_the_same_graphs(tmp_path: Path, kept: Path, override: str, shared: bool) -> None:
-    assert bool(Start(tmp_path, "other", resolve("smoke", overrides=[override])).reporter.of("loaded")) == shared
+    assert (
+        bool(Start(tmp_path, "other", resolve("smoke", overrides=[override])).reporter.of("compile_cache.loaded"))
+        == shared
+    )
 
 
 @pytest.mark.parametrize("gpu", [GPU.replace("580", "590"), GPU.replace("H100", "H200")])
@@ -296,9 +292,9 @@ def made(start: Start) -> set[Path]:
 
 @pytest.mark.slow
 def test_a_resumed_warm_up_compiles_nothing(tmp_path: Path) -> None:
-    """With Inductor, on a CPU: a first start, another machine, and one whose copy has a flipped byte."""
+    """With Inductor, on a CPU: a first start and another machine."""
     starts = {}
-    for name in ("first", "second", "third"):
+    for name in ("first", "second"):
         start = Start(tmp_path, name, nodes=Nodes(1))
         before = made(start)
         command = [sys.executable, str(Path(__file__).with_name("compiled_warm_up.py"))]
@@ -310,16 +306,15 @@ def test_a_resumed_warm_up_compiles_nothing(tmp_path: Path) -> None:
         start.caches.emit(**warm)
         new = made(start) - before
         starts[name] = (
-            warm | results | {"new": len(new), "sealed": start.sealed(), "loads": start.reporter.of("loaded")}
+            warm
+            | results
+            | {"new": len(new), "sealed": start.sealed(), "loads": start.reporter.of("compile_cache.loaded")}
         )
         start.upload()
         start.end()
         print(name, starts[name])
-        if name == "second":
-            flip(tmp_path / "bucket" / start.caches.key)
-    first, second, third = starts.values()
+    first, second = starts.values()
     assert first["compiled"] > 5 and not first["loads"] and first["sealed"]
     assert second["compiled"] == 0 and second["loaded"] == first["compiled"] + first["loaded"] and second["loads"]
     assert second["new"] == 0 and not second["sealed"]
-    assert third["compiled"] == first["compiled"] and not third["loads"] and third["sealed"]
-    assert first["losses"] == second["losses"] == third["losses"]
+    assert first["losses"] == second["losses"]

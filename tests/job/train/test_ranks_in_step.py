@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers import loopback, on_ranks
 from job.recipe.config import CommConfig, Recipe, resolve
 from job.recipe.derive import derive
 from job.train import loop, step_metrics
@@ -126,30 +125,9 @@ def scenario_overlap(rank: int, world: int, folder: Path):
     return found
 
 
-def _worker(rank: int, world: int, folder: str, scenario: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save(globals()[scenario](rank, world, Path(folder)), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def on_two_ranks(folder: Path, scenario: str) -> list:
-    """What the scenario returns on each rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "job.train.loop"])
-    ranks = [context.Process(target=_worker, args=(rank, 2, str(folder), scenario)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
 @pytest.fixture(autouse=True)
 def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0")))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback())
 
 
 # ---- whose GPU is slow
@@ -157,7 +135,7 @@ def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_learn_each_others_times_by_the_one_collective_of_a_step(tmp_path: Path) -> None:
     """Every step once and in order: those that had been read when the collective was queued, after a settling all of these."""
-    ranks = on_two_ranks(tmp_path, "scenario_times")
+    ranks = on_ranks(2, tmp_path, scenario_times, tmp_path)
     for lag, first in ((0, 1), (3, 4)):
         (told, collectives), others = ranks[0][lag], ranks[1][lag][0]
         assert collectives == 12
@@ -176,7 +154,7 @@ def test_ranks_learn_each_others_times_by_the_one_collective_of_a_step(tmp_path:
 
 def test_a_slow_rank_is_named_once_a_window(tmp_path: Path) -> None:
     """A forward pass takes 30 ms more; only rank 0 speaks."""
-    (event,), others = on_two_ranks(tmp_path, "scenario_slow")
+    (event,), others = on_ranks(2, tmp_path, scenario_slow, tmp_path)
     assert others == [] and event["behind"].keys() == {"1"} and event["behind"]["1"] > 0.03
     assert event["steps"] == WINDOW - 1 and event["step"] == WINDOW - 1 and event["rows"] == 2 * WINDOW
     assert 15 < event["lost_ms"] < event["step_ms"]
@@ -201,7 +179,7 @@ def test_a_rank_is_slow_beyond_three_percent_of_the_median() -> None:
 
 
 def test_without_overlap_nothing_is_sent_before_the_backward_ends_and_no_bit_changes(tmp_path: Path) -> None:
-    for found in on_two_ranks(tmp_path, "scenario_overlap"):
+    for found in on_ranks(2, tmp_path, scenario_overlap, tmp_path):
         (on, early), (off, late) = found[True], found[False]
         assert all(torch.equal(on[name], off[name]) for name in on)
         assert late == [0, 0, 0, 0] and early[0] == 0 and all(count > 3 for count in early[1:])
