@@ -3,11 +3,11 @@
     P(w | v) = max(c(v,w) - d, 0) / c(v) + d N(v) / c(v) P(w)        N(v): distinct followers of v
     P(w)     = max(c(w) - e, 0) / n      + e N / n       1 / V       N: distinct tokens
 
-with the discounts d = n1 / (n1 + 2 n2) of Ney, Essen & Kneser (1994), n1 and n2 being the numbers of pairs (tokens, for e) seen
-once and twice; 1/2 where either is 0, so that nothing is impossible. A context that was never seen falls back to P(w). The model
-is trained on the rows that the network consumed, each distinct row once: a second epoch brings a network more training but a
-count model no new evidence. It is scored as the network is: all T targets of every held-out row, special tokens left out of both
-nats and bytes.
+with the discounts d = n1 / (n1 + 2 n2) of Ney, Essen & Kneser (1994), n1 and n2 being the numbers of pairs (tokens, for
+e) seen once and twice; 1/2 where either is 0, so that nothing is impossible. A context that was never seen falls back
+to P(w). The model is trained on the rows that the network consumed, each distinct row once: a second epoch brings a
+network more training but a count model no new evidence. It is scored as the network is: all T targets of every held-out
+row, special tokens left out of both nats and bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ MOST_VOCAB = 16_384
 def bigram_bpb(
     train_rows: Iterable[np.ndarray], val_rows: np.ndarray, token_bytes: np.ndarray, vocab_size: int
 ) -> float | None:
-    """Bits per byte on `val_rows` (m, T+1) after counting the blocks (n, T+1) of `train_rows`; None for vocabularies above 16 k.
+    """Bits per byte on `val_rows` (m, T+1) after counting the blocks (n, T+1) of `train_rows`; None for vocabularies
+    above 16 k.
 
     `token_bytes` (V,): bytes per id, 0 for special tokens.
     """

@@ -1,9 +1,10 @@
-"""Text that every Python installation carries: the language reference in pydoc's topics, and the standard library's sources.
+"""Text that every Python installation carries: the language reference in pydoc's topics, and the standard library's
+sources.
 
-Real prose and real code, on any machine, without a network. Each topic and each module is a document. Left out: tests, other
-people's packages, and generated tables (character maps, HTML entities, locale aliases), which teach a language model nothing.
-Documents are read in the order of the SHA-256 of their names: a fixed order in which prose and code, and the packages of the
-library, are mixed, so that the first rows of a run resemble the last.
+Real prose and real code, on any machine, without a network. Each topic and each module is a document. Left out: tests,
+other people's packages, and generated tables (character maps, HTML entities, locale aliases), which teach a language
+model nothing. Documents are read in the order of the SHA-256 of their names: a fixed order in which prose and code, and
+the packages of the library, are mixed, so that the first rows of a run resemble the last.
 """
 
 from __future__ import annotations

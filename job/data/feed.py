@@ -1,13 +1,13 @@
 """The feeder: makes the rest of a prepared set while training consumes its beginning.
 
     prepare(whole=False)  ->  tokenizer, held-out rows, rows/00000
-    training, rank 0      ->  with training_rows(feeds=True): a process that runs prepare(whole=True), which goes on with what is missing:
-                              pulls it from the store, or fetches and packs it
+    training, rank 0      ->  with training_rows(feeds=True): a process that runs prepare(whole=True), which goes on
+                              with what is missing: pulls it from the store, or fetches and packs it
     training, every rank  ->  rows.take(): a row file that is not sealed yet is waited for
 
-The feeder says what it does through rank 0's reporter, ends with rank 0 whatever ends that, and is started again with it. Its failure is
-raised where training waits for it. It and its packers and counters are `nice`: they take the cores that training leaves, so that no GPU
-waits for a rank that waits for a core.
+The feeder says what it does through rank 0's reporter, ends with rank 0 whatever ends that, and is started again with
+it. Its failure is raised where training waits for it. It and its packers and counters are `nice`: they take the cores
+that training leaves, so that no GPU waits for a rank that waits for a core.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class Feeder:
 
 @contextlib.contextmanager
 def feeding(prepared: Prepared, job: Job, reporter: Reporter) -> Iterator[Feeder | None]:
-    """Have the rest of `prepared` made while the body runs, and wait for it at the end; None where the set is whole already."""
+    """Have the rest of `prepared` made while the body runs, and wait for it at the end; None where the set is whole
+    already."""
     if prepared.is_whole:
         yield None
         return
@@ -120,7 +121,8 @@ def feeding(prepared: Prepared, job: Job, reporter: Reporter) -> Iterator[Feeder
 
 @contextlib.contextmanager
 def training_rows(prepared: Prepared, job: Job, reporter: Reporter, *, feeds: bool) -> Iterator[Rows]:
-    """The run's rows. The rank that `feeds` has the rest of the set made while the body runs, and is the one that tells of waiting."""
+    """The run's rows. The rank that `feeds` has the rest of the set made while the body runs, and is the one that tells
+    of waiting."""
     if not feeds:
         yield Rows(prepared, job.data.seed)
         return

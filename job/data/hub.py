@@ -1,15 +1,16 @@
 """The named datasets, and their shards from the Hugging Face hub: by name, pinned to a commit, checked byte for byte.
 
-    text/<source>/commit.json                   what `main` was when this folder (or its store) first asked; every later run uses it
+    text/<source>/commit.json                   `main` when this folder (or its store) first asked; kept for later runs
     text/<source>/<commit>/files.json           size and SHA-256 of each shard, as the hub states them for that commit
     text/<source>/<commit>/shard_00000.parquet  there only when it is whole and its SHA-256 is the stated one
     text/<source>/<commit>/.shard_00001.parquet.part     bytes so far; a download that was killed begins again
 
-Shards are never listed, they are named: shard 0, 1, 2, ... for training and the dataset's last one for validation (leaderboard §6).
-The hub is asked through huggingface_hub, which honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, proxies, and Retry-After; requests that
-fail for a passing reason (timeouts, broken connections, 408, 429, 5xx) are repeated, and a body that broke off is resumed. Shards come by
-`http_get`, the step of `hf_hub_download` that transfers: around it `hf_hub_download` asks for each file again what files.json says,
-and leaves a temporary file of its own name behind each time it is killed (16 shards are 4 GB).
+Shards are never listed, they are named: shard 0, 1, 2, ... for training and the dataset's last one for validation
+(leaderboard §6). The hub is asked through huggingface_hub, which honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE,
+proxies, and Retry-After; requests that fail for a passing reason (timeouts, broken connections, 408, 429, 5xx) are
+repeated, and a body that broke off is resumed. Shards come by `http_get`, the step of `hf_hub_download` that transfers:
+around it `hf_hub_download` asks for each file again what files.json says, and leaves a temporary file of its own name
+behind each time it is killed (16 shards are 4 GB).
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class HubShard:
 
 
 def open_hub(name: str, text: Path, store: Store | None = None) -> Source:
-    """The dataset called `name`, its files below `text`; DataError when its commit is not recorded and the hub cannot be asked."""
+    """The dataset called `name`, its files below `text`; DataError when its commit is not recorded and the hub cannot
+    be asked."""
     dataset = DATASETS[name]
     hub = Hub(dataset, text / name, store)
     *train, val = (HubShard(dataset.shard_name(i), dataset.text_bytes, hub.folder) for i in range(dataset.count))
@@ -98,7 +100,8 @@ def open_hub(name: str, text: Path, store: Store | None = None) -> Source:
 
 
 class Hub:
-    """A dataset at one commit, and the shards of it that are on disk or on their way here. Close it to stop downloads."""
+    """A dataset at one commit, and the shards of it that are on disk or on their way here. Close it to stop
+    downloads."""
 
     def __init__(self, dataset: Dataset, folder: Path, store: Store | None = None) -> None:
         self.repo = dataset.repo
@@ -233,7 +236,8 @@ class Hub:
             return response.json()
         except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
             raise DataError(
-                f"the hub cannot be asked about {self.repo} ({_reason(error)}); check the network and HF_ENDPOINT ({_endpoint()})"
+                f"the hub cannot be asked about {self.repo} ({_reason(error)}); check the network and HF_ENDPOINT"
+                f" ({_endpoint()})"
             ) from error
         except ValueError:
             raise DataError(
@@ -248,7 +252,8 @@ class Hub:
             free = shutil.disk_usage(self.folder).free
         if needed and free < needed + FREE_BYTES:
             raise StorageError(
-                f"{self.repo} needs {needed / 1e9:.1f} GB more on the disk of {self.folder}, which has {free / 1e9:.1f} GB free;"
+                f"{self.repo} needs {needed / 1e9:.1f} GB more on the disk of {self.folder}, which has"
+                f" {free / 1e9:.1f} GB free;"
                 " free some space or choose another --out"
             )
 
@@ -270,11 +275,13 @@ class Hub:
             self._arrived(-part.stat().st_size)
             part.unlink()
         raise DataError(
-            f"{name} of {self.repo} cannot be fetched: {problem} ({ATTEMPTS} attempts); check HF_ENDPOINT ({_endpoint()}) and run again"
+            f"{name} of {self.repo} cannot be fetched: {problem} ({ATTEMPTS} attempts); check HF_ENDPOINT"
+            f" ({_endpoint()}) and run again"
         )
 
     def _download(self, name: str, part: Path, size: int) -> str:
-        """Write `part` anew; what was wrong, or "" when it has all its `size` bytes. Raises DataError where trying again is no use."""
+        """Write `part` anew; what was wrong, or "" when it has all its `size` bytes. Raises DataError where trying
+        again is no use."""
         import httpx2
         from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.file_download import hf_hub_url, http_get
@@ -291,7 +298,8 @@ class Hub:
                 response is not None and response.status_code not in RETRIED
             ):
                 raise DataError(
-                    f"{name} of {self.repo} cannot be fetched: {_reason(error)}; check HF_ENDPOINT ({_endpoint()}) and HF_TOKEN"
+                    f"{name} of {self.repo} cannot be fetched: {_reason(error)}; check HF_ENDPOINT ({_endpoint()})"
+                    " and HF_TOKEN"
                 ) from error
             return _reason(error)
         except OSError as error:

@@ -1,7 +1,7 @@
 """Documents from files on disk: parquet (column `text`), jsonl (key "text"), txt.
 
-A txt file of prose is one long text; it is cut into documents at the first blank line after every TXT_CHARS characters (at a line's
-end after twice as many), so that a single book can be split into training and validation.
+A txt file of prose is one long text; it is cut into documents at the first blank line after every TXT_CHARS characters
+(at a line's end after twice as many), so that a single book can be split into training and validation.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def parquet_text_bytes(file: Path) -> int:
         schema = parquet.schema_arrow
         if "text" not in schema.names:
             raise DataError(
-                f"{file} has no column text (its columns: {', '.join(schema.names)}); rename the column that holds the text"
+                f"{file} has no column text (its columns: {', '.join(schema.names)}); rename the column that holds"
+                " the text"
             )
         kind = schema.field("text").type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):

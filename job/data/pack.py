@@ -1,17 +1,19 @@
 """BOS-aligned best-fit packing: documents into rows of exactly T+1 tokens, without padding.
 
-Every row starts with a document's BOS and is filled to its last token (leaderboard §6). A buffer holds `BUFFER_DOCUMENTS`
-documents while the shard lasts. The packer takes the largest buffered document that fits into the rest of the row, and repeats;
-when none fits, it crops the shortest to fill the row exactly. What becomes of a cropped document's rest is the one choice:
+Every row starts with a document's BOS and is filled to its last token (leaderboard §6). A buffer holds
+`BUFFER_DOCUMENTS` documents while the shard lasts. The packer takes the largest buffered document that fits into the
+rest of the row, and repeats; when none fits, it crops the shortest to fill the row exactly. What becomes of a cropped
+document's rest is the one choice:
 
-    split_long=False   it is dropped, as in the published runs (34.6 % of FineWeb-Edu's tokens at T = 2048, published)
-    split_long=True    it comes back into the buffer as a document with a BOS of its own; for small corpora of long documents
+    split_long=False   it is dropped, as in the published runs (34.6 % of FineWeb-Edu's tokens at T = 2048)
+    split_long=True    it comes back into the buffer as a document with a BOS of its own; for small corpora
 
-A document longer than a row never fits and is treated by the same rule. A shard's last row, if it cannot be filled, is dropped.
+A document longer than a row never fits and is treated by the same rule. A shard's last row, if it cannot be filled, is
+dropped.
 
-Every decision is determined. Among documents of equal length the one read first is taken when it fits, the one read last when it
-is cropped. The buffer is a sorted list of integers, length in the high bits and age in the low, so that "largest that fits" is
-one binary search.
+Every decision is determined. Among documents of equal length the one read first is taken when it fits, the one read
+last when it is cropped. The buffer is a sorted list of integers, length in the high bits and age in the low, so that
+"largest that fits" is one binary search.
 
 Accounting, exact for every shard: tokens + split_bos == rows x (T+1) + cropped_tokens.
 """
@@ -36,7 +38,8 @@ AGE_MASK = (1 << AGE_BITS) - 1
 
 @dataclasses.dataclass
 class PackCounts:
-    """`tokens` counts each document's ids and its BOS; `cropped_tokens` what is in no row; `split_bos` the BOS added by splits."""
+    """`tokens` counts each document's ids and its BOS; `cropped_tokens` what is in no row; `split_bos` the BOS added by
+    splits."""
 
     documents: int = 0
     tokens: int = 0
@@ -63,7 +66,8 @@ class Buffer:
         bisect.insort(self._keys, key)
 
     def take_largest(self, space: int) -> np.ndarray | None:
-        """Remove and return the largest document of at most `space` tokens, the first read among equals; None when none fits."""
+        """Remove and return the largest document of at most `space` tokens, the first read among equals; None when none
+        fits."""
         index = bisect.bisect_left(self._keys, (space + 1) << AGE_BITS)
         return self._ids.pop(self._keys.pop(index - 1)) if index else None
 
@@ -115,8 +119,8 @@ def pack(
 def write_rows(file: Path, rows: Iterable[np.ndarray], row_tokens: int, seed: tuple[Any, ...]) -> int:
     """Write `rows` in the permutation that `seed` gives as `file`, an (n, row_tokens) uint16 .npy; n.
 
-    The packer leaves long documents for a shard's end, so that rows as packed would be a curriculum. They go to a neighbouring file
-    first: memory stays bounded by BLOCK_ROWS rows whatever the shard.
+    The packer leaves long documents for a shard's end, so that rows as packed would be a curriculum. They go to a
+    neighbouring file first: memory stays bounded by BLOCK_ROWS rows whatever the shard.
     """
     unordered = file.with_suffix(".unordered")
     count = 0

@@ -81,7 +81,8 @@ class PackTask:
 
     def _too_small(self, packed: PackCounts) -> DataError:
         return DataError(
-            f"the held-out text ({packed.documents} documents, {packed.tokens} tokens) does not fill one row of {self.seq_len + 1}"
+            f"the held-out text ({packed.documents} documents, {packed.tokens} tokens) does not fill one row of"
+            f" {self.seq_len + 1}"
             " tokens; give more text, a larger data.val_fraction or a smaller model.seq_len"
         )
 

@@ -7,16 +7,17 @@
     prepared/<id>/begun         training can start: what precedes is sealed (named datasets only)
     prepared/<id>/set           names the row files and their totals; written last: the set is whole
 
-The id is a hash of what the rows are made from: the text's identity, the recipe's [data], the row length and FORMAT. Each part is a
-sealed folder made by one worker from one shard, so that an interrupted prepare goes on with what is missing, and equal inputs
-give equal bytes on any number of workers.
+The id is a hash of what the rows are made from: the text's identity, the recipe's [data], the row length and FORMAT.
+Each part is a sealed folder made by one worker from one shard, so that an interrupted prepare goes on with what is
+missing, and equal inputs give equal bytes on any number of workers.
 
-Of a named dataset no run needs all. Its shards are fetched and packed in their order until their rows are enough for the run that
-asks; how many shards that takes is estimated from the rows of those packed so far. The id does not depend on it: a longer run adds row
-files to the same set, and rows that exist never move. `prepare(..., whole=False)` returns when the first row file is sealed, for
-training to start while `job.data.feed` makes the rest.
+Of a named dataset no run needs all. Its shards are fetched and packed in their order until their rows are enough for
+the run that asks; how many shards that takes is estimated from the rows of those packed so far. The id does not depend
+on it: a longer run adds row files to the same set, and rows that exist never move. `prepare(..., whole=False)` returns
+when the first row file is sealed, for training to start while `job.data.feed` makes the rest.
 
-With a store, the dataset's commit is what the store says, and every part that it has under the same id is pulled instead of made.
+With a store, the dataset's commit is what the store says, and every part that it has under the same id is pulled
+instead of made.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ REPORTED = (
 )
 HELD_OUT = "held-out"
 ASSUMED_CROP = 0.3
-"""of a dataset's tokens, until its first shard is packed; FineWeb-Edu's is 0.346 (leaderboard §6), and too few shards are soon more"""
+"""of a dataset's tokens, until its first shard is packed; FineWeb-Edu's is 0.346 (leaderboard §6), and too few shards
+are soon more"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A prepared set, whole or begun. `facts`: train_rows, val_rows, train_tokens, val_tokens, vocab_size, seq_len, files, crop_share;
-    of a set that is only begun, `files` is empty and train_rows what the run that began it needs."""
+    """A prepared set, whole or begun. `facts`: train_rows, val_rows, train_tokens, val_tokens, vocab_size, seq_len,
+    files, crop_share; of a set that is only begun, `files` is empty and train_rows what the run that began it needs."""
 
     path: Path
     id: str
@@ -78,7 +80,8 @@ class Prepared:
 
     @classmethod
     def open(cls, path: Path, verify: bool = False) -> Prepared:
-        """Open `prepared/<id>`; every size is compared, and with `verify` every hash. DataError names what is missing."""
+        """Open `prepared/<id>`; every size is compared, and with `verify` every hash. DataError names what is
+        missing."""
         begun = not is_sealed(path / "set") and is_sealed(path / "begun")
         top = open_sealed(path / "begun", kind="begun") if begun else open_sealed(path / "set", kind="prepared")
         open_sealed(path / "tokenizer", kind="tokenizer")
@@ -102,7 +105,8 @@ class Prepared:
 
     @property
     def row_files(self) -> list[Path]:
-        """The .npy files of training rows in order, each (n, T+1) uint16 with n > 0; of a set only begun, those sealed so far."""
+        """The .npy files of training rows in order, each (n, T+1) uint16 with n > 0; of a set only begun, those sealed
+        so far."""
         if self.is_whole:
             return [self.path / "rows" / file["name"] / "rows.npy" for file in self.facts["files"] if file["rows"]]
         folders = itertools.takewhile(is_sealed, (self.path / "rows" / f"{index:05d}" for index in itertools.count()))
@@ -136,9 +140,9 @@ def prepare(
 ) -> Prepared:
     """Make (or finish, or find) the prepared set of `data` with rows of seq_len + 1 tokens below `out`/prepared.
 
-    Of a named dataset, `rows` training rows are made (0: all it has); unless `whole`, only as far as training can start.
-    Parts that `store` has are pulled from there.
-    Raises DataError for text that is missing, damaged or too small, StorageError when `out` cannot be written.
+    Of a named dataset, `rows` training rows are made (0: all it has); unless `whole`, only as far as training can
+    start. Parts that `store` has are pulled from there. Raises DataError for text that is missing, damaged or too
+    small, StorageError when `out` cannot be written.
     """
     source = open_source(data, Path(out), store)
     making = Making(Path(out), source, data, seq_len, reporter, workers, rows, store)
@@ -221,7 +225,8 @@ class Making:
         return not self.source.hub or facts["train_rows"] >= self.rows or len(facts["files"]) == len(self.source.shards)
 
     def _start(self) -> tuple[Sealed, list[PackTask]]:
-        """The tokenizer, and a task for every folder of rows that the source can give: the held-out ones, then shard by shard."""
+        """The tokenizer, and a task for every folder of rows that the source can give: the held-out ones, then shard by
+        shard."""
         self._pull_the_first()
         if self.source.hub:
             wanted = [] if is_sealed(self.root / "val") and is_sealed(self.root / "split") else [self.source.val]

@@ -1,10 +1,10 @@
 """The rows of a run: which row comes i-th, whatever the number of GPUs and wherever the run was resumed.
 
-Epoch 0 is the row files in order, each as stored (its rows were written in a seeded permutation). Every later epoch is a seeded
-permutation of the files and of the rows within each file. A row has T+1 tokens: `row[:-1]` predicts `row[1:]`.
+Epoch 0 is the row files in order, each as stored (its rows were written in a seeded permutation). Every later epoch is
+a seeded permutation of the files and of the rows within each file. A row has T+1 tokens: `row[:-1]` predicts `row[1:]`.
 
-Of a set that is only begun, row files come while training runs. A row that is not there yet is waited for, and whoever is watching is told;
-a row that nobody is making is an error.
+Of a set that is only begun, row files come while training runs. A row that is not there yet is waited for, and whoever
+is watching is told; a row that nobody is making is an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ PATIENCE_SECONDS = 60.0
 
 
 class Rows:
-    """Random access to the endless sequence of rows of a prepared set; `len` is the rows of one epoch, or those that have come so far.
+    """Random access to the endless sequence of rows of a prepared set; `len` is the rows of one epoch, or those that
+    have come so far.
 
     While a row is waited for, `check()` is called now and then, and `reporter` told.
     """
@@ -93,7 +94,8 @@ class Rows:
             idle = 0.0 if is_being_made(self._prepared.path) else idle + POLL_SECONDS
             if idle > PATIENCE_SECONDS:
                 raise DataError(
-                    f"row {len(self)} is not below {self._prepared.path} and nobody is making it; run the same command again"
+                    f"row {len(self)} is not below {self._prepared.path} and nobody is making it; run the same"
+                    " command again"
                 )
         if waited:
             self._reporter.emit("train.waited", rows=rows, seconds=waited)

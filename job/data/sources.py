@@ -1,13 +1,14 @@
 """Where text comes from: documents, grouped into shards, in one fixed order, with an identity.
 
-A document is one text (a row of a parquet file, a line of a jsonl file, a piece of a txt file, a module of the standard library).
-A shard is what one worker reads and packs: a source file, or consecutive small ones together. The identity says what the text is
-(file names, sizes and SHA-256; or the Python version and the SHA-256 of its text), so that equal text gives the id of equal work.
+A document is one text (a row of a parquet file, a line of a jsonl file, a piece of a txt file, a module of the standard
+library). A shard is what one worker reads and packs: a source file, or consecutive small ones together. The identity
+says what the text is (file names, sizes and SHA-256; or the Python version and the SHA-256 of its text), so that equal
+text gives the id of equal work.
 
-The validation split goes by document: embedded and local text hold out a document when the first 64 bits of its SHA-256, read as a
-fraction of 2^64, lie below `val_fraction`; of a named dataset the documents of the last shard are held out, wherever else they
-occur. Identical documents therefore always fall on the same side; duplicates are kept. Null, empty and blank documents are skipped
-and counted.
+The validation split goes by document: embedded and local text hold out a document when the first 64 bits of its
+SHA-256, read as a fraction of 2^64, lie below `val_fraction`; of a named dataset the documents of the last shard are
+held out, wherever else they occur. Identical documents therefore always fall on the same side; duplicates are kept.
+Null, empty and blank documents are skipped and counted.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Shard(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Text to prepare: what it is, and its shards in the order in which they are read; `val` is a shard for validation alone."""
+    """Text to prepare: what it is, and its shards in the order in which they are read; `val` is a shard for validation
+    alone."""
 
     identity: dict[str, Any]
     shards: tuple[Shard, ...]
@@ -69,7 +71,8 @@ class Head:
 
 
 def open_source(data: DataConfig, out: Path, store: Store | None = None) -> Source:
-    """The text that `data` names; what has to be fetched comes below `out`/text, at the commit that `store` has recorded.
+    """The text that `data` names; what has to be fetched comes below `out`/text, at the commit that `store` has
+    recorded.
 
     Raises DataError when it is not there or cannot be what it says.
     """
@@ -78,7 +81,8 @@ def open_source(data: DataConfig, out: Path, store: Store | None = None) -> Sour
     if data.source in hub.DATASETS:
         if data.max_chars:
             raise UsageError(
-                f"data.max_chars={data.max_chars} cannot be used with {data.source}: of a named dataset a run takes the shards it needs; give 0"
+                f"data.max_chars={data.max_chars} cannot be used with {data.source}: of a named dataset a run takes"
+                " the shards it needs; give 0"
             )
         return hub.open_hub(data.source, Path(out) / "text", store)
     source = local.open_local(data.paths) if data.source == "local" else embedded.open_embedded()
@@ -111,7 +115,8 @@ def _documents_within(shard: Shard, max_chars: int) -> tuple[int, int, bool]:
 
 @dataclasses.dataclass
 class Counts:
-    """What reading a shard found: `documents` and `bytes` of the wanted side, documents of the other, `skipped` of either."""
+    """What reading a shard found: `documents` and `bytes` of the wanted side, documents of the other, `skipped` of
+    either."""
 
     documents: int = 0
     bytes: int = 0

@@ -1,12 +1,12 @@
 """Byte-level BPE: trained by rustbpe, encoded by tiktoken (one text) and fastokens (many), stored as text (no pickle).
 
-Text is cut by GPT-4's split pattern (numbers in groups of at most two digits), each piece is a sequence of bytes, and the most
-frequent neighbouring pair becomes the next token until the vocabulary is full (Sennrich et al. 2016). Ids: the 256 bytes in their
-order, then the merges in theirs, then nine special tokens. The vocabulary size counts all of them.
+Text is cut by GPT-4's split pattern (numbers in groups of at most two digits), each piece is a sequence of bytes, and
+the most frequent neighbouring pair becomes the next token until the vocabulary is full (Sennrich et al. 2016). Ids: the
+256 bytes in their order, then the merges in theirs, then nine special tokens. The vocabulary size counts all of them.
 
 A sealed tokenizer holds `ranks.tiktoken` (one line per id: base64 of its bytes, space, id; tiktoken's own format) and
-`tokenizer.json` (split pattern and special tokens). Text never becomes a special token: only the packer and the chat format
-place them.
+`tokenizer.json` (split pattern and special tokens). Text never becomes a special token: only the packer and the chat
+format place them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ SPECIALS = (
 BYTES = 256
 BATCH_CHARS = 1 << 19
 VOWEL_SEPARATOR = "\u180e"
-"""the one character of Unicode that fastokens cuts by another class (white space, as it was until 2013) than tiktoken"""
+"""the one character of Unicode that fastokens cuts by another class (white space, as it was until 2013) than
+tiktoken"""
 BETWEEN_WORDS = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
 """where the split pattern ends a piece whatever comes before and after, so that a text may be cut there"""
 SAMPLE_CHARS = 1 << 20
@@ -67,7 +68,8 @@ class Tokenizer:
 
     @cached_property
     def _bulk(self) -> fastokens.Tokenizer:
-        """One thread: a machine's cores have a shard each. (The library's threads are counted at its first use; rustbpe has its own.)"""
+        """One thread: a machine's cores have a shard each. (The library's threads are counted at its first use; rustbpe
+        has its own.)"""
         os.environ.setdefault("RAYON_NUM_THREADS", "1")
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
             file.write(_ranks_file(self._ids.items()))
@@ -80,7 +82,8 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """(V,) int32: bytes of text that each id stands for, exact for ids that are not valid UTF-8 alone; specials 0."""
+        """(V,) int32: bytes of text that each id stands for, exact for ids that are not valid UTF-8 alone; specials
+        0."""
         return np.array([len(token) for token in self.ranks] + [0] * len(self.specials), dtype=np.int32)
 
     def encode(self, text: str) -> list[int]:
@@ -91,7 +94,8 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """(n,) uint16 for each text: the ids of `encode`, several times as fast for many texts. Reads ahead by BATCH_CHARS of text."""
+        """(n,) uint16 for each text: the ids of `encode`, several times as fast for many texts. Reads ahead by
+        BATCH_CHARS of text."""
         for batch in batches(texts, BATCH_CHARS):
             if max(map(len, batch)) > 2 * BATCH_CHARS:
                 yield from (
@@ -126,7 +130,8 @@ class Tokenizer:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A long text in parts of about BATCH_CHARS whose ids, joined, are its own: encoding takes a dozen bytes of memory for each of its own."""
+    """A long text in parts of about BATCH_CHARS whose ids, joined, are its own: encoding takes a dozen bytes of memory
+    for each of its own."""
     start = 0
     while len(text) - start > 2 * BATCH_CHARS and (cut := BETWEEN_WORDS.search(text, start + BATCH_CHARS)):
         yield text[start : cut.start()]
@@ -146,7 +151,8 @@ def train_tokenizer(
 ) -> tuple[Tokenizer, int]:
     """Train on the first `max_chars` characters of `documents`, each cut to `document_chars`; also the characters used.
 
-    The same documents give the same ranks on any number of threads. Raises DataError when the text has too few pairs to merge.
+    The same documents give the same ranks on any number of threads. Raises DataError when the text has too few pairs to
+    merge.
     """
     count = [0]
     trainer = rustbpe.Tokenizer()
@@ -157,7 +163,8 @@ def train_tokenizer(
     wanted, found = vocab_size - len(SPECIALS) - BYTES, len(ranks) - BYTES
     if found < wanted:
         raise DataError(
-            f"the training text ({count[0]} characters) is too small for data.vocab_size={vocab_size}: only {found} of {wanted}"
+            f"the training text ({count[0]} characters) is too small for data.vocab_size={vocab_size}: only {found}"
+            f" of {wanted}"
             f" merges are possible; give more text or a vocabulary of at most {found + BYTES + len(SPECIALS)}"
         )
     return Tokenizer(ranks), count[0]

@@ -1,9 +1,9 @@
 """One process per task: results as they come, errors as they were raised, nobody left behind.
 
-A task is a picklable object with `run(advance)`; `advance(n)` reports n more units of work. Each task gets a fresh spawned
-process, so that its memory goes back to the system when it is done. A child ignores Ctrl-C: its parent ends it, by SIGTERM, upon
-which it unwinds and removes what it had half written. It does the same when its parent is gone, so that a killed `prepare`
-leaves no packers running.
+A task is a picklable object with `run(advance)`; `advance(n)` reports n more units of work. Each task gets a fresh
+spawned process, so that its memory goes back to the system when it is done. A child ignores Ctrl-C: its parent ends it,
+by SIGTERM, upon which it unwinds and removes what it had half written. It does the same when its parent is gone, so
+that a killed `prepare` leaves no packers running.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ class LesserReporter(Reporter):
 
 
 def choose_backend(device: torch.device, recipe: Recipe) -> str:
-    """Put the attention kernel in place; what computes, in words. A GPU without fp8 will do, whatever the model was trained with."""
+    """Put the attention kernel in place; what computes, in words. A GPU without fp8 will do, whatever the model was
+    trained with."""
     without_fp8 = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, fp8=False))
     kernels = choose_kernels(without_fp8, machine_of(device), prove_on=device)
     return device.type if device.type == "cpu" else f"{device.type}, {kernels['attention']}"

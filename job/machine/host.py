@@ -40,7 +40,8 @@ class Machine:
 
 
 def gpu_count() -> int:
-    """GPUs that torch sees; torch is asked, which takes seconds to import, only where there is NVIDIA's driver or it is there already."""
+    """GPUs that torch sees; torch is asked, which takes seconds to import, only where there is NVIDIA's driver or it is
+    there already."""
     drivers = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")
     if "torch" not in sys.modules and not any(Path(device).exists() for device in drivers):
         return 0

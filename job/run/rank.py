@@ -1,16 +1,19 @@
 """The process a stage runs in: one rank's side of the conversation with the supervisor.
 
     supervisor --(stdin: one JSON object a line)--> rank     {"do": "hold"}  {"do": "go", "at": 120, "then": "stop"}
-    rank --(the pipe of SPEEDRUN_EVENTS_FD)--> supervisor    {"kind": ..} {"progress": ..} {"boundary": 118} {"part": ..} {"error": ..}
+    rank --(the pipe of SPEEDRUN_EVENTS_FD)--> supervisor    {"kind": ..} {"progress": ..} {"boundary": 118}
+                                                             {"part": ..} {"error": ..}
 
-Ranks compute: they write the files of sealed folders, and all else they have to say goes up this pipe; the supervisor alone writes events.
+Ranks compute: they write the files of sealed folders, and all else they have to say goes up this pipe; the supervisor
+alone writes events.
 
-**The same step border everywhere.** Ranks run at most a collective apart, so "stop now" would leave one waiting for another, and
-"checkpoint now" would mix two steps. The supervisor asks all ranks to hold: each answers with the number of the next border it will
-reach and waits there. The greatest answer is a border that every rank can still reach; it becomes the shared one. No collective is
-spent on asking.
+**The same step border everywhere.** Ranks run at most a collective apart, so "stop now" would leave one waiting for
+another, and "checkpoint now" would mix two steps. The supervisor asks all ranks to hold: each answers with the number
+of the next border it will reach and waits there. The greatest answer is a border that every rank can still reach; it
+becomes the shared one. No collective is spent on asking.
 
-When the supervisor dies, stdin ends, and the rank ends its whole process group: nothing is left running on a machine that bills.
+When the supervisor dies, stdin ends, and the rank ends its whole process group: nothing is left running on a machine
+that bills.
 """
 
 from __future__ import annotations
@@ -155,7 +158,8 @@ def _listen(borders: Borders) -> None:
 
 
 def _leave_signals_to_the_supervisor() -> None:
-    """A scheduler that ends a job signals all of its processes: a rank that died of it would be missing at the border."""
+    """A scheduler that ends a job signals all of its processes: a rank that died of it would be missing at the
+    border."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
 

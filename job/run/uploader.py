@@ -8,12 +8,14 @@
     prepared/<id>/**                 ------>   whatever is sealed, what makes the set whole last
     events/N.jsonl, report/          ------>   every minute, and last of all, with the ends of logs/
 
-It is a process of its own because a store may block for ever: nothing that it does can delay the supervisor, whose step borders ranks
-wait for, and when its time is over it is killed. It keeps no queue: sealed folders say what there is to upload, so what it holds in
-memory is the parts on their way. A failed upload is an event, and tried again; the files that arrived are not put again.
+It is a process of its own because a store may block for ever: nothing that it does can delay the supervisor, whose step
+borders ranks wait for, and when its time is over it is killed. It keeps no queue: sealed folders say what there is to
+upload, so what it holds in memory is the parts on their way. A failed upload is an event, and tried again; the files
+that arrived are not put again.
 
     supervisor --(stdin)--> uploader     {"do": "prepared", "id": ..}  {"do": "flush"}  {"do": "last"}
-    uploader --(the pipe)--> supervisor  events  {"left": [..]}  {"flushed": true}  {"published": true}  {"error": [2, ..]}
+    uploader --(the pipe)--> supervisor  events  {"left": [..]}  {"flushed": true}  {"published": true}
+                                         {"error": [2, ..]}
 
 Every write goes through a `Fenced` store: once a newer attempt has claimed the run, it says so, and ends.
 """
@@ -144,7 +146,8 @@ class Live:
         self._report_is_sealed = True
 
     def publish(self, *, last: bool = False) -> bool:
-        """Put page, then events, where they are new; whether all of it arrived. Raises TakenOver; another failure is an event."""
+        """Put page, then events, where they are new; whether all of it arrived. Raises TakenOver; another failure is an
+        event."""
         works = {"logs": self._logs} if last else {}
         works |= {"report": self._page, "events": self.events}
         return all([self._tried(name, work) for name, work in works.items()])
@@ -258,7 +261,8 @@ class Uploader:
 
 
 def put_events(store: Store, run: Path, attempt: int, stored: int = 0) -> int:
-    """Put an attempt's events, whole lines, where they are more than the `stored` bytes that are there; how many are there now."""
+    """Put an attempt's events, whole lines, where they are more than the `stored` bytes that are there; how many are
+    there now."""
     file = run / "events" / f"{attempt}.jsonl"
     data = file.read_bytes() if file.is_file() and file.stat().st_size > stored else b""
     data = data[: data.rfind(b"\n") + 1]

@@ -1,4 +1,5 @@
-"""The supervisor's hold on the uploader (job/run/uploader.py): started with the run, minded in passing, waited for at the end."""
+"""The supervisor's hold on the uploader (job/run/uploader.py): started with the run, minded in passing, waited for at
+the end."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from job.run.supervise import Interrupts
 from job.store.attempt import Attempt
 
 SIGNAL_WAIT = 90.0
-"""seconds at most that the end after a signal waits for uploads: a spot machine has two minutes, ranks may have taken a quarter of one"""
+"""seconds at most that the end after a signal waits for uploads: a spot machine has two minutes, ranks may have taken a
+quarter of one"""
 LAST_WAIT = 60.0
 """seconds at most for the last line of the record"""
 RESTART_AFTER = 10.0
@@ -41,7 +43,8 @@ class Uploads:
         """Write down what the uploader said; UsageError once another attempt has taken the run over. Does not block."""
 
     def flush(self, after: BaseException | None = None) -> None:
-        """Wait until all that is sealed has arrived. What did not is raised as StorageError, or only said where `after` is the reason to end."""
+        """Wait until all that is sealed has arrived. What did not is raised as StorageError, or only said where `after`
+        is the reason to end."""
 
     def last(self, after: BaseException | None = None) -> None:
         """Wait until page and events have arrived; raises as `flush` does."""
@@ -118,7 +121,8 @@ class BucketUploads(Uploads):
             pass
         except EOFError:
             self._console.say(
-                f"warning: the uploader ended by itself and is started again; the end of {self._log}:\n{self._child.tail()}"
+                "warning: the uploader ended by itself and is started again; the end of"
+                f" {self._log}:\n{self._child.tail()}"
             )
             self._end_child()
 
@@ -138,7 +142,8 @@ class BucketUploads(Uploads):
                 if kind == "upload.failed":
                     self._why = fields["why"]
                     self._console.say(
-                        f"warning: {fields['folder']} was not uploaded ({self._why}); next try in {fields['next_try']:.0f} s"
+                        f"warning: {fields['folder']} was not uploaded ({self._why}); next try in"
+                        f" {fields['next_try']:.0f} s"
                     )
 
     def flush(self, after: BaseException | None = None) -> None:
@@ -211,7 +216,8 @@ def uploading(
     interrupts: Interrupts,
     logs: Path | None = None,
 ) -> Iterator[Uploads]:
-    """The uploads of a run, or with `run` None of prepared sets alone; without a bucket, none. The uploader ends with the block."""
+    """The uploads of a run, or with `run` None of prepared sets alone; without a bucket, none. The uploader ends with
+    the block."""
     if bucket is None:
         yield Uploads()
         return

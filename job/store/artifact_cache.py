@@ -1,8 +1,8 @@
 """What others have prepared already: sealed parts of a set, taken from the store instead of made.
 
-A part's key is its path below `--out`, and the set's id stands in it, so that a part found there is the part that would be made here. It is
-verified byte for byte and must have been made from the same inputs. The store is a short cut and never a condition: what it
-lacks, gives damaged or does not give is made here, with a warning where something was wrong.
+A part's key is its path below `--out`, and the set's id stands in it, so that a part found there is the part that would
+be made here. It is verified byte for byte and must have been made from the same inputs. The store is a short cut and
+never a condition: what it lacks, gives damaged or does not give is made here, with a warning where something was wrong.
 """
 
 from __future__ import annotations

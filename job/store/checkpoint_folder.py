@@ -1,9 +1,10 @@
 """Where checkpoints stand, how their parts become one, and which one counts. Needs no torch: the supervisor's side.
 
-    checkpoints/000000000409600/    weights-00000.safetensors  optimizer-00000.safetensors ...  manifest.json     (409,600 rows consumed)
+    checkpoints/000000000409600/    weights-00000.safetensors  optimizer-00000.safetensors ...  manifest.json
+                                    (409,600 rows consumed)
 
-Each rank writes its parts into the hidden folder of its attempt and says so; when all ranks have, the supervisor writes the manifest
-and renames. Ranks never wait for each other's disks, and the training loop waits for neither.
+Each rank writes its parts into the hidden folder of its attempt and says so; when all ranks have, the supervisor writes
+the manifest and renames. Ranks never wait for each other's disks, and the training loop waits for neither.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def newest_usable(
 ) -> Path | None:
     """The newest checkpoint whose every byte is right and that belongs to this run; None when there is none at all.
 
-    Of equally new ones the one on this disk is tried first. One that is damaged or foreign is passed over with a sentence and an event.
-    DataError when none of several is left.
+    Of equally new ones the one on this disk is tried first. One that is damaged or foreign is passed over with a
+    sentence and an event. DataError when none of several is left.
     """
     candidates = [(folder, False) for folder in folders(run)]
     candidates += [(folder, True) for folder in elsewhere.checkpoints(run)] if elsewhere else []
@@ -86,7 +87,8 @@ def newest_usable(
             console.say(f"{error}; taking the checkpoint before it")
     if candidates:
         raise DataError(
-            f"no checkpoint below {run / 'checkpoints'} can be used; delete that folder to train from the first step again"
+            f"no checkpoint below {run / 'checkpoints'} can be used; delete that folder to train from the first step"
+            " again"
         )
     return None
 
@@ -166,7 +168,8 @@ class Keeper:
 
 
 def drop_optimizer(folder: Path) -> None:
-    """Make the final checkpoint weights only: first a manifest without the optimizer's files, then the files themselves."""
+    """Make the final checkpoint weights only: first a manifest without the optimizer's files, then the files
+    themselves."""
     sealed = open_sealed(folder, kind=KIND, verify=False)
     dropped = [name for name in sealed.files if name.startswith(OPTIMIZER)]
     if not dropped:
@@ -182,11 +185,13 @@ def drop_optimizer(folder: Path) -> None:
 
 
 def final_checkpoint(run: Path, rows: int, *, verify: bool = True) -> Sealed:
-    """The sealed checkpoint of the last step, its files hashed if `verify`; DataError with the command that makes it otherwise."""
+    """The sealed checkpoint of the last step, its files hashed if `verify`; DataError with the command that makes it
+    otherwise."""
     folder = folder_of(run, rows)
     if not is_sealed(folder):
         raise DataError(
-            f"run {run.name} has no finished model ({folder} is not there); finish it with: speedrun run --run-id {run.name}"
+            f"run {run.name} has no finished model ({folder} is not there); finish it with: speedrun run --run-id"
+            f" {run.name}"
         )
     return open_sealed(folder, kind=KIND, verify=verify)
 

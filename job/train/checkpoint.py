@@ -1,13 +1,15 @@
 """A rank's side of checkpoints: named slices of state, written in the background, read by any number of ranks.
 
-A slice is (name, first row, rows): "weight/blocks.0.attn.q.weight" rows 0-255, "muon_momentum/..." and so on. Each rank writes the
-slices it owns; the manifest maps every name to its files and rows (job/store/checkpoint_folder.py). A reader asks for a name and a range of
-rows, so a checkpoint written by eight ranks is read by four or by one. There is no pickle: safetensors and JSON.
+A slice is (name, first row, rows): "weight/blocks.0.attn.q.weight" rows 0-255, "muon_momentum/..." and so on. Each rank
+writes the slices it owns; the manifest maps every name to its files and rows (job/store/checkpoint_folder.py). A reader
+asks for a name and a range of rows, so a checkpoint written by eight ranks is read by four or by one. There is no
+pickle: safetensors and JSON.
 
-**What training waits for** is one copy of the state into host buffers that are kept from checkpoint to checkpoint. A thread then
-writes, hashes and fsyncs them, each of which lets go of the interpreter, and reports the part. Only a second checkpoint that comes before
-the first is written waits for it. safetensors' own writer is not used for that reason: it holds the interpreter while it writes, and
-hides a full disk behind an error of its own. Its reader is; the format is one JSON header and raw bytes.
+**What training waits for** is one copy of the state into host buffers that are kept from checkpoint to checkpoint. A
+thread then writes, hashes and fsyncs them, each of which lets go of the interpreter, and reports the part. Only a
+second checkpoint that comes before the first is written waits for it. safetensors' own writer is not used for that
+reason: it holds the interpreter while it writes, and hides a full disk behind an error of its own. Its reader is; the
+format is one JSON header and raw bytes.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ class Writer:
         return [*self._run.optimizer.weight_slices(), *self._run.optimizer.state_slices()]
 
     def _make_buffers(self, slices: Sequence[Slice]) -> None:
-        """While training begins: zeros, because memory that was never written costs a page fault a page when it first is."""
+        """While training begins: zeros, because memory that was never written costs a page fault a page when it first
+        is."""
         try:
             for s in slices:
                 zeros = torch.zeros(s.tensor.shape, dtype=s.tensor.dtype)
@@ -122,12 +125,14 @@ class Writer:
 
 
 def _without_buffers(error: BaseException, size: int) -> BaseException:
-    """What training ends with when there are no buffers: `error`, or where memory is what was missing, the sentence that says so."""
+    """What training ends with when there are no buffers: `error`, or where memory is what was missing, the sentence
+    that says so."""
     said = str(error).lower()
     if not isinstance(error, MemoryError) and "out of memory" not in said and "can't allocate memory" not in said:
         return error
     short = OutOfMemoryError(
-        f"this rank found no host memory for the copy of its {size / 1e9:.1f} GB of state that a checkpoint is written from;"
+        f"this rank found no host memory for the copy of its {size / 1e9:.1f} GB of state that a checkpoint is"
+        " written from;"
         " give the container or the machine more memory (`speedrun plan` says how much)"
     )
     short.__cause__ = error
@@ -140,7 +145,8 @@ def _by_file(slices: Sequence[Slice]) -> list[tuple[str, list[Slice]]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file, fsynced; its size and SHA-256 as a manifest has them. Tensors are contiguous and on the CPU."""
+    """Write a safetensors file, fsynced; its size and SHA-256 as a manifest has them. Tensors are contiguous and on the
+    CPU."""
     header, at = {}, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()

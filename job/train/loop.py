@@ -2,12 +2,14 @@
 
     rows --(Rows: order(epoch, i))--> batches --> loss --> gradients --> optimizer --> checkpoint
 
-Row i of a run is the same row whatever the number of ranks: step s takes rows [s*R, (s+1)*R) with R = B/T rows per step, split
-into micro-steps of `device_batch_size` rows per rank. The position is therefore one integer, the rows consumed.
+Row i of a run is the same row whatever the number of ranks: step s takes rows [s*R, (s+1)*R) with R = B/T rows per
+step, split into micro-steps of `device_batch_size` rows per rank. The position is therefore one integer, the rows
+consumed.
 
-On a GPU a step is queued and not waited for: rows go there from pinned memory, nothing inside a step reads a number back, and what
-the step measured is looked at some steps later (`job/train/step_metrics.py`), always before a checkpoint. There the blocks, the loss and the
-update are compiled, which a warm-up on made-up rows gets over with. A CPU runs the same code as it stands: smoke must need no compiler.
+On a GPU a step is queued and not waited for: rows go there from pinned memory, nothing inside a step reads a number
+back, and what the step measured is looked at some steps later (`job/train/step_metrics.py`), always before a
+checkpoint. There the blocks, the loss and the update are compiled, which a warm-up on made-up rows gets over with. A
+CPU runs the same code as it stands: smoke must need no compiler.
 """
 
 from __future__ import annotations
@@ -139,7 +141,8 @@ def after_divergence(run: Run) -> str:
         kept = "from the last sealed checkpoint, if there is one"
     else:
         return anew
-    return f"the same command goes on {kept}, which is enough after a fault of the machine; where it diverges again, {anew}"
+    enough = "which is enough after a fault of the machine"
+    return f"the same command goes on {kept}, {enough}; where it diverges again, {anew}"
 
 
 def record_validation(run: Run) -> None:
@@ -154,7 +157,8 @@ def due(step: int, every: int) -> bool:
 
 
 class Batches:
-    """The rows of each step as this rank's micro-batches of (inputs, targets), int64 (B, T), on their way to `device`."""
+    """The rows of each step as this rank's micro-batches of (inputs, targets), int64 (B, T), on their way to
+    `device`."""
 
     def __init__(
         self, rows: Rows, *, rows_per_step: int, device_rows: int, rank: int, world_size: int, device: torch.device
@@ -175,7 +179,8 @@ class Batches:
 
 
 def warm_up(run: Run) -> None:
-    """Two steps on made-up rows, and a validation batch where training validates: compiles, and settles the order of collectives.
+    """Two steps on made-up rows, and a validation batch where training validates: compiles, and settles the order of
+    collectives.
 
     Leaves no trace.
     """
@@ -241,11 +246,12 @@ def use_fp8(model: GPT, recipe: Recipe) -> None:
 def join_ranks(context: RankContext, comm: CommConfig, device: torch.device) -> None:
     """Form the group of ranks: over gloo on CPUs, over NCCL on GPUs, there as `comm` says.
 
-    While a reduce-scatter runs beside the backward pass, each of NCCL's blocks holds a multiprocessor, and a matrix product of one block
-    a multiprocessor (persistent, as cuBLAS's for Hopper are) needs a second wave for those that found none. The carve-out has cuBLASLt,
-    which computes every fp8 product, plan for so many fewer: a hint to its heuristics and no partition, experimental in torch. (Products
-    in bf16 follow it only where torch gives them to cuBLASLt as well, and FlashAttention 3 leaves as many free; other attention and
-    compiled kernels do not.) The same number is the most blocks that NCCL may use. What either is worth has not been measured.
+    While a reduce-scatter runs beside the backward pass, each of NCCL's blocks holds a multiprocessor, and a matrix
+    product of one block a multiprocessor (persistent, as cuBLAS's for Hopper are) needs a second wave for those that
+    found none. The carve-out has cuBLASLt, which computes every fp8 product, plan for so many fewer: a hint to its
+    heuristics and no partition, experimental in torch. (Products in bf16 follow it only where torch gives them to
+    cuBLASLt as well, and FlashAttention 3 leaves as many free; other attention and compiled kernels do not.) The same
+    number is the most blocks that NCCL may use. What either is worth has not been measured.
     """
     options = None
     if device.type == "cuda" and (comm.high_priority or comm.sm_carveout):

@@ -41,7 +41,8 @@ def current_ranks() -> Ranks:
 
 @contextlib.contextmanager
 def joined(rank: int, size: int) -> Iterator[Ranks]:
-    """The `size` ranks of this machine, which talk through gloo: what they exchange are answers and sums, a few kilobytes."""
+    """The `size` ranks of this machine, which talk through gloo: what they exchange are answers and sums, a few
+    kilobytes."""
     if size > 1:
         dist.init_process_group("gloo", rank=rank, world_size=size)
     try:

@@ -1,25 +1,27 @@
 """What a step measured, read some steps later: its loss, whether its gradients were finite, how long it took.
 
-A GPU works through a queue. Asking it for a number means waiting until the queue up to that number is empty, and then it stands idle
-until the next step has been queued. So nothing is asked of the step just begun: its numbers are copied to host memory as part of the
-queue, and looked at `lag` steps later, when they have long arrived. That also keeps the host from running further ahead than that.
+A GPU works through a queue. Asking it for a number means waiting until the queue up to that number is empty, and then
+it stands idle until the next step has been queued. So nothing is asked of the step just begun: its numbers are copied
+to host memory as part of the queue, and looked at `lag` steps later, when they have long arrived. That also keeps the
+host from running further ahead than that.
 
-A bad step is therefore noticed a few steps late, which costs these steps, and never a checkpoint: `settle` reads all that is left, and
-is called before every one. Every rank reads the numbers of a step at the same place in its own queue, and they are the same numbers
-(summed over ranks), so all ranks come to the same verdict there.
+A bad step is therefore noticed a few steps late, which costs these steps, and never a checkpoint: `settle` reads all
+that is left, and is called before every one. Every rank reads the numbers of a step at the same place in its own queue,
+and they are the same numbers (summed over ranks), so all ranks come to the same verdict there.
 
-**Whose GPU is slow.** A step takes as long as its slowest rank: the others wait for it in the optimizer's collectives, so that every
-rank's step is equally long. What tells them apart is the time to the end of a rank's own last backward pass (`end_backward`), which waits
-for nobody: a second event in the queue. The ranks learn each other's times by the all-reduce that each step makes anyway: beside what
-is summed it has a slot for every rank, in which all others have a zero. No collective is added, and nothing is waited for:
+**Whose GPU is slow.** A step takes as long as its slowest rank: the others wait for it in the optimizer's collectives,
+so that every rank's step is equally long. What tells them apart is the time to the end of a rank's own last backward
+pass (`end_backward`), which waits for nobody: a second event in the queue. The ranks learn each other's times by the
+all-reduce that each step makes anyway: beside what is summed it has a slot for every rank, in which all others have a
+zero. No collective is added, and nothing is waited for:
 
     summed over ranks               loss, whether a gradient was broken
     one slot for each rank          seconds of its computing, for the steps that it has read since its last collective
 
-The slot of step s cannot hold the time of step s, which the GPU has not computed yet when the host queues the collective. It holds what was read
-last: with a lag of 3 that of step s - 4; after `settle` has read several steps at once, their sum; after a start, nothing. All ranks read the
-same steps at the same place, so that the slots of one collective always cover the same steps (`Computing.steps`). `SlowRanks` compares their
-sums over a window.
+The slot of step s cannot hold the time of step s, which the GPU has not computed yet when the host queues the
+collective. It holds what was read last: with a lag of 3 that of step s - 4; after `settle` has read several steps at
+once, their sum; after a start, nothing. All ranks read the same steps at the same place, so that the slots of one
+collective always cover the same steps (`Computing.steps`). `SlowRanks` compares their sums over a window.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ SUMMED = 2
 
 @dataclasses.dataclass(frozen=True)
 class Computing:
-    """Seconds that each rank computed in `steps` steps before the reading that brings them: forward and backward, no collective."""
+    """Seconds that each rank computed in `steps` steps before the reading that brings them: forward and backward, no
+    collective."""
 
     seconds: tuple[float, ...]
     """by rank"""
@@ -185,10 +188,12 @@ class SlowRanks:
         self._readings: list[Reading] = []
 
     def take(self, reading: Reading) -> dict[str, Any] | None:
-        """The event of the window that `reading` ends, where a rank was slower than the median one by more than TOLERANCE.
+        """The event of the window that `reading` ends, where a rank was slower than the median one by more than
+        TOLERANCE.
 
-        behind: for each such rank, by what share of the median rank's time it was slower. lost_ms: a step, what the median rank waited
-        for the slowest. step_ms: a step's length, of which that is a part. steps: that the comparison covers.
+        behind: for each such rank, by what share of the median rank's time it was slower. lost_ms: a step, what the
+        median rank waited for the slowest. step_ms: a step's length, of which that is a part. steps: that the
+        comparison covers.
         """
         self._readings.append(reading)
         if len(self._readings) < WINDOW:

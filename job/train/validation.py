@@ -2,11 +2,13 @@
 
     bpb = sum of nats over the targets that are text / (ln 2 x sum of those targets' bytes)
 
-Per byte, so that vocabularies can be compared: each target counts with the exact bytes that its token stands for. Special tokens stand
-for none and count on neither side. The rows are the first of the held-out set, `val_tokens` of them or all there are.
+Per byte, so that vocabularies can be compared: each target counts with the exact bytes that its token stands for.
+Special tokens stand for none and count on neither side. The rows are the first of the held-out set, `val_tokens` of
+them or all there are.
 
-The rows are cut into blocks of one micro-batch whatever the number of ranks; each block's sum is made in fp64, and the blocks' sums are
-added exactly (`math.fsum`). So any number of ranks gives the same number, bit for bit, as far as one block does.
+The rows are cut into blocks of one micro-batch whatever the number of ranks; each block's sum is made in fp64, and the
+blocks' sums are added exactly (`math.fsum`). So any number of ranks gives the same number, bit for bit, as far as one
+block does.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def bits_per_byte(
     reporter: Reporter,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """{"bpb", "nats", "bytes", "tokens", "val_rows"} of rows (n, T+1); `token_bytes` (V,) are each token's bytes, 0 for specials.
+    """{"bpb", "nats", "bytes", "tokens", "val_rows"} of rows (n, T+1); `token_bytes` (V,) are each token's bytes, 0 for
+    specials.
 
     Every rank calls this with the same rows and gets the same numbers. `tokens` counts all targets, specials included.
     """

@@ -119,7 +119,8 @@ def parquet(texts, **options) -> bytes:
 class FakeHub:
     """The hub's three answers about a dataset: its commit, its files' sizes and hashes, and their bytes (with ranges).
 
-    `faults[name]` is a list of faults for the next requests of that file: a status, (429, seconds), "truncated", "html", "stalled".
+    `faults[name]` is a list of faults for the next requests of that file: a status, (429, seconds), "truncated",
+    "html", "stalled".
     """
 
     def __init__(self) -> None:
@@ -214,7 +215,8 @@ class FakeHub:
 
 @pytest.fixture
 def hub(monkeypatch, prose) -> Iterator[FakeHub]:
-    """Six shards of prose, the last for validation, in the place of climbmix; three training documents also occur in it."""
+    """Six shards of prose, the last for validation, in the place of climbmix; three training documents also occur in
+    it."""
     hub = FakeHub()
     for index in range(5):
         hub.serve(f"shard_{index:05d}.parquet", parquet([*prose[index:150:5], None, ""], row_group_size=16))

@@ -98,8 +98,9 @@ def test_documents_come_as_they_are_asked_for(tokenizer):
     "first", [0, 0x2000, *(pytest.param(first, marks=pytest.mark.slow) for first in range(0x4000, 0x36000, 0x2000))]
 )
 def test_every_character_is_of_the_class_that_tiktoken_gives_it(first):
-    """Both libraries must know the same Unicode: each character c with the merges ca and ac, which show where a text is cut
-    ("1ca" after the 1 unless c is a number, ".cca" within cc if c is white space or a letter, "ac." before c unless c is a letter)."""
+    """Both libraries must know the same Unicode: each character c with the merges ca and ac, which show where a text is
+    cut ("1ca" after the 1 unless c is a number, ".cca" within cc if c is white space or a letter, "ac." before c unless
+    c is a letter)."""
     characters = [chr(point) for point in range(first, first + 0x2000) if not 0xD800 <= point < 0xE000]
     merges = [
         text.encode()[:end]

@@ -33,7 +33,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def begun(hub, tmp_path, helpers, monkeypatch) -> Prepared:
-    """The dataset is as long as it really is (a process of its own knows no other), though the hub has only its first shards."""
+    """The dataset is as long as it really is (a process of its own knows no other), though the hub has only its first
+    shards."""
     monkeypatch.setitem(DATASETS, "climbmix", Dataset("karpathy/climbmix-400b-shuffle", 6543))
     hub.serve(SHARD(6542), hub.files[SHARD(5)])
     return helpers.small_prepare(tmp_path / "out", helpers.of_the_hub(tokenizer_chars=20_000), rows=1000, whole=False)

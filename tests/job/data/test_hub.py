@@ -1,4 +1,5 @@
-"""Named datasets: which shards, from a hub on loopback, and one sentence for everything that can go wrong on the way."""
+"""Named datasets: which shards, from a hub on loopback, and one sentence for everything that can go wrong on the
+way."""
 
 from __future__ import annotations
 

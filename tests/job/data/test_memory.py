@@ -26,7 +26,8 @@ def test_it_is_said_and_what_cannot_fit_is_refused(helpers):
     )
     with pytest.raises(
         OutOfMemoryError,
-        match=r"on 1,000,000,000,000,000 characters takes about \d+\.\d GB of memory and .* are free; lower data.tokenizer_chars",
+        match=r"on 1,000,000,000,000,000 characters takes about \d+\.\d GB of memory and .* are free; "
+        "lower data.tokenizer_chars",
     ):
         check_training(10**15, recorder)
 

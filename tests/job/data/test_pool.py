@@ -1,4 +1,5 @@
-"""Parts of a prepared set that a store has are pulled and not made; what it lacks or has wrong is made, and the bytes are the same."""
+"""Parts of a prepared set that a store has are pulled and not made; what it lacks or has wrong is made, and the bytes
+are the same."""
 
 from __future__ import annotations
 

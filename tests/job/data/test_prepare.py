@@ -65,7 +65,8 @@ def test_what_is_made(prepared):
 def test_validation_documents_never_occur_among_training_rows(
     tmp_path_factory, helpers, seed, val_fraction, split_long, seq_len
 ):
-    """Every document carries its number throughout; no number is seen on both sides, however often its document occurs."""
+    """Every document carries its number throughout; no number is seen on both sides, however often its document
+    occurs."""
     draw = random.Random(seed)
     numbers = [draw.randrange(200) for _ in range(150)]
     texts = {
@@ -171,7 +172,8 @@ class Stopping(Reporter):
         self.count()
 
 sources.SHARD_BYTES = 1
-data = DataConfig(source="local", paths=(sys.argv[1],), vocab_size=400, tokenizer_chars=200_000, val_fraction=0.1, split_long=True)
+settings = dict(vocab_size=400, tokenizer_chars=200_000, val_fraction=0.1, split_long=True)
+data = DataConfig(source="local", paths=(sys.argv[1],), **settings)
 prepare(pathlib.Path(sys.argv[2]), data, 32, Stopping(), int(sys.argv[3]))
 """
 
@@ -333,7 +335,8 @@ from job.recipe.config import DataConfig
 from job.data.prepare import prepare
 from job.reporter import Reporter
 
-data = DataConfig(source="local", paths=(sys.argv[1],), vocab_size=400, tokenizer_chars=200_000, val_fraction=0.01, split_long=False)
+settings = dict(vocab_size=400, tokenizer_chars=200_000, val_fraction=0.01, split_long=False)
+data = DataConfig(source="local", paths=(sys.argv[1],), **settings)
 prepared = prepare(pathlib.Path(sys.argv[2]), data, 256, Reporter(), 1)
 status = pathlib.Path("/proc/self/status").read_text()
 print(prepared.facts["documents"], prepared.train_rows, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) // 1024)

@@ -136,7 +136,8 @@ def test_only_the_asked_for_text_is_trained_on():
 def test_a_text_too_small_for_the_vocabulary_says_how_far_it_goes():
     with pytest.raises(
         DataError,
-        match=r"too small for data.vocab_size=5000: only \d+ of 4735 merges are possible; give more text or .* at most (\d+)",
+        match=r"too small for data.vocab_size=5000: only \d+ of 4735 merges are possible; "
+        r"give more text or .* at most (\d+)",
     ) as e:
         trained(["the cat sat on the mat"], 5000)
     most = int(str(e.value).rsplit(" ", 1)[1])

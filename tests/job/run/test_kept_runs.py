@@ -1,11 +1,12 @@
 """Runs that an older program made: two finished ones still open with `report`, and an interrupted one still goes on.
 
-All three were made by commit 7f2d394 (Python 3.11, torch 2.13.0 on a CPU); the commands are in their attempts. `smoke` is the default
-flow with embedded text; `ranks` had two ranks, the older architecture, two files of text, validations and a bucket; `interrupted` got
-SIGTERM in its second step. They are as small as a recipe can be: one block, 16 tokens a row, fp32 so that every machine can go on.
+All three were made by commit 7f2d394 (Python 3.11, torch 2.13.0 on a CPU); the commands are in their attempts. `smoke`
+is the default flow with embedded text; `ranks` had two ranks, the older architecture, two files of text, validations
+and a bucket; `interrupted` got SIGTERM in its second step. They are as small as a recipe can be: one block, 16 tokens a
+row, fp32 so that every machine can go on.
 
-Weights do not compress, so those of the two finished runs are left out: `report` wants the files to be there and does not read them.
-The interrupted run is whole, which makes it 2.3 MB.
+Weights do not compress, so those of the two finished runs are left out: `report` wants the files to be there and does
+not read them. The interrupted run is whole, which makes it 2.3 MB.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import pytest
 
 KEPT = Path(__file__).parents[2] / "data" / "kept_runs"
 TOLERANCE = 1e-3
-"""Of a step's loss. Torch's plain kernels instead of this CPU's gave losses that differ by at most 5e-7; with the first moments of the
-optimizer set to zero in the checkpoint the step after the first already differs by 7e-3 (both measured on this run)."""
+"""Of a step's loss. Torch's plain kernels instead of this CPU's gave losses that differ by at most 5e-7; with the first
+moments of the optimizer set to zero in the checkpoint the step after the first already differs by 7e-3 (both measured
+on this run)."""
 
 
 def unpacked(name: str, folder: Path) -> Path:
-    """The kept run's folder, below `folder`/out; a file that its manifest has and the archive has not gets the right size."""
+    """The kept run's folder, below `folder`/out; a file that its manifest has and the archive has not gets the right
+    size."""
     with tarfile.open(KEPT / f"{name}.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     run = folder / "out" / "runs" / name

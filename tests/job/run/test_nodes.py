@@ -36,7 +36,7 @@ TWO = {
 }
 
 
-# ---- what the environment says -------------------------------------------------------------------------------------------------
+# ---- what the environment says
 
 
 def test_without_skypilot_this_is_the_only_node() -> None:
@@ -73,7 +73,7 @@ def test_contradictions_are_said(changed: dict[str, str], said: str) -> None:
     assert said in str(raised.value)
 
 
-# ---- the connection ------------------------------------------------------------------------------------------------------------
+# ---- the connection
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_another_secret_is_refused_on_both_sides(listener: socket.socket) -> Non
     assert isinstance(into[0], AuthenticationError)
 
 
-# ---- parts of checkpoints ------------------------------------------------------------------------------------------------------
+# ---- parts of checkpoints
 
 CHILD = """
 import os
@@ -176,7 +176,7 @@ def test_a_part_that_cannot_be_published_fails_its_rank(child: LocalRank) -> Non
     assert rank.error == (12, "the bucket is gone") and rank.poll() == 12
 
 
-# ---- the meeting ---------------------------------------------------------------------------------------------------------------
+# ---- the meeting
 
 
 @dataclasses.dataclass

@@ -1,4 +1,5 @@
-"""Runs on several nodes of loopback: a supervisor each, folders of their own, ranks that talk through gloo. A folder stands for the bucket."""
+"""Runs on several nodes of loopback: a supervisor each, folders of their own, ranks that talk through gloo. A folder
+stands for the bucket."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from job.store.sealed import open_sealed
 
 @dataclasses.dataclass
 class Cluster:
-    """`count` nodes with `ranks` processes each, whose folders are `base`/n0, n1 ...; `base`/bucket is what they share."""
+    """`count` nodes with `ranks` processes each, whose folders are `base`/n0, n1 ...; `base`/bucket is what they
+    share."""
 
     speedrun: object
     base: Path

@@ -14,7 +14,8 @@ from job.run.processes import PACKAGES, LocalRank, python_environment
 
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder whose modules are named like ours and Python's, and an environment that leaves an empty entry in the path."""
+    """A working folder whose modules are named like ours and Python's, and an environment that leaves an empty entry in
+    the path."""
     folder = tmp_path / "here"
     folder.mkdir()
     for name in ("job", "model", "random", "secrets", "queue", "pathlib"):

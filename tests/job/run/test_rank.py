@@ -11,7 +11,8 @@ import torch
 from job.run.rank import lacks_memory, memory_sentence
 
 GPU = (
-    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 3 has a total capacity of 79.11 GiB of which 1.20 GiB is free. "
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 3 has a total capacity of 79.11 GiB of which 1.20 GiB is"
+    " free. "
     "See documentation for Memory Management"
 )
 REMEDY = "use a smaller train.device_batch_size or a machine with more memory"

@@ -1,4 +1,5 @@
-"""A whole run through the command line: stages, sealed results, resume, interruption. Every stage is the real one, tiny."""
+"""A whole run through the command line: stages, sealed results, resume, interruption. Every stage is the real one,
+tiny."""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ def test_a_changed_recipe_is_refused_and_fresh_starts_anew(finished: Path, tmp_p
     shutil.copytree(finished, out)
     refused = speedrun.here(speedrun.tiny("run", out, "-o", "train.steps=10"), code=2)
     assert refused.stderr == (
-        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to discard the old run\n"
+        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to"
+        " discard the old run\n"
     )
     assert weights(out) == weights(finished)
     speedrun(speedrun.tiny("pretrain", out, "-o", "train.steps=2", "--fresh"))

@@ -1,4 +1,5 @@
-"""What the uploader finds to upload, in which order, and what it does when the store fails: over a folder, without processes."""
+"""What the uploader finds to upload, in which order, and what it does when the store fails: over a folder, without
+processes."""
 
 from __future__ import annotations
 

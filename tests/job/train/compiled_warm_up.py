@@ -1,4 +1,5 @@
-"""One rank's warm-up with the compiler, on a CPU, where the product compiles nothing: prints what it reports, then what training gives."""
+"""One rank's warm-up with the compiler, on a CPU, where the product compiles nothing: prints what it reports, then what
+training gives."""
 
 from __future__ import annotations
 

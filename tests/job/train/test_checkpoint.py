@@ -1,4 +1,5 @@
-"""Checkpoints: exact resume at any step, any number of ranks, and what happens to damaged ones. The loop is the real one, in process."""
+"""Checkpoints: exact resume at any step, any number of ranks, and what happens to damaged ones. The loop is the real
+one, in process."""
 
 from __future__ import annotations
 
@@ -103,7 +104,8 @@ def train(
     generation: str = "head",
     **train_values: object,
 ) -> list[float]:
-    """One attempt at the run in folder `run`, from its newest checkpoint, up to border `stop_at`; the losses of its steps."""
+    """One attempt at the run in folder `run`, from its newest checkpoint, up to border `stop_at`; the losses of its
+    steps."""
     recipe, prepared = material
     recipe = of_generation(
         dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **train_values)), generation
@@ -322,7 +324,7 @@ def test_a_failed_write_is_raised_and_nothing_is_sealed(material: tuple[Recipe, 
         train(material, run, stop_at=4)
 
 
-# ---- other numbers of ranks ---------------------------------------------------------------------------------------------------
+# ---- other numbers of ranks
 
 
 def _rank(
@@ -387,8 +389,9 @@ def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_eight_four_one_eight_ranks_train_the_same_rows(material: tuple[Recipe, Path], tmp_path: Path) -> None:
     """fp64, 20 steps after a checkpoint of 8 ranks: on 4, then 1, then 8 ranks, and on 1 alone: weights within 1e-9.
 
-    The first steps are common: while the output projections are zero some gradients are rounding noise, which Adam's eps of 1e-10 makes
-    steps of. Three layers, because with fewer backout takes away a part of the last layer's own output, which the norm undoes.
+    The first steps are common: while the output projections are zero some gradients are rounding noise, which Adam's
+    eps of 1e-10 makes steps of. Three layers, because with fewer backout takes away a part of the last layer's own
+    output, which the norm undoes.
     """
     recipe, prepared = material
     model, longer = dataclasses.replace(recipe.model, depth=3), dataclasses.replace(recipe.train, steps=30)
@@ -414,7 +417,8 @@ def test_eight_four_one_eight_ranks_train_the_same_rows(material: tuple[Recipe, 
 def test_a_checkpoint_of_eight_ranks_is_the_same_state_on_four_and_on_one(
     material: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
-    """Loading and writing again at once (0 steps) on another number of ranks keeps every bit; the next loss agrees in fp32."""
+    """Loading and writing again at once (0 steps) on another number of ranks keeps every bit; the next loss agrees in
+    fp32."""
     train_on(8, material, tmp_path / "8", stop_at=4, fp64=False)
     before = gathered(tmp_path / "8")
     first = {}

@@ -1,4 +1,5 @@
-"""What ranks exchange in a step, seen on gloo: each other's times, gradients with overlap and without, and as NCCL would be asked for."""
+"""What ranks exchange in a step, seen on gloo: each other's times, gradients with overlap and without, and as NCCL
+would be asked for."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def build(rank: int, world: int, recipe: Recipe, folder: Path) -> Run:
 
 
 def scenario_times(rank: int, world: int, folder: Path):
-    """A clock that each rank turns by hand: its step s computes for (s + 1)(rank + 1) seconds. By lag: readings, collectives."""
+    """A clock that each rank turns by hand: its step s computes for (s + 1)(rank + 1) seconds. By lag: readings,
+    collectives."""
     clock, found = 0.0, {}
     all_reduce, calls = dist.all_reduce, []
     dist.all_reduce = lambda *args, **kwargs: calls.append(args) or all_reduce(*args, **kwargs)
@@ -110,7 +112,8 @@ def scenario_slow(rank: int, world: int, folder: Path):
 
 
 def scenario_overlap(rank: int, world: int, folder: Path):
-    """By overlap: the weights after four steps, and how many reductions each step had launched at the end of its backward pass."""
+    """By overlap: the weights after four steps, and how many reductions each step had launched at the end of its
+    backward pass."""
     found = {}
     for overlap in (True, False):
         run = build(rank, world, recipe_of(f"comm.overlap={str(overlap).lower()}"), folder)
@@ -134,7 +137,8 @@ def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_learn_each_others_times_by_the_one_collective_of_a_step(tmp_path: Path) -> None:
-    """Every step once and in order: those that had been read when the collective was queued, after a settling all of these."""
+    """Every step once and in order: those that had been read when the collective was queued, after a settling all of
+    these."""
     ranks = on_ranks(2, tmp_path, scenario_times, tmp_path)
     for lag, first in ((0, 1), (3, 4)):
         (told, collectives), others = ranks[0][lag], ranks[1][lag][0]

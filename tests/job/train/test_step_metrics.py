@@ -1,4 +1,5 @@
-"""What a step measured is read later, in order, and all of it before a checkpoint; a broken number names step and parameter."""
+"""What a step measured is read later, in order, and all of it before a checkpoint; a broken number names step and
+parameter."""
 
 from __future__ import annotations
 
