@@ -57,7 +57,6 @@ class Rank:
     """readable when `messages` has something to give"""
     log: str
     """where what it printed stands"""
-    remote = False
 
     def __init__(self) -> None:
         self.error: tuple[int, str] | None = None

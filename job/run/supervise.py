@@ -17,7 +17,7 @@ import selectors
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from job.console import Console
 from job.errors import InterruptedRun, OutOfMemoryError, error_for
@@ -25,12 +25,26 @@ from job.machine import cgroup, container
 from job.reporter import Reporter
 from job.run.fruitless import Death, RankDied, explained
 from job.run.processes import GRACE, Rank
-from job.store.checkpoint_folder import Keeper
 
 GOES_ON = "what is sealed is kept, and the same command goes on from there"
 
-HEARSAY = 5.0
-"""seconds that a rank's unexplained end waits for the word of other nodes: what ended it may have happened there"""
+
+class Peer(Protocol):
+    """Whoever takes part in the agreement on a border: a rank of this node, or another node for all of its ranks."""
+
+    boundary: int | None
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Pass on an order."""
+
+
+class CheckpointSink(Protocol):
+    """What the parts of checkpoints are given to, and what says when one is due."""
+
+    def check(self) -> None: ...
+    def due(self) -> bool: ...
+    def restart_clock(self) -> None: ...
+    def take(self, part: dict[str, Any]) -> None: ...
 
 
 class Interrupts:
@@ -86,8 +100,9 @@ def supervise(
     reporter: Reporter,
     console: Console,
     interrupts: Interrupts,
-    keeper: Keeper | None = None,
+    keeper: CheckpointSink | None = None,
     meanwhile: Callable[[], None] = lambda: None,
+    others: Sequence[Peer] = (),
 ) -> None:
     """Write down what the ranks of `stage` report until all have ended; `keeper` seals their checkpoints and says when one is due.
 
@@ -98,7 +113,7 @@ def supervise(
     selector = selectors.DefaultSelector()
     for rank in ranks:
         selector.register(rank.pipe, selectors.EVENT_READ, rank)
-    borders = _Borders(stage, ranks, interrupts, console, keeper)
+    borders = _Borders(stage, [*ranks, *others], interrupts, console, keeper)
 
     def listen() -> None:
         for key, _ in selector.select(timeout=0.2):
@@ -115,7 +130,6 @@ def supervise(
             listen()
             borders.advance()
             meanwhile()
-        _hear_others(ranks, selector, listen)
         codes = [rank.ended() for rank in ranks]
     finally:
         for rank in ranks:
@@ -131,7 +145,7 @@ class _Borders:
     """Agreements on a shared border: for a checkpoint when one is due, for the end after a signal."""
 
     def __init__(
-        self, stage: str, ranks: Sequence[Rank], interrupts: Interrupts, console: Console, keeper: Keeper | None
+        self, stage: str, ranks: Sequence[Peer], interrupts: Interrupts, console: Console, keeper: CheckpointSink | None
     ) -> None:
         self.stage, self.ranks, self.interrupts, self.console, self.keeper = stage, ranks, interrupts, console, keeper
         self.stopping: float | None = None
@@ -170,14 +184,16 @@ class _Borders:
         self.asked, self.told_to_stop = False, bool(self.interrupts.count)
         order = {
             "do": "go",
-            "at": max(rank.boundary for rank in self.ranks),
+            "at": max(rank.boundary or 0 for rank in self.ranks),
             "then": "stop" if self.told_to_stop else "checkpoint",
         }
         for rank in self.ranks:
             rank.tell(order)
 
 
-def _take(rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, keeper: Keeper | None) -> None:
+def _take(
+    rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, keeper: CheckpointSink | None
+) -> None:
     match message:
         case {"progress": [stage, done, total, unit]}:
             console.progress(stage, done, total, unit)
@@ -198,7 +214,9 @@ def _take(rank: Rank, message: dict[str, Any], reporter: Reporter, console: Cons
             console.detail(f"{kind} {json.dumps(fields)}")
 
 
-def _drain(selector: selectors.BaseSelector, reporter: Reporter, console: Console, keeper: Keeper | None) -> None:
+def _drain(
+    selector: selectors.BaseSelector, reporter: Reporter, console: Console, keeper: CheckpointSink | None
+) -> None:
     """Take what dead ranks had still said: a pipe outlives its writer."""
     for key in list(selector.get_map().values()):
         with contextlib.suppress(EOFError, BlockingIOError):
@@ -206,18 +224,6 @@ def _drain(selector: selectors.BaseSelector, reporter: Reporter, console: Consol
                 for message in key.data.messages():
                     _take(key.data, message, reporter, console, keeper)
         os.close(key.fd)
-
-
-def _hear_others(ranks: Sequence[Rank], selector: selectors.BaseSelector, listen: Callable[[], None]) -> None:
-    """While no rank's end explains the others', and some of them are on other nodes: what those still have to say."""
-    until = time.monotonic() + HEARSAY
-
-    def unexplained() -> bool:
-        explained = any(rank.error or (rank.poll() or 0) < 0 for rank in ranks)
-        return not explained and any(rank.poll() for rank in ranks) and any(rank.remote for rank in ranks)
-
-    while unexplained() and selector.get_map() and time.monotonic() < until:
-        listen()
 
 
 def _interrupted(stage: str) -> InterruptedRun:

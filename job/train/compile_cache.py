@@ -46,9 +46,8 @@ from job.errors import DataError, SpeedrunError, StorageError
 from job.machine import host
 from job.recipe.config import Recipe
 from job.reporter import Reporter
-from job.run.nodes import Nodes
+from job.run.nodes import NodeContext
 from job.run.rank import RankContext
-from job.run.site import Site
 from job.store.sealed import MANIFEST, Sealed, content_id, is_sealed, open_sealed, sealing, sha256_file
 from job.store.stores import Store, pull_sealed, stored_manifest
 
@@ -103,35 +102,34 @@ def environment(work: Path) -> dict[str, str]:
 
 
 class Caches(Reporter):
-    """One node's caches while a stage runs: its ranks are started at `site`, and report through this reporter.
+    """One node's caches while a stage runs: its ranks are started at `node`, and report through this reporter.
 
-    For a stage that compiles nothing, without a GPU, and with train.compile_cache=false the site stays as it is, and nothing is kept.
+    For a stage that compiles nothing, without a GPU, and with train.compile_cache=false `node` stays as it is, and nothing is kept.
     """
 
     def __init__(
         self,
         stage: str,
-        site: Site,
+        node: NodeContext,
         recipe: Recipe,
-        nodes: Nodes,
         console: Console,
         reporter: Reporter,
         attempt: int = 0,
     ) -> None:
         """Fetch what there is. attempt: the run's, on the first node, which seals what there will be; 0 on the others."""
-        self.site, self._console, self._reporter, self._attempt = site, console, reporter, attempt
-        self._local, self._warm, self._loaded = nodes.ranks_of(nodes.number), set(), set()
+        self.node, self._console, self._reporter, self._attempt = node, console, reporter, attempt
+        self._local, self._warm, self._loaded = node.nodes.ranks_of(node.nodes.number), set(), set()
         self._thread, self._ended, self._outcome, self._temporary = None, threading.Event(), {}, None
         gpu = host.gpu_names() if stage == "pretrain" and recipe.train.compile_cache else ""
         if gpu:
             self._made_from = made_from(recipe, gpu)
             self.key = f"compiled/{content_id(KIND, self._made_from)}"
-            self.folder = site.out / self.key
+            self.folder = node.out / self.key
             self._temporary = tempfile.TemporaryDirectory(prefix="speedrun-compiled-", ignore_cleanup_errors=True)
             self.work = Path(self._temporary.name)
-            self.site = dataclasses.replace(site, environment=environment(self.work))
-            if not self._load(self._open, None) and site.store:
-                self._load(self._pull, site.store)
+            self.node = dataclasses.replace(node, environment=environment(self.work))
+            if not self._load(self._open, None) and node.store:
+                self._load(self._pull, node.store)
 
     def emit(self, kind: str, **fields: Any) -> None:
         self._reporter.emit(kind, **fields)
@@ -154,7 +152,7 @@ class Caches(Reporter):
         self._tell()
         if self._attempt and self._loaded and len(self._warm) < len(self._local) and not interrupted:
             self._refuse("ranks that had loaded it ended before they were warm")
-            self._remove(self.site.store)
+            self._remove(self.node.store)
         self._temporary.cleanup()
 
     def _load(self, sealed: Callable[[], Sealed | None], store: Store | None) -> bool:
@@ -187,12 +185,12 @@ class Caches(Reporter):
         return open_sealed(self.folder, kind=KIND) if is_sealed(self.folder) else None
 
     def _pull(self) -> Sealed | None:
-        manifest = stored_manifest(self.site.store, self.key)
+        manifest = stored_manifest(self.node.store, self.key)
         if manifest is None:
             return None
         if sum(entry["size"] for entry in manifest["files"].values()) > LIMIT:
             raise DataError(f"it has more than {LIMIT / 1e9:.2f} GB")
-        return pull_sealed(self.site.store, self.key, self.folder, kind=KIND)
+        return pull_sealed(self.node.store, self.key, self.folder, kind=KIND)
 
     def _refuse(self, why: str) -> None:
         self._reporter.emit("compile_cache.refused", folder=self.key, why=why)
@@ -205,7 +203,7 @@ class Caches(Reporter):
         shutil.rmtree(self.folder, ignore_errors=True)
         if store and self._attempt:
             with contextlib.suppress(SpeedrunError):
-                self.site.fenced(self._attempt).delete([f"{self.key}/{MANIFEST}"])
+                self.node.fenced(self._attempt).delete([f"{self.key}/{MANIFEST}"])
 
     def _seal(self) -> None:
         """In a thread beside the training."""
