@@ -333,7 +333,7 @@ def _run(
 
     container.check_temporary_folder()  # torch wants one as it is imported
     from job.run import launch, preflight
-    from job.run.follow import join
+    from job.run.join import join
     from job.run.nodes import nodes_here
 
     run_id = run_id or recipe.preset

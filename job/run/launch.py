@@ -30,11 +30,10 @@ from job.recipe.derive import derive, micro_steps
 from job.report.render import write_report
 from job.reporter import Reporter
 from job.run.bucket import Bucket
-from job.run.crew import Crew, crew_of
 from job.run.fruitless import RankDied, judged, without_attempts
-from job.run.nodes import Nodes, same_command
-from job.run.processes import start_ranks
-from job.run.site import Site
+from job.run.node_link import NodeLink, OtherNode, first_link
+from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
+from job.run.processes import GRACE, Rank, free_port, start_ranks
 from job.run.supervise import Interrupts, supervise
 from job.run.uploader_client import Told, Uploads, uploading
 from job.run.wandb_client import wandb_logging
@@ -42,13 +41,13 @@ from job.store.attempt import Attempt, fold
 from job.store.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
 from job.store.sealed import MANIFEST, atomic_write, is_sealed
 from job.train.compile_cache import Caches
-from job.train.split_checkpoint import SplitKeeper, fetch, share
+from job.train.node_checkpoints import NodesKeeper, PartUploader, fetch, share
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def check_writable(out: Path) -> None:
-    """UsageError unless `out` is a folder we can write in, or can become one; PreflightError in a container without temporary files."""
+    """UsageError unless `out` is or can become a folder we can write in; PreflightError without temporary files."""
     container.check_temporary_folder()
     probe = out / f".writable-{os.getpid()}"
     try:
@@ -86,7 +85,7 @@ def run_folder(out: Path, run_id: str) -> Path:
 def open_run(
     out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int = 1, bucket: Bucket | None = None
 ) -> Path:
-    """The folder of `run_id`, its recipe written; UsageError when it was begun with another recipe, here or in the bucket."""
+    """The folder of `run_id`, its recipe written; UsageError when another one is there or in the bucket."""
     run = run_folder(out, run_id)
     check_writable(out)
     container.check(recipe, ranks)
@@ -98,10 +97,11 @@ def open_run(
         bucket.check_history(run)
     here = (run / "recipe.json").read_bytes() if (run / "recipe.json").is_file() else None
     stored = bucket.recipe(run_id) if bucket and not fresh else None
-    for begun in filter(None, (here, stored)):
-        if changed := differing_keys(json.loads(begun)["recipe"], document["recipe"]):
+    for other in filter(None, (here, stored)):
+        if changed := differing_keys(json.loads(other)["recipe"], document["recipe"]):
             raise UsageError(
-                f"run {run_id} was begun with another recipe ({'; '.join(changed)}); take another --run-id, or --fresh to discard the old run"
+                f"run {run_id} was begun with another recipe ({'; '.join(changed)}); take another --run-id, or "
+                f"--fresh to discard the old run"
             )
     begun = here or stored
     if begun is None or differing_keys(json.loads(begun)["recipe"], document["recipe"], free=True):
@@ -151,29 +151,33 @@ def execute(
     bucket: Bucket | None = None,
     fresh: bool = False,
 ) -> None:
-    """On the first node: claim an attempt and bring every stage of `stages` to its end; with `asked`, that evaluation too if one is done.
+    """On the first node: claim an attempt and bring every stage of `stages` to its end; with `asked`, that evaluation
+    too if one is done.
 
     With a `bucket` the run goes on from what is there, unless `fresh` discards that, and is mirrored there.
     Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
     """
-    attempt = Attempt.claim(run, bucket and bucket.store, **({"fresh": True} if fresh else {}))
+    notes = ({"fresh": True} if fresh else {}) | ({"same": same_command(recipe, nodes)} if nodes.count > 1 else {})
+    store = bucket.store if bucket else None
+    attempt = Attempt.claim(run, store, **notes)
     attempt.emit("attempt.started", argv=sys.argv[1:], nodes=nodes.count, **host.describe())
     final = folder_of(run, derive(recipe).rows)
-    site = Site(out, run, recipe.train.threads, bucket and bucket.store, asked=asked and asked.document)
+    node = NodeContext(out, run, nodes, recipe.train.threads, store, asked=asked.document if asked else None)
     with (
         Interrupts() as interrupts,
-        crew_of(nodes, interrupts, console) as crew,
+        first_link(nodes, interrupts, console, attempt.number) as link,
         uploading(bucket, out, run, attempt, int(final.name), console, interrupts) as uploads,
         _last_word(attempt, uploads),
     ):
-        crew.meet(same_command(recipe, nodes), site)
+        link.meet()
         if bucket:
             bucket.begin(run, attempt, int(final.name), console, fresh=fresh)
         uploads.start()
-        start = _Start(site, recipe, attempt, console, interrupts, crew, uploads, bucket)
+        start = _Start(node, recipe, attempt, console, interrupts, link, uploads, bucket)
         with wandb_logging(run, attempt, console):  # wandb's id of the run follows from its first event
             for stage in stages:
                 interrupts.check(stage)
+                link.check()
                 if not asked and is_done(stage, run, recipe):
                     attempt.emit("stage.skipped", stage=stage, why="sealed")
                     console.say(f"{stage}: done already")
@@ -182,9 +186,7 @@ def execute(
                 started = time.monotonic()
                 attempt.emit("stage.started", stage=stage)
                 if stage == "report" and asked and asked.is_lesser and is_sealed(run / "report"):
-                    (
-                        run / "report" / MANIFEST
-                    ).touch()  # it says all that it said: the uploader takes it for this attempt's
+                    (run / "report" / MANIFEST).touch()  # so that the uploader takes it for this attempt's
                 elif stage == "report":
                     write_report(run)
                 else:
@@ -199,32 +201,59 @@ def execute(
 class _Start:
     """What the stages of one attempt share."""
 
-    site: Site
+    node: NodeContext
     recipe: Recipe
     attempt: Attempt
     console: Console
     interrupts: Interrupts
-    crew: Crew
+    link: NodeLink
     uploads: Uploads
     bucket: Bucket | None
 
 
 def _run_ranks(stage: str, start: _Start) -> None:
-    """Start the ranks of `stage` on all nodes and see them to their end."""
-    site, run, attempt, crew = start.site, start.site.run, start.attempt, start.crew
+    """Start the ranks of `stage`, have other nodes do so, and see them to their end."""
+    node, run, attempt, link = start.node, start.node.run, start.attempt, start.link
     keeper, resume, final_rows = None, None, derive(start.recipe).rows
     prepared = fold(run).prepared.get("id", "")
     if stage == "pretrain":
         keeper = _keeper(start, final_rows)
         belongs_to = identity(start.recipe.values(), prepared)
         resume = newest_usable(run, belongs_to, attempt, start.console, start.bucket)
-        if crew.split and resume:
-            share(site.fenced(attempt.number), run, int(resume.name))
-            crew.fetch(int(resume.name))
-    order = crew.order(stage, attempt=attempt.number, prepared=prepared, resume=int(resume.name) if resume else None)
-    reporter = Told(attempt, start.uploads)
-    caches = Caches(stage, site, start.recipe, crew.nodes, start.console, reporter, attempt.number)
-    ranks = crew.start(order, caches.site)
+        if link.split and resume:
+            share(node.fenced(attempt.number), run, int(resume.name))
+    resume_rows = int(resume.name) if resume else None
+    spec = LaunchSpec(stage, attempt.number, prepared, resume_rows, free_port(), link.split)
+    everywhere = node.nodes.count > 1 and (stage == "pretrain" or (stage == "prepare" and link.split))
+    caches = Caches(stage, node, start.recipe, start.console, Told(attempt, start.uploads), attempt.number)
+    try:
+        if everywhere:
+            spec.write(node)
+            link.say(launched=stage)
+            link.wait("all nodes were ready", lambda record: record.get("ready") == stage)
+        _supervise(caches.node.start(spec), stage, start, caches, keeper)
+        if everywhere:
+            link.wait("all nodes had ended", lambda record: record.get("done") == stage)
+    except RankDied as died:
+        raise judged(run, attempt.number, died) from None
+    finally:
+        caches.end(interrupted=start.interrupts.count > 0)
+        if keeper:
+            keeper.end()
+    if stage == "pretrain" and link.split:
+        fetch(node.documents, run, final_rows)  # the evaluation is the first node's
+
+
+def _supervise(ranks: Sequence[Rank], stage: str, start: _Start, caches: Caches, keeper: Keeper | None) -> None:
+    """See this node's ranks to their end; raises what failed on another node where it explains what failed here."""
+
+    def meanwhile() -> None:
+        start.uploads.check()
+        for text in start.link.new_warnings():
+            caches.emit("warning", text=text)
+            start.console.say(f"warning: {text}")
+        start.link.check(GRACE)
+
     try:
         supervise(
             stage,
@@ -233,28 +262,31 @@ def _run_ranks(stage: str, start: _Start) -> None:
             console=start.console,
             interrupts=start.interrupts,
             keeper=keeper,
-            meanwhile=start.uploads.check,
+            meanwhile=meanwhile,
+            others=[OtherNode(start.link, number) for number in start.link.records if stage == "pretrain"],
         )
-    except RankDied as died:
-        raise judged(run, attempt.number, died) from None
-    finally:
-        caches.end(interrupted=start.interrupts.count > 0)
-        if keeper:
-            keeper.end()
-    if stage == "pretrain" and crew.split:
-        fetch(site.store, run, final_rows)  # the evaluation is the first node's
+    except SpeedrunError as error:
+        start.link.fail(error)
+        raise
+    except RuntimeError as error:
+        raise start.link.cause(error) from None
 
 
 def _keeper(start: _Start, final_rows: int) -> Keeper:
-    run, attempt, crew = start.site.run, start.attempt, start.crew
-    given = {
-        "world_size": crew.nodes.world_size,
+    node, attempt, link = start.node, start.attempt, start.link
+    given: dict[str, Any] = {
+        "world_size": node.nodes.world_size,
         "final_rows": final_rows,
         "minutes": start.recipe.train.checkpoint_minutes,
     }
-    if crew.split:
-        return SplitKeeper(run, attempt, start.site.fenced(attempt.number), **given)
-    return Keeper(run, attempt, **given)
+    if node.nodes.count == 1:
+        return Keeper(node.run, attempt, **given)
+    uploader = PartUploader(node.run, attempt.number, node.fenced(attempt.number), split=link.split)
+    return NodesKeeper(node.run, attempt, uploader, lambda: link.all_others(_has_trained), **given)
+
+
+def _has_trained(record: dict[str, Any]) -> bool:
+    return bool(record.get("failed")) or record.get("done") == "pretrain"
 
 
 @contextlib.contextmanager
@@ -266,11 +298,11 @@ def _last_word(attempt: Attempt, uploads: Uploads) -> Iterator[None]:
         attempt.emit("attempt.ended", exit_code=int(ExitCode.DONE), reason="done")
         uploads.last()
     except BaseException as error:
-        expected = isinstance(error, SpeedrunError)
         uploads.flush(after=error)
-        code = error.exit_code if expected else ExitCode.BUG
-        noted = error.noted if expected else {}
-        attempt.emit("attempt.ended", exit_code=int(code), reason=str(error) if expected else repr(error), **noted)
+        ended: dict[str, Any] = {"exit_code": int(ExitCode.BUG), "reason": repr(error)}
+        if isinstance(error, SpeedrunError):
+            ended = {"exit_code": int(error.exit_code), "reason": str(error), **error.noted}
+        attempt.emit("attempt.ended", **ended)
         uploads.last(after=error)
         raise
     finally:
@@ -278,7 +310,7 @@ def _last_word(attempt: Attempt, uploads: Uploads) -> Iterator[None]:
 
 
 def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket | None = None) -> None:
-    """The prepare stage without a run: its sealed folders are shared by every run with the same data, through the bucket too."""
+    """The prepare stage without a run: what it seals is shared by runs with the same data, through the bucket too."""
     check_writable(out)
     with (
         tempfile.TemporaryDirectory(prefix="speedrun-") as scratch,

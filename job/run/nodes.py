@@ -1,46 +1,44 @@
-"""Several machines, one run: what each of them is told, and who decides.
+"""Several machines, one run: each starts its own ranks, and what decides is read from the bucket or the folder that all
+share.
 
-    node 0 (the first)                          node 1, 2 ...
-    supervisor: claims the attempt, records,  <-- one connection each -->  supervisor: starts ranks, passes on what they say
-    decides borders, seals, ends                                            and what they are told (job/run/follow.py)
-      ranks 0 .. n-1                            ranks n .. 2n-1
-           \\_______________ collectives, meeting at the first node's address _______________/
+    node 0 (the first)                                         node 1, 2 ...
+    claims the attempt; writes launches/<N>.<stage>.json  -->  checks the claim, reads the launch (job/run/join.py)
+    supervises ranks 0 .. n-1                                  supervises ranks n .. 2n-1
 
-The same command is given on every node. Which node it is on it reads from the environment, as SkyPilot sets it:
+Which node this is the environment says, as SkyPilot sets it:
 
     SKYPILOT_NODE_IPS            one address a line, the first node's first
     SKYPILOT_NUM_NODES           how many
     SKYPILOT_NODE_RANK           which one this is
     SKYPILOT_NUM_GPUS_PER_NODE   processes on each, unless --ranks says so
-    SKYPILOT_TASK_ID             the same on all nodes and nowhere else: what the secret is made from
-    SPEEDRUN_NODES_PORT          where the first node listens (29461), open between the nodes as all ports are in a SkyPilot cluster
+    SKYPILOT_TASK_ID             the same on all nodes and nowhere else: it tells one run's nodes from another's
+    SPEEDRUN_NODES_PORT          where the first node listens (29461); a SkyPilot cluster has it open
     SPEEDRUN_NODES_SECRET        instead of SKYPILOT_TASK_ID where there is none
     SPEEDRUN_NODES_WAIT          seconds that nodes wait for each other at the start (600)
 
-On one node none of this happens: no socket is opened.
-
-**One place decides.** The first node's supervisor runs `supervise` over all ranks; those of other nodes are objects like its own
-(job/run/crew.py). So a border, a failure and an exit code are the same thing on one node and on many. All nodes end with its exit code. A
-signal that any node gets is a signal to the run: it stops at a shared border with a checkpoint. A node that is lost ends the run with
-75 on all others, and the same command goes on from the newest checkpoint, on as many nodes as there are then.
-
-**Disks differ.** Every node makes or finds its own prepared set: equal inputs give equal bytes, so nothing is sent. A checkpoint's parts
-lie where their ranks wrote them; see job/store/checkpoint_folder.py for how they become one. Evaluation and report happen on the first node
-alone while the others wait: what they would save is minutes, and would cost every node all weights.
+Heartbeats, failures and the exit code travel through torch's TCPStore (job/run/node_link.py). All nodes end with the
+first one's exit code; a lost node ends the run with 75. Where disks differ, every node makes or pulls its own prepared
+set, and a checkpoint's parts come together in the bucket (job/train/node_checkpoints.py). Evaluation and report happen
+on the first node while the others wait.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 from job.errors import UsageError
 from job.machine import host
 from job.recipe.config import Recipe, preset_header
-from job.store.sealed import content_id
+from job.run.processes import PACKAGES, LocalRank, start_ranks
+from job.store.checkpoint_folder import folder_of
+from job.store.fence import Fenced, run_key
+from job.store.sealed import content_id, sha256_file
+from job.store.stores import FolderStore, Store
 
 PORT = 29461
 WAIT = 600.0
@@ -56,14 +54,15 @@ class Nodes:
     number: int = 0
     """which node this is"""
     port: int = PORT
-    secret: bytes = b""
+    secret: str = ""
     wait: float = WAIT
 
     @classmethod
     def here(
         cls, ranks: int | None, run_id: str, environment: Mapping[str, str] = os.environ, *, otherwise: int = 1
     ) -> Nodes:
-        """What the environment says. `ranks` processes on each node; None: a GPU each, or `otherwise` where it names none.
+        """What the environment says. `ranks` processes on each node; None: a GPU each, or `otherwise` where it names
+        none.
 
         UsageError when the variables contradict each other.
         """
@@ -76,14 +75,16 @@ class Nodes:
         if len(addresses) != count or not 0 <= number < count:
             raise UsageError(
                 f"SKYPILOT_NUM_NODES={count} needs as many addresses in SKYPILOT_NODE_IPS (there are {len(addresses)})"
-                f" and a SKYPILOT_NODE_RANK from 0 to {count - 1} (it is {environment.get('SKYPILOT_NODE_RANK', 'not set')})"
+                f" and a SKYPILOT_NODE_RANK from 0 to {count - 1}"
+                f" (it is {environment.get('SKYPILOT_NODE_RANK', 'not set')})"
             )
         known = environment.get("SPEEDRUN_NODES_SECRET") or environment.get("SKYPILOT_TASK_ID")
         if not known:
             raise UsageError(
-                "several nodes need a secret in common, so that no stranger joins the run: set SPEEDRUN_NODES_SECRET to the same text on all"
+                "several nodes need a secret in common, so that no stranger joins the run: set "
+                "SPEEDRUN_NODES_SECRET to the same text on all"
             )
-        secret = hashlib.sha256(f"{known}\n{run_id}".encode()).digest()
+        secret = hashlib.sha256(f"{known}\n{run_id}".encode()).hexdigest()
         port, wait = (
             _number(environment, "SPEEDRUN_NODES_PORT", PORT),
             _number(environment, "SPEEDRUN_NODES_WAIT", int(WAIT)),
@@ -115,12 +116,10 @@ class Nodes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
-    """What every node is told alike when a stage starts; the rest (folders, threads) each node knows of itself."""
+class LaunchSpec:
+    """What the first node decides for a stage, written once as a document that every other node reads."""
 
     stage: str
-    nodes: int = 1
-    """how many have part in it, the first ones"""
     attempt: int = 0
     prepared: str = ""
     """id of the prepared set that the stage works on"""
@@ -129,20 +128,68 @@ class Order:
     port: int = 0
     """of the first node, where the ranks meet"""
     split: bool = False
-    """whether a checkpoint's parts come together in the store, because the nodes' disks differ"""
+    """whether the nodes' disks differ, so that a checkpoint's parts come together in the store"""
 
-    def share(self, nodes: Nodes) -> tuple[range, int]:
-        """This node's ranks, and how many there are in all. A prepare is one process on each node, which knows of no other."""
-        if self.stage == "prepare":
-            return range(1), 1
-        return nodes.ranks_of(nodes.number), self.nodes * nodes.ranks
+    @staticmethod
+    def key(run: Path, attempt: int, stage: str) -> str:
+        return f"{run_key(run.name)}/launches/{attempt}.{stage}.json"
 
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def write(self, node: NodeContext) -> None:
+        data = json.dumps(dataclasses.asdict(self)).encode()
+        node.fenced(self.attempt).create(self.key(node.run, self.attempt, self.stage), data)
+
+    @classmethod
+    def read(cls, node: NodeContext, attempt: int, stage: str) -> LaunchSpec | None:
+        data = node.documents.get(cls.key(node.run, attempt, stage))
+        return cls(**json.loads(data)) if data else None
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeContext:
+    """One node's own part in a run: its folders, and how ranks are started in them."""
+
+    out: Path
+    run: Path
+    nodes: Nodes = dataclasses.field(default_factory=Nodes)
+    threads: int = 0
+    """CPU threads that a rank has; 0: the cores, divided"""
+    store: Store | None = None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """variables that its ranks are given beside those that all processes have"""
+    asked: Path | None = None
+    """the document of an evaluation that is asked for, where it is not the run's recipe.json"""
+
+    @property
+    def documents(self) -> Store:
+        """Where nodes read what was decided: the bucket, else the folder that they must share."""
+        return self.store or FolderStore(self.out)
+
+    def fenced(self, attempt: int) -> Store:
+        """The store for the writes of `attempt`."""
+        return Fenced(self.documents, self.run.name, attempt)
+
+    def start(self, spec: LaunchSpec) -> list[LocalRank]:
+        """This node's ranks of a stage. Only training has ranks on all nodes; a prepare is one process."""
+        nodes, split = self.nodes, self.nodes.count > 1
+        local = 1 if spec.stage == "prepare" else nodes.ranks
+        trains = spec.stage == "pretrain"
+        resume = "" if spec.resume is None else str(folder_of(self.run, spec.resume))
+        document = self.asked or self.run / "recipe.json"
+        return start_ranks(
+            [spec.stage, str(self.out), str(document), str(self.run), str(spec.attempt), resume, spec.prepared],
+            world_size=nodes.world_size if trains else local,
+            threads=self.threads,
+            environment=self.environment,
+            logs=self.run / "logs",
+            label=f"{spec.attempt}.{spec.stage}",
+            here=nodes.ranks_of(nodes.number) if trains else range(local),
+            node=nodes.number if split else None,
+            master=(nodes.addresses[0], spec.port) if split and trains else None,
+        )
 
 
 def nodes_here(ranks: int | None, run_id: str, preset: str = "") -> Nodes:
-    """The nodes of a run as the environment has them, and how many processes each has: one a GPU, one where the preset is for a CPU."""
+    """The nodes as the environment has them, a process for each GPU, one where the preset is for a CPU."""
     if ranks is None and preset and preset_header(preset).machine == "cpu":
         ranks = 1
     return Nodes.here(ranks, run_id, otherwise=max(1, host.gpu_count()))
@@ -150,7 +197,11 @@ def nodes_here(ranks: int | None, run_id: str, preset: str = "") -> Nodes:
 
 def same_command(recipe: Recipe, nodes: Nodes) -> str:
     """What the nodes of a run must agree in."""
-    return f"recipe {content_id('recipe', recipe.values())} with {nodes.ranks} processes on each node"
+    root = Path(PACKAGES)
+    files = sorted([*root.glob("job/**/*.py"), *root.glob("model/*.py")])
+    sources = {str(file.relative_to(root)): sha256_file(file) for file in files}
+    code = content_id("sources", sources)
+    return f"recipe {content_id('recipe', recipe.values())} with {nodes.ranks} processes on each node, code {code}"
 
 
 def _number(environment: Mapping[str, str], name: str, otherwise: int) -> int:

@@ -1,4 +1,5 @@
-"""The processes of a stage: how the supervisor sees a rank, and how ranks of this machine are started, spoken to and ended."""
+"""The processes of a stage: how the supervisor sees a rank, and how ranks of this machine are started, spoken to and
+ended."""
 
 from __future__ import annotations
 
@@ -26,10 +27,11 @@ RANK_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(256 << 20),
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
-"""What ranks are given unless the user's environment says otherwise. Threads that wait for each other sleep instead of spinning: on
-cores that others use too, spinning is 4 to 8 times slower. glibc keeps freed activations instead of returning them to the kernel page by
-page: a step's page faults cost 15 to 30 % of it. Both measured in LOG.md. On a GPU, segments that grow leave no holes between
-activations of changing sizes: what the plan says fits must not fail by fragmentation."""
+"""What ranks are given unless the user's environment says otherwise. Threads that wait for each other sleep instead of
+spinning: on cores that others use too, spinning is 4 to 8 times slower. glibc keeps freed activations instead of
+returning them to the kernel page by page: a step's page faults cost 15 to 30 % of it. Both measured in LOG.md. On a
+GPU, segments that grow leave no holes between activations of changing sizes: what the plan says fits must not fail by
+fragmentation."""
 
 PACKAGES = str(Path(__file__).parents[2])
 """the folder of this package and of `model`"""
@@ -39,10 +41,11 @@ LOG_TAIL = 30
 
 
 def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` for a child that is Python: it finds this package wherever it is started, and nothing in the folder where it is.
+    """`environment` for a child that is Python: it finds this package wherever it is started, and nothing in the folder
+    where it is.
 
-    `python -m` puts the working folder before everything else, and so does an empty entry of PYTHONPATH: a user's secrets.py or
-    model.py there would run inside the ranks, in the place of Python's or ours.
+    `python -m` puts the working folder before everything else, and so does an empty entry of PYTHONPATH: a user's
+    secrets.py or model.py there would run inside the ranks, in the place of Python's or ours.
     """
     entries = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     return {**environment, "PYTHONPATH": os.pathsep.join([PACKAGES, *entries]), "PYTHONSAFEPATH": "1"}
@@ -57,7 +60,6 @@ class Rank:
     """readable when `messages` has something to give"""
     log: str
     """where what it printed stands"""
-    remote = False
 
     def __init__(self) -> None:
         self.error: tuple[int, str] | None = None
@@ -76,7 +78,8 @@ class Rank:
         raise NotImplementedError
 
     def ended(self) -> int | None:
-        """The exit code; None when the process closed its pipe and still runs after GRACE seconds, or has a failed peer."""
+        """The exit code; None when the process closed its pipe and still runs after GRACE seconds, or has a failed
+        peer."""
         raise NotImplementedError
 
     def kill(self) -> None:
@@ -89,7 +92,8 @@ class Rank:
 
 
 class LocalRank(Rank):
-    """A child process (of `module`) in a session of its own: its pipes, its log, and the last unfinished line it sent."""
+    """A child process (of `module`) in a session of its own: its pipes, its log, and the last unfinished line it
+    sent."""
 
     def __init__(
         self, name: str, arguments: list[str], environment: Mapping[str, str], log: Path, module: str = "job.run.rank"
@@ -162,10 +166,11 @@ def start_ranks(
     master: tuple[str, int] | None = None,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[LocalRank]:
-    """Start those of `world_size` ranks that are `here`: all, unless several nodes share them and this is number `node` of them.
+    """Start those of `world_size` ranks that are `here`: all, unless several nodes share them and this is number `node`
+    of them.
 
-    They meet at `master`, an address and a port of the first node. `threads` CPU threads each (0: the cores, divided). `environment` is
-    given to them whatever this process's own says.
+    They meet at `master`, an address and a port of the first node. `threads` CPU threads each (0: the cores, divided).
+    `environment` is given to them whatever this process's own says.
     """
     here = range(world_size) if here is None else here
     address, port = master or ("127.0.0.1", free_port())

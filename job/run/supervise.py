@@ -1,11 +1,12 @@
 """One start of a run, from the claim to the exit code: processes, signals, events.
 
-`supervise` starts a stage's ranks as children in sessions of their own (a terminal's Ctrl-C reaches the supervisor alone), writes
-down what they report, and ends with an exit code of the table or raises the exception that carries it.
+`supervise` starts a stage's ranks as children in sessions of their own (a terminal's Ctrl-C reaches the supervisor
+alone), writes down what they report, and ends with an exit code of the table or raises the exception that carries it.
 
-A first SIGINT or SIGTERM ends a training stage at a step border with a checkpoint (see job/run/rank.py) and any other stage at once:
-what is sealed stays, what is not is made again. After a second signal, or when a rank does not reach the border within GRACE seconds, the ranks
-are killed and the checkpoint before is the one that counts. Both exit 75: the same command goes on.
+A first SIGINT or SIGTERM ends a training stage at a step border with a checkpoint (see job/run/rank.py) and any other
+stage at once: what is sealed stays, what is not is made again. After a second signal, or when a rank does not reach the
+border within GRACE seconds, the ranks are killed and the checkpoint before is the one that counts. Both exit 75: the
+same command goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import selectors
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from job.console import Console
 from job.errors import InterruptedRun, OutOfMemoryError, error_for
@@ -25,19 +26,33 @@ from job.machine import cgroup, container
 from job.reporter import Reporter
 from job.run.fruitless import Death, RankDied, explained
 from job.run.processes import GRACE, Rank
-from job.store.checkpoint_folder import Keeper
 
 GOES_ON = "what is sealed is kept, and the same command goes on from there"
 
-HEARSAY = 5.0
-"""seconds that a rank's unexplained end waits for the word of other nodes: what ended it may have happened there"""
+
+class Peer(Protocol):
+    """Whoever takes part in the agreement on a border: a rank of this node, or another node for all of its ranks."""
+
+    boundary: int | None
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Pass on an order."""
+
+
+class CheckpointSink(Protocol):
+    """What the parts of checkpoints are given to, and what says when one is due."""
+
+    def check(self) -> None: ...
+    def due(self) -> bool: ...
+    def restart_clock(self) -> None: ...
+    def take(self, part: dict[str, Any]) -> None: ...
 
 
 class Interrupts:
     """Counts SIGINT and SIGTERM while it is in force.
 
-    One wish is one signal: that every node of a run gets it, or that `timeout` and a shell pass it on to the process and again to its
-    group, makes it no second one, which would end the run at once.
+    One wish is one signal: that every node of a run gets it, or that `timeout` and a shell pass it on to the process
+    and again to its group, makes it no second one, which would end the run at once.
     """
 
     TOGETHER = 0.3
@@ -86,19 +101,21 @@ def supervise(
     reporter: Reporter,
     console: Console,
     interrupts: Interrupts,
-    keeper: Keeper | None = None,
+    keeper: CheckpointSink | None = None,
     meanwhile: Callable[[], None] = lambda: None,
+    others: Sequence[Peer] = (),
 ) -> None:
-    """Write down what the ranks of `stage` report until all have ended; `keeper` seals their checkpoints and says when one is due.
+    """Write down what the ranks of `stage` report until all have ended; `keeper` seals their checkpoints and says when
+    one is due.
 
-    `meanwhile` is called several times a second: what else the supervisor minds; it must not block, and what it raises ends the stage.
-    Raises InterruptedRun after a signal, RankDied when one ended a rank, the error that a rank named,
+    `meanwhile` is called several times a second: what else the supervisor minds; it must not block, and what it raises
+    ends the stage. Raises InterruptedRun after a signal, RankDied when one ended a rank, the error that a rank named,
     or RuntimeError (a bug of ours, exit 1) with the tail of its log.
     """
     selector = selectors.DefaultSelector()
     for rank in ranks:
         selector.register(rank.pipe, selectors.EVENT_READ, rank)
-    borders = _Borders(stage, ranks, interrupts, console, keeper)
+    borders = _Borders(stage, [*ranks, *others], interrupts, console, keeper)
 
     def listen() -> None:
         for key, _ in selector.select(timeout=0.2):
@@ -115,7 +132,6 @@ def supervise(
             listen()
             borders.advance()
             meanwhile()
-        _hear_others(ranks, selector, listen)
         codes = [rank.ended() for rank in ranks]
     finally:
         for rank in ranks:
@@ -131,7 +147,7 @@ class _Borders:
     """Agreements on a shared border: for a checkpoint when one is due, for the end after a signal."""
 
     def __init__(
-        self, stage: str, ranks: Sequence[Rank], interrupts: Interrupts, console: Console, keeper: Keeper | None
+        self, stage: str, ranks: Sequence[Peer], interrupts: Interrupts, console: Console, keeper: CheckpointSink | None
     ) -> None:
         self.stage, self.ranks, self.interrupts, self.console, self.keeper = stage, ranks, interrupts, console, keeper
         self.stopping: float | None = None
@@ -170,14 +186,16 @@ class _Borders:
         self.asked, self.told_to_stop = False, bool(self.interrupts.count)
         order = {
             "do": "go",
-            "at": max(rank.boundary for rank in self.ranks),
+            "at": max(rank.boundary or 0 for rank in self.ranks),
             "then": "stop" if self.told_to_stop else "checkpoint",
         }
         for rank in self.ranks:
             rank.tell(order)
 
 
-def _take(rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, keeper: Keeper | None) -> None:
+def _take(
+    rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, keeper: CheckpointSink | None
+) -> None:
     match message:
         case {"progress": [stage, done, total, unit]}:
             console.progress(stage, done, total, unit)
@@ -198,7 +216,9 @@ def _take(rank: Rank, message: dict[str, Any], reporter: Reporter, console: Cons
             console.detail(f"{kind} {json.dumps(fields)}")
 
 
-def _drain(selector: selectors.BaseSelector, reporter: Reporter, console: Console, keeper: Keeper | None) -> None:
+def _drain(
+    selector: selectors.BaseSelector, reporter: Reporter, console: Console, keeper: CheckpointSink | None
+) -> None:
     """Take what dead ranks had still said: a pipe outlives its writer."""
     for key in list(selector.get_map().values()):
         with contextlib.suppress(EOFError, BlockingIOError):
@@ -206,18 +226,6 @@ def _drain(selector: selectors.BaseSelector, reporter: Reporter, console: Consol
                 for message in key.data.messages():
                     _take(key.data, message, reporter, console, keeper)
         os.close(key.fd)
-
-
-def _hear_others(ranks: Sequence[Rank], selector: selectors.BaseSelector, listen: Callable[[], None]) -> None:
-    """While no rank's end explains the others', and some of them are on other nodes: what those still have to say."""
-    until = time.monotonic() + HEARSAY
-
-    def unexplained() -> bool:
-        explained = any(rank.error or (rank.poll() or 0) < 0 for rank in ranks)
-        return not explained and any(rank.poll() for rank in ranks) and any(rank.remote for rank in ranks)
-
-    while unexplained() and selector.get_map() and time.monotonic() < until:
-        listen()
 
 
 def _interrupted(stage: str) -> InterruptedRun:
@@ -228,13 +236,15 @@ def _memory_sentence(stage: str) -> str:
     limit = cgroup.memory_limit()
     of = f" of {limit / 1e9:.2f} GB" if limit else ""
     return (
-        f"{stage} ran out of memory: the kernel killed one of its processes at the limit{of}; {container.memory_remedy()}, or lower "
+        f"{stage} ran out of memory: the kernel killed one of its processes at the limit{of};"
+        f" {container.memory_remedy()}, or lower "
         f"train.device_batch_size; {GOES_ON}"
     )
 
 
 def _raise_failure(stage: str, ranks: Sequence[Rank], codes: list[int | None], *, signalled: bool) -> None:
-    """Raise what the first failed rank said, or what its exit code says; `codes` are from before the others were killed.
+    """Raise what the first failed rank said, or what its exit code says; `codes` are from before the others were
+    killed.
 
     `signalled`: the supervisor was, so that a rank's death by a signal says nothing about the machine.
     """

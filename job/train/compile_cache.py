@@ -1,31 +1,37 @@
 """The compile cache: what one start of a run has compiled, the next one loads.
 
-On a GPU a warm-up compiles every kind of block, the loss and the updates. A preempted run comes back on a machine that has
-none of it, and its GPUs would wait for the compilers again. All of these keep what they make in a folder, by a hash of the source:
+On a GPU a warm-up compiles every kind of block, the loss and the updates. A preempted run comes back on a machine that
+has none of it, and its GPUs would wait for the compilers again. All of these keep what they make in a folder, by a hash
+of the source:
 
     Inductor            graphs (FX and AOTAutograd), generated code, C++ libraries, and the Triton kernels of a graph
     Triton              its kernels and their launchers
     FlashAttention 4    its kernels, where it is installed; unless it is asked to, it keeps nothing
 
-The ranks of a node share one folder: a temporary one, because libraries are loaded from it, which a mounted --out may forbid. Ranks on
-different devices compile different graphs (a device's number is part of a graph), so it is whole when all of them are warm. Then
-the supervisor, beside the training, seals it as one archive: in the bucket one object instead of hundreds, with one hash.
+The ranks of a node share one folder: a temporary one, because libraries are loaded from it, which a mounted --out may
+forbid. Ranks on different devices compile different graphs (a device's number is part of a graph), so it is whole when
+all of them are warm. Then the supervisor, beside the training, seals it as one archive: in the bucket one object
+instead of hundreds, with one hash.
 
     <out>/compiled/<id>/    caches.zip  manifest.json        the same key in the bucket: the uploader mirrors it
 
-The id is a hash of what can be compiled and run here: versions, GPU, driver, CPU, the sources of `model/`, and whatever of the recipe
-may shape a graph. It needs no torch: the supervisor fetches the folder before the ranks start. Runs share it, so a second seed compiles
-nothing either. Whether a graph fits is decided by the compilers' own hashes, not by the id: what they do not find, they compile, and
-the larger folder is sealed in the place of the old one. A folder of the bucket that no run asks for any more stays until it is deleted.
+The id is a hash of what can be compiled and run here: versions, GPU, driver, CPU, the sources of `model/`, and whatever
+of the recipe may shape a graph. It needs no torch: the supervisor fetches the folder before the ranks start. Runs share
+it, so a second seed compiles nothing either. Whether a graph fits is decided by the compilers' own hashes, not by the
+id: what they do not find, they compile, and the larger folder is sealed in the place of the old one. A folder of the
+bucket that no run asks for any more stays until it is deleted.
 
-**It is code that is executed**, unlike a checkpoint: whoever can write to the bucket can run programs on the machines that train from it.
-So it comes from nowhere but the run's own --out and bucket, every byte as its manifest says; train.compile_cache=false does without.
+**It is code that is executed**, unlike a checkpoint: whoever can write to the bucket can run programs on the machines
+that train from it. So it comes from nowhere but the run's own --out and bucket, every byte as its manifest says;
+train.compile_cache=false does without.
 
-**It never fails a run.** What is damaged, foreign, too large or unreadable is said, removed, and compiled. Hashes cannot tell that a cache
-was broken when it was sealed: where ranks that loaded one end before they are warm, it is removed too, and the next start compiles.
+**It never fails a run.** What is damaged, foreign, too large or unreadable is said, removed, and compiled. Hashes
+cannot tell that a cache was broken when it was sealed: where ranks that loaded one end before they are warm, it is
+removed too, and the next start compiles.
 
-Triton notes the files of a kernel by absolute paths, which loading changes to the new folder's. torch's `save_cache_artifacts` would be
-one process's graphs without C++ libraries and FlashAttention 4's kernels, and would have to be called in ranks that train.
+Triton notes the files of a kernel by absolute paths, which loading changes to the new folder's. torch's
+`save_cache_artifacts` would be one process's graphs without C++ libraries and FlashAttention 4's kernels, and would
+have to be called in ranks that train.
 """
 
 from __future__ import annotations
@@ -46,9 +52,8 @@ from job.errors import DataError, SpeedrunError, StorageError
 from job.machine import host
 from job.recipe.config import Recipe
 from job.reporter import Reporter
-from job.run.nodes import Nodes
+from job.run.nodes import NodeContext
 from job.run.rank import RankContext
-from job.run.site import Site
 from job.store.sealed import MANIFEST, Sealed, content_id, is_sealed, open_sealed, sealing, sha256_file
 from job.store.stores import Store, pull_sealed, stored_manifest
 
@@ -62,7 +67,8 @@ PACKAGES = ("torch", "triton", "torchao", "flash-attn-4", "nvidia-cutlass-dsl", 
 NO_GRAPH = frozenset(
     "steps param_data_ratio total_batch_size lr_scale seed threads checkpoint_every checkpoint_minutes val_tokens compile_cache".split()  # noqa: SIM905
 )
-"""keys of the train section that shape no graph; one that should be here and is not costs an id for each of its values, and no more"""
+"""keys of the train section that shape no graph; one that should be here and is not costs an id for each of its values,
+and no more"""
 
 
 def made_from(recipe: Recipe, gpu: str) -> dict[str, Any]:
@@ -81,7 +87,8 @@ def made_from(recipe: Recipe, gpu: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def warming(context: RankContext) -> Iterator[None]:
-    """Around a rank's warm-up: says that it is over, with the seconds, and how many graphs it compiled and how many it loaded."""
+    """Around a rank's warm-up: says that it is over, with the seconds, and how many graphs it compiled and how many it
+    loaded."""
     from torch._dynamo.utils import counters
 
     began = time.monotonic()
@@ -103,35 +110,36 @@ def environment(work: Path) -> dict[str, str]:
 
 
 class Caches(Reporter):
-    """One node's caches while a stage runs: its ranks are started at `site`, and report through this reporter.
+    """One node's caches while a stage runs: its ranks are started at `node`, and report through this reporter.
 
-    For a stage that compiles nothing, without a GPU, and with train.compile_cache=false the site stays as it is, and nothing is kept.
+    For a stage that compiles nothing, without a GPU, and with train.compile_cache=false `node` stays as it is, and
+    nothing is kept.
     """
 
     def __init__(
         self,
         stage: str,
-        site: Site,
+        node: NodeContext,
         recipe: Recipe,
-        nodes: Nodes,
         console: Console,
         reporter: Reporter,
         attempt: int = 0,
     ) -> None:
-        """Fetch what there is. attempt: the run's, on the first node, which seals what there will be; 0 on the others."""
-        self.site, self._console, self._reporter, self._attempt = site, console, reporter, attempt
-        self._local, self._warm, self._loaded = nodes.ranks_of(nodes.number), set(), set()
+        """Fetch what there is. attempt: the run's, on the first node, which seals what there will be; 0 on the
+        others."""
+        self.node, self._console, self._reporter, self._attempt = node, console, reporter, attempt
+        self._local, self._warm, self._loaded = node.nodes.ranks_of(node.nodes.number), set(), set()
         self._thread, self._ended, self._outcome, self._temporary = None, threading.Event(), {}, None
         gpu = host.gpu_names() if stage == "pretrain" and recipe.train.compile_cache else ""
         if gpu:
             self._made_from = made_from(recipe, gpu)
             self.key = f"compiled/{content_id(KIND, self._made_from)}"
-            self.folder = site.out / self.key
+            self.folder = node.out / self.key
             self._temporary = tempfile.TemporaryDirectory(prefix="speedrun-compiled-", ignore_cleanup_errors=True)
             self.work = Path(self._temporary.name)
-            self.site = dataclasses.replace(site, environment=environment(self.work))
-            if not self._load(self._open, None) and site.store:
-                self._load(self._pull, site.store)
+            self.node = dataclasses.replace(node, environment=environment(self.work))
+            if not self._load(self._open, None) and node.store:
+                self._load(self._pull, node.store)
 
     def emit(self, kind: str, **fields: Any) -> None:
         self._reporter.emit(kind, **fields)
@@ -154,11 +162,12 @@ class Caches(Reporter):
         self._tell()
         if self._attempt and self._loaded and len(self._warm) < len(self._local) and not interrupted:
             self._refuse("ranks that had loaded it ended before they were warm")
-            self._remove(self.site.store)
+            self._remove(self.node.store)
         self._temporary.cleanup()
 
     def _load(self, sealed: Callable[[], Sealed | None], store: Store | None) -> bool:
-        """Fill the work folder from what `sealed` gives, which is from `store` or this disk; whether there was anything of use."""
+        """Fill the work folder from what `sealed` gives, which is from `store` or this disk; whether there was anything
+        of use."""
         began = time.monotonic()
         try:
             if not (found := sealed()):
@@ -187,12 +196,12 @@ class Caches(Reporter):
         return open_sealed(self.folder, kind=KIND) if is_sealed(self.folder) else None
 
     def _pull(self) -> Sealed | None:
-        manifest = stored_manifest(self.site.store, self.key)
+        manifest = stored_manifest(self.node.store, self.key)
         if manifest is None:
             return None
         if sum(entry["size"] for entry in manifest["files"].values()) > LIMIT:
             raise DataError(f"it has more than {LIMIT / 1e9:.2f} GB")
-        return pull_sealed(self.site.store, self.key, self.folder, kind=KIND)
+        return pull_sealed(self.node.store, self.key, self.folder, kind=KIND)
 
     def _refuse(self, why: str) -> None:
         self._reporter.emit("compile_cache.refused", folder=self.key, why=why)
@@ -205,7 +214,7 @@ class Caches(Reporter):
         shutil.rmtree(self.folder, ignore_errors=True)
         if store and self._attempt:
             with contextlib.suppress(SpeedrunError):
-                self.site.fenced(self._attempt).delete([f"{self.key}/{MANIFEST}"])
+                self.node.fenced(self._attempt).delete([f"{self.key}/{MANIFEST}"])
 
     def _seal(self) -> None:
         """In a thread beside the training."""
@@ -234,7 +243,8 @@ def _reason(error: Exception) -> str:
 
 
 def _files(work: Path) -> dict[str, Path]:
-    """Every finished file below `work` by its name in the archive: no locks, and nothing that is still being written."""
+    """Every finished file below `work` by its name in the archive: no locks, and nothing that is still being
+    written."""
     found = {path.relative_to(work): path for path in sorted(work.rglob("*")) if path.is_file()}
     unfinished = [
         name for name in found if any(p.startswith("tmp.") or p.endswith((".tmp", ".lock")) for p in name.parts)

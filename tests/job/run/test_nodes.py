@@ -1,31 +1,29 @@
-"""Several nodes, part by part: what the environment says, the connection, parts of checkpoints, the meeting."""
+"""Several nodes, part by part: what the environment says, the records of nodes, the meeting, checkpoints from parts."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import socket
-import threading
+import json
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import AuthenticationError
 from pathlib import Path
 
 import pytest
+from torch.distributed import PrefixStore, TCPStore
 
 from job.console import Console
-from job.errors import InterruptedRun, StorageError, UsageError
-from job.run.crew import crew_of
-from job.run.follow import follow
-from job.run.nodes import Nodes, Order
-from job.run.processes import LocalRank, free_port
-from job.run.relay import PublishingRank
-from job.run.site import Site
+from job.errors import DataError, ExitCode, InterruptedRun, SpeedrunError, StorageError, UsageError
+from job.run import node_link
+from job.run.join import announced, current_attempt
+from job.run.node_link import NodeLink, Orders, OtherNode, first_link, other_link
+from job.run.nodes import LaunchSpec, NodeContext, Nodes
+from job.run.processes import free_port
 from job.run.supervise import Interrupts
-from job.run.wire import Wire
+from job.store.attempt import Attempt
+from job.store.checkpoint_folder import folders, parts_folder
+from job.store.sealed import sha256_file
 from job.store.stores import FolderStore
+from job.train.node_checkpoints import NodesKeeper, PartUploader, fetch
 
 TWO = {
     "SKYPILOT_NUM_NODES": "2",
@@ -49,10 +47,8 @@ def test_without_skypilot_this_is_the_only_node() -> None:
 def test_skypilots_variables_are_understood() -> None:
     nodes = Nodes.here(None, "t", TWO)
     assert (nodes.count, nodes.number, nodes.ranks, nodes.world_size, nodes.is_first) == (2, 1, 8, 16, False)
-    assert Order("pretrain", nodes=2).share(nodes) == (range(8, 16), 16)
-    assert Order("prepare", nodes=2).share(nodes) == (range(1), 1)
+    assert nodes.ranks_of(nodes.number) == range(8, 16)
     first = Nodes.here(None, "t", TWO | {"SKYPILOT_NODE_RANK": "0"})
-    assert Order("evaluate").share(first) == (range(8), 8)
     assert first.secret == nodes.secret != Nodes.here(None, "other", TWO).secret
 
 
@@ -73,107 +69,23 @@ def test_contradictions_are_said(changed: dict[str, str], said: str) -> None:
     assert said in str(raised.value)
 
 
-# ---- the connection
-
-
-@pytest.fixture
-def listener():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server
-
-
-def answered(listener: socket.socket, secret: bytes, into: list) -> threading.Thread:
-    def answer() -> None:
-        try:
-            into.append(Wire.answer(listener.accept()[0], secret))
-        except Exception as error:
-            into.append(error)
-
-    thread = threading.Thread(target=answer)
-    thread.start()
-    return thread
-
-
-def test_two_who_know_the_secret_talk_and_notice_the_others_end(listener: socket.socket) -> None:
-    into: list = []
-    thread = answered(listener, b"secret", into)
-    mine = Wire.call("127.0.0.1", listener.getsockname()[1], b"secret")
-    thread.join()
-    (theirs,) = into
-    mine.send({"a": ["ü", 1.5, None]})
-    assert theirs.receive() == {"a": ["ü", 1.5, None]}
-    assert not theirs.waiting()
-    mine.close()
-    with pytest.raises(EOFError):
-        theirs.receive()
-    theirs.send({"nobody": "hears"})
-
-
-@pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b"", b"\x00\x00\x00\x14#CHALLENGE#0123456789"])
-def test_a_stranger_is_refused(listener: socket.socket, words: bytes) -> None:
-    into: list = []
-    thread = answered(listener, b"secret", into)
-    with socket.create_connection(listener.getsockname()) as stranger:
-        stranger.sendall(words)
-        with contextlib.suppress(OSError):  # who was refused at once has nothing left to end
-            stranger.shutdown(socket.SHUT_WR)
-        thread.join(20)
-    assert isinstance(into[0], Exception)
-
-
-def test_another_secret_is_refused_on_both_sides(listener: socket.socket) -> None:
-    into: list = []
-    thread = answered(listener, b"secret", into)
-    with pytest.raises(AuthenticationError):
-        Wire.call("127.0.0.1", listener.getsockname()[1], b"other")
-    thread.join()
-    assert isinstance(into[0], AuthenticationError)
-
-
-# ---- parts of checkpoints
-
-CHILD = """
-import os
-pipe = os.fdopen(int(os.environ["SPEEDRUN_EVENTS_FD"]), "w")
-pipe.write('{"part": {"rows": 8}}\\n{"boundary": 3}\\n')
-"""
-
-
-def said_until(rank: PublishingRank, over: Callable[[list], bool]) -> list[dict]:
-    said: list[dict] = []
-    with contextlib.suppress(EOFError):
-        while not over(said):
-            with contextlib.suppress(BlockingIOError):
-                said += rank.messages()
-            time.sleep(0.01)
-    return said
-
-
-@pytest.fixture
-def child(tmp_path: Path) -> LocalRank:
-    (tmp_path / "a_rank.py").write_text(CHILD)
-    return LocalRank("rank 0", [], os.environ | {"PYTHONPATH": str(tmp_path)}, tmp_path / "log", module="a_rank")
-
-
-def test_a_part_is_heard_of_when_it_is_published_and_nothing_waits_for_it(child: LocalRank) -> None:
-    may = threading.Event()
-    rank = PublishingRank(child, lambda part: may.wait())
-    assert said_until(rank, over=bool) == [{"boundary": 3}]
-    while rank.poll() is None:
-        time.sleep(0.01)
-    assert not rank.closed, "its process has ended, its part is still on its way"
-    may.set()
-    assert said_until(rank, over=lambda said: False) == [{"part": {"rows": 8}}]
-    assert rank.closed and rank.poll() == 0 and rank.error is None
-
-
-def test_a_part_that_cannot_be_published_fails_its_rank(child: LocalRank) -> None:
-    def refuse(part: dict) -> None:
-        raise StorageError("the bucket is gone")
-
-    rank = PublishingRank(child, refuse)
-    assert said_until(rank, over=lambda said: False) == [{"boundary": 3}]
-    assert rank.error == (12, "the bucket is gone") and rank.poll() == 12
+@pytest.mark.parametrize(
+    ("stage", "world_size", "ranks"),
+    [("prepare", "1", ["0"]), ("pretrain", "4", ["2", "3"]), ("evaluate", "2", ["0", "1"])],
+)
+def test_ranks_are_numbered_across_nodes_where_all_have_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, world_size: str, ranks: list[str]
+) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        "job.run.processes.LocalRank", lambda name, arguments, environment, log: started.append(environment)
+    )
+    NodeContext(tmp_path, tmp_path, Nodes(2, ("10.0.0.1", "10.0.0.2"), 1)).start(LaunchSpec(stage, port=7))
+    assert [rank["RANK"] for rank in started] == ranks
+    assert {rank["WORLD_SIZE"] for rank in started} == {world_size}
+    assert [rank["LOCAL_RANK"] for rank in started] == [str(local) for local in range(len(ranks))]
+    if stage == "pretrain":
+        assert {(rank["MASTER_ADDR"], rank["MASTER_PORT"]) for rank in started} == {("10.0.0.1", "7")}
 
 
 # ---- the meeting
@@ -181,43 +93,63 @@ def test_a_part_that_cannot_be_published_fails_its_rank(child: LocalRank) -> Non
 
 @dataclasses.dataclass
 class Meeting:
-    """Two nodes that meet in threads of this process; `outcome` is what each of both raised, or None."""
+    """Two nodes that meet in threads of this process; `hold` gives what each of both raised, or None."""
 
     base: Path
     outs: tuple[str, str] = ("n0", "n1")
     sames: tuple[str, str] = ("a command", "a command")
-    secrets: tuple[bytes, bytes] = (b"secret", b"secret")
+    secrets: tuple[str, str] = ("secret", "secret")
     store: FolderStore | None = None
     present: tuple[int, ...] = (0, 1)
     wait: float = 20.0
     split: bool | None = None
+    read: LaunchSpec | None = None
+    port: int = dataclasses.field(default_factory=free_port)
 
-    def hold(self) -> list[Exception | None]:
-        port = free_port()
+    def hold(self) -> list[BaseException | None]:
         with ThreadPoolExecutor(2) as pool:
-            futures = [pool.submit(self._attend, number, port) for number in self.present]
+            futures = [pool.submit(self.attend, number) for number in self.present]
             return [future.exception() for future in futures]
 
-    def _attend(self, number: int, port: int) -> None:
-        nodes = Nodes(1, ("127.0.0.1", "127.0.0.1"), number, port, self.secrets[number], self.wait)
+    def attend(self, number: int) -> None:
+        nodes = Nodes(1, ("127.0.0.1", "127.0.0.1"), number, self.port, self.secrets[number], self.wait)
         run = self.base / self.outs[number] / "runs" / "t"
-        run.mkdir(parents=True, exist_ok=True)
-        site = Site(run.parents[1], run, store=self.store)
-        interrupts, console = Interrupts(), Console(-1)
-        if number:
-            follow(nodes, site, self.sames[1], begin=lambda shared: None, interrupts=interrupts, console=console)
-            return
-        with crew_of(nodes, interrupts, console) as crew:
-            crew.meet(self.sames[0], site)
-            self.split = crew.split
+        node = NodeContext(run.parents[1], run, nodes, store=self.store)
+        (self.first if number == 0 else self.other)(node, Interrupts(), Console(-1))
+
+    def first(self, node: NodeContext, interrupts: Interrupts, console: Console) -> None:
+        attempt = Attempt.claim(node.run, node.store, same=self.sames[0])
+        with first_link(node.nodes, interrupts, console, attempt.number) as link:
+            link.meet()
+            self.split = link.split
+            self.lead(node, link, attempt)
+
+    def other(self, node: NodeContext, interrupts: Interrupts, console: Console) -> None:
+        with other_link(node.nodes, interrupts, console) as link:
+            link.call()
+            attempt, shares = current_attempt(node, link, self.sames[1])
+            link.say(joined=attempt, shares=shares)
+            self.follow(node, link, attempt)
+
+    def lead(self, node: NodeContext, link: NodeLink, attempt: Attempt) -> None:
+        LaunchSpec("pretrain", attempt.number, "rows", 80).write(node)
+        link.say(launched="pretrain")
+        link.wait("the other one had it", lambda record: record.get("ready") == "pretrain")
+
+    def follow(self, node: NodeContext, link: NodeLink, attempt: int) -> None:
+        self.read = announced(node, link, attempt, "")
+        link.say(ready="pretrain")
+        link.wait("the run ended", lambda record: record.get("end"))
 
 
-def test_nodes_find_out_whether_they_share_a_folder(tmp_path: Path) -> None:
-    together = Meeting(tmp_path, outs=("n0", "n0"))
-    assert together.hold() == [None, None] and together.split is False
-    apart = Meeting(tmp_path, store=FolderStore(tmp_path / "bucket"))
-    assert apart.hold() == [None, None] and apart.split is True
-    assert not list(tmp_path.rglob(".seen-*"))
+def test_nodes_find_out_whether_they_share_a_folder_and_read_what_was_decided(tmp_path: Path) -> None:
+    for meeting in (
+        Meeting(tmp_path, outs=("n0", "n0")),
+        Meeting(tmp_path, outs=("n2", "n3"), store=FolderStore(tmp_path / "bucket")),
+    ):
+        assert meeting.hold() == [None, None]
+        assert meeting.split is (meeting.store is not None)
+        assert meeting.read and (meeting.read.prepared, meeting.read.resume) == ("rows", 80)
 
 
 def test_folders_of_their_own_need_a_bucket(tmp_path: Path) -> None:
@@ -227,7 +159,7 @@ def test_folders_of_their_own_need_a_bucket(tmp_path: Path) -> None:
 
 
 def test_another_command_ends_both(tmp_path: Path) -> None:
-    for error in Meeting(tmp_path, sames=("recipe 1", "recipe 2")).hold():
+    for error in Meeting(tmp_path, outs=("n0", "n0"), sames=("recipe 1", "recipe 2")).hold():
         assert isinstance(error, UsageError)
         assert (
             str(error)
@@ -235,12 +167,205 @@ def test_another_command_ends_both(tmp_path: Path) -> None:
         )
 
 
-def test_a_stranger_is_sent_away_and_the_first_node_goes_on_waiting(tmp_path: Path) -> None:
-    first, stranger = Meeting(tmp_path, secrets=(b"secret", b"another"), wait=2).hold()
+def test_a_stranger_is_sent_away_and_the_first_node_goes_on_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_link, "SILENCE", 1.0)
+    first, stranger = Meeting(tmp_path, secrets=("secret", "another"), wait=3).hold()
     assert isinstance(stranger, UsageError) and "its secret is another one" in str(stranger)
-    assert isinstance(first, InterruptedRun) and "node 1 (127.0.0.1) did not call within 2 s" in str(first)
+    assert isinstance(first, InterruptedRun) and "node 1 (127.0.0.1) did not call within 3 s" in str(first)
 
 
 def test_a_first_node_that_does_not_answer_is_named(tmp_path: Path) -> None:
     (error,) = Meeting(tmp_path, present=(1,), wait=0.5).hold()
     assert isinstance(error, InterruptedRun) and "node 0 (127.0.0.1) did not answer" in str(error)
+
+
+def test_a_node_that_meets_an_attempt_that_is_over_tries_again(tmp_path: Path) -> None:
+    class Late(Meeting):
+        def other(self, node: NodeContext, interrupts: Interrupts, console: Console) -> None:
+            Attempt.claim(self.base / "n2" / "runs" / "t", node.store)  # as a first node that was started anew does
+            super().other(node, interrupts, console)
+
+    meeting = Late(tmp_path, store=FolderStore(tmp_path / "bucket"))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meeting.attend, 0)
+        while not meeting.store.list("runs/t/attempts"):
+            time.sleep(0.01)
+        for error in (pool.submit(meeting.attend, 1).exception(), first.exception()):
+            assert isinstance(error, InterruptedRun) and "attempt 2 took over" in str(error)
+
+
+def test_a_stranger_on_the_port_can_change_neither_recipe_nor_resume_point(tmp_path: Path) -> None:
+    """One who even knows the secret, and sets the first node's record whenever a node may look."""
+
+    class Watched(Meeting):
+        def follow(self, node: NodeContext, link: NodeLink, attempt: int) -> None:
+            stranger = PrefixStore("secret", TCPStore("127.0.0.1", self.port, wait_for_workers=False))
+            forged = {"id": link.records[0]["id"], "attempt": attempt, "launched": "pretrain", "beat": 0}
+            forged |= {"resume": 0, "prepared": "others", "recipe": {}, "same": "recipe 3"}
+            for beat in range(2000):
+                stranger.set("0", json.dumps(forged | {"beat": beat}))
+            super().follow(node, link, attempt)
+
+    meeting = Watched(tmp_path, store=FolderStore(tmp_path / "bucket"))
+    outcome = meeting.hold()
+    if meeting.read:
+        assert (meeting.read.prepared, meeting.read.resume) == ("rows", 80)
+    else:
+        assert all(isinstance(error, InterruptedRun) for error in outcome)
+
+
+@pytest.mark.parametrize("forged", [{"attempt": 7}, {"attempt": "x"}, {"launched": "evaluate"}, {"launched": 3}])
+def test_what_a_stranger_announces_and_no_document_confirms_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forged: dict
+) -> None:
+    monkeypatch.setattr("job.run.join.SILENCE", 0.5)
+    nodes = Nodes(1, ("127.0.0.1", "127.0.0.1"), 1)
+    node = NodeContext(tmp_path, tmp_path / "runs" / "t", nodes, store=FolderStore(tmp_path / "bucket"))
+    Attempt.claim(node.run, node.store, same="a command")
+    link = NodeLink(nodes, Interrupts(), Console(-1))
+    link.records[0] = {"attempt": 1} | forged
+    with pytest.raises(InterruptedRun, match="does not know"):
+        announced(node, link, current_attempt(node, link, "a command")[0], "")
+
+
+# ---- failures and silence
+
+
+def test_a_silent_node_is_lost_in_whatever_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_link, "SILENCE", 1.0)
+
+    class Silent(Meeting):
+        def lead(self, node: NodeContext, link: NodeLink, attempt: Attempt) -> None:
+            link.wait("the run ended", lambda record: False)
+
+        def follow(self, node: NodeContext, link: NodeLink, attempt: int) -> None:
+            link._closed.set()  # as a machine that vanishes
+            link._thread.join()
+
+    first, _ = Silent(tmp_path, outs=("n0", "n0")).hold()
+    assert isinstance(first, InterruptedRun) and str(first).startswith("node 1 (127.0.0.1) was lost")
+
+
+@pytest.mark.parametrize(("raised", "code"), [(DataError("bad rows"), 11), (RuntimeError("gloo"), 1)])
+def test_a_failure_of_one_node_ends_both_alike(tmp_path: Path, raised: Exception, code: int) -> None:
+    class Failing(Meeting):
+        def follow(self, node: NodeContext, link: NodeLink, attempt: int) -> None:
+            raise raised
+
+    for error in Failing(tmp_path, outs=("n0", "n0")).hold():
+        assert isinstance(error, SpeedrunError) and error.exit_code == ExitCode(code)
+        assert str(error).startswith("node 1 (127.0.0.1): ")
+
+
+def test_an_unexplained_end_of_ranks_is_explained_by_another_nodes_failure(tmp_path: Path) -> None:
+    class Failing(Meeting):
+        def lead(self, node: NodeContext, link: NodeLink, attempt: Attempt) -> None:
+            raise link.cause(RuntimeError("connection closed by peer"))
+
+        def follow(self, node: NodeContext, link: NodeLink, attempt: int) -> None:
+            time.sleep(0.5)
+            raise StorageError("the bucket is gone")
+
+    for error in Failing(tmp_path, outs=("n0", "n0")).hold():
+        assert isinstance(error, StorageError) and str(error) == "node 1 (127.0.0.1): the bucket is gone"
+
+
+class FakeRank:
+    """Answers a hold with its next border."""
+
+    def __init__(self, border: int) -> None:
+        self.border, self.boundary, self.told = border, None, []
+
+    def tell(self, order: dict) -> None:
+        self.told.append(order)
+        if order["do"] == "hold":
+            self.boundary = self.border
+
+
+def test_nodes_agree_on_a_border_that_all_ranks_can_reach(tmp_path: Path) -> None:
+    there = [FakeRank(7), FakeRank(9)]
+    go = {"do": "go", "at": 9, "then": "stop"}
+
+    class Stopping(Meeting):
+        def lead(self, node: NodeContext, link: NodeLink, attempt: Attempt) -> None:
+            other, until = OtherNode(link, 1), time.monotonic() + 10
+            for order, border in (({"do": "hold"}, 9), (go, None)):
+                other.tell(order)
+                while border and other.boundary != border and time.monotonic() < until:
+                    time.sleep(0.01)
+                assert other.boundary == border
+            link.wait("the other one had stopped", lambda record: record.get("done"))
+
+        def follow(self, node: NodeContext, link: NodeLink, attempt: int) -> None:
+            orders, until = Orders(link, there), time.monotonic() + 10
+            while there[0].told[-1:] != [go] and time.monotonic() < until:
+                orders.pass_on()
+            link.say(done="pretrain")
+            link.wait("the run ended", lambda record: record.get("end"))
+
+    assert Stopping(tmp_path, outs=("n0", "n0")).hold() == [None, None]
+    assert [rank.told for rank in there] == [[{"do": "hold"}, go]] * 2
+
+
+# ---- checkpoints from parts
+
+
+def part(run: Path, rank: int, rows: int = 80) -> dict:
+    """What a rank says when it has written its two files."""
+    folder = parts_folder(run, rows, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    files, slices = {}, []
+    for prefix in ("weights-", "optimizer-"):
+        file = folder / f"{prefix}{rank:05d}.safetensors"
+        file.write_text(f"{prefix}{rank}")
+        files[file.name] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
+        slices.append((f"{prefix}a", file.name, rank, rank + 1))
+    made_from = {"rows": rows}
+    return {"rows": rows, "step": 2, "files": files, "slices": slices, "made_from": made_from, "seconds": 1, "stall": 1}
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_checkpoint_exists_when_the_parts_of_all_nodes_are_there(tmp_path: Path, split: bool) -> None:
+    runs = [tmp_path / name / "runs" / "t" for name in ("n0", "n1" if split else "n0")]
+    store = FolderStore(tmp_path / ("bucket" if split else "n0"))
+    attempt = Attempt.claim(runs[0], store if split else None)
+    uploaders = [PartUploader(run, 1, store, split=split) for run in runs]
+    keeper = NodesKeeper(runs[0], attempt, uploaders[0], lambda: False, world_size=2, final_rows=80, minutes=0)
+    keeper.take(part(runs[0], 0))
+    time.sleep(0.5)
+    keeper.check()
+    assert not store.get("runs/t/checkpoints/000000000000080/manifest.json")
+    uploaders[1].take(part(runs[1], 1))
+    uploaders[1].end()
+    keeper.end()
+    assert store.get("runs/t/checkpoints/000000000000080/manifest.json")
+    assert len(folders(runs[0])) == (0 if split else 1), "what is in the bucket is not kept"
+    fetch(store, tmp_path / "n2" / "runs" / "t", 80)
+    assert len(list((tmp_path / "n2" / "runs" / "t").glob("checkpoints/*/*.safetensors"))) == 4
+    assert not store.list("runs/t/parts")
+
+
+def test_parts_of_a_node_that_ended_without_its_own_are_given_up(tmp_path: Path) -> None:
+    run, store = tmp_path / "runs" / "t", FolderStore(tmp_path / "bucket")
+    attempt = Attempt.claim(run, store)
+    keeper = NodesKeeper(
+        run, attempt, PartUploader(run, 1, store, split=True), lambda: True, world_size=2, final_rows=80, minutes=0
+    )
+    keeper.take(part(run, 0))
+    keeper.end()
+    assert not store.get("runs/t/checkpoints/000000000000080/manifest.json")
+    assert not list(run.glob("checkpoints/.*"))
+
+
+def test_a_part_that_cannot_be_put_ends_the_stage(tmp_path: Path) -> None:
+    class Gone(FolderStore):
+        def put_file(self, key: str, path: Path, sha256: str) -> None:
+            raise StorageError("the bucket is gone")
+
+    uploader = PartUploader(tmp_path / "runs" / "t", 1, Gone(tmp_path / "bucket"), split=True)
+    uploader.take(part(uploader.run, 0))
+    uploader.join()
+    with pytest.raises(StorageError):
+        uploader.check()

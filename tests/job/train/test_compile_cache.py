@@ -17,8 +17,7 @@ from helpers import Kept
 from job.console import Console
 from job.machine import host
 from job.recipe.config import FREE, Recipe, differing_keys, from_document, resolve
-from job.run.nodes import Nodes, Order
-from job.run.site import Site
+from job.run.nodes import LaunchSpec, NodeContext, Nodes
 from job.run.uploader import Mirror
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import identity
@@ -42,9 +41,9 @@ class Start:
         self.run.mkdir(parents=True, exist_ok=True)
         self.attempt = Attempt.claim(self.run, self.store) if first else None
         self.reporter, number = Kept(), self.attempt.number if first else 0
-        site = Site(self.out, self.run, store=self.store)
-        self.caches = Caches("pretrain", site, recipe or resolve("smoke"), nodes, Console(-1), self.reporter, number)
-        self.environment = self.caches.site.environment
+        node = NodeContext(self.out, self.run, nodes, store=self.store)
+        self.caches = Caches("pretrain", node, recipe or resolve("smoke"), Console(-1), self.reporter, number)
+        self.environment = self.caches.node.environment
 
     @property
     def compiled(self) -> Path:
@@ -143,7 +142,7 @@ def test_ranks_are_given_the_folder_whatever_the_environment_says(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")
     start = Start(tmp_path, "out", nodes=Nodes(1))
-    (rank,) = start.caches.site.start(Order("pretrain"), Nodes(1))
+    (rank,) = start.caches.node.start(LaunchSpec("pretrain"))
     until, given = time.monotonic() + 30, ""
     while not given and time.monotonic() < until:  # empty for a moment while the process becomes another program
         given = Path(f"/proc/{rank.process.pid}/environ").read_text()
