@@ -42,7 +42,7 @@ steps later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -75,7 +75,7 @@ class Optimizer:
 
     def __init__(
         self,
-        groups: dict[str, Named],
+        groups: Mapping[str, Named],
         specs: dict[str, GroupSpec],
         process_group: dist.ProcessGroup | None = None,
         *,
@@ -254,7 +254,7 @@ def _fill(slices: Iterable[Slice], reader: Reader) -> None:
 
 
 def build_shards(
-    groups: dict[str, Named], specs: dict[str, GroupSpec], comm: Collectives, options: Options
+    groups: Mapping[str, Named], specs: dict[str, GroupSpec], comm: Collectives, options: Options
 ) -> list[Shard]:
     """Every parameter into exactly one shard, as `model.partition` divides them."""
     _check(groups, specs)
@@ -274,7 +274,7 @@ def build_shards(
     return shards
 
 
-def _check(groups: dict[str, Named], specs: dict[str, GroupSpec]) -> None:
+def _check(groups: Mapping[str, Named], specs: dict[str, GroupSpec]) -> None:
     """Raises ValueError for groups and specs that do not fit each other or the kinds."""
     if not groups.keys() <= specs.keys():
         raise ValueError(f"no spec for group {sorted(groups.keys() - specs.keys())}: specs has {sorted(specs)}.")

@@ -47,7 +47,8 @@ def bigram_bpb(
 
 def _count(blocks: Iterable[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sorted distinct pairs (as v V + w) with their counts, and the counts (V,) of single targets."""
-    pairs, counts = np.empty(0, np.int64), np.empty(0)
+    pairs: np.ndarray = np.empty(0, np.int64)
+    counts: np.ndarray = np.empty(0)
     words = np.zeros(vocab_size)
     for block in blocks:
         targets = block[:, 1:].ravel()

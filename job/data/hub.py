@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from job.data.local import parquet_text_bytes, read_parquet, readable
 from job.data.sources import Source
@@ -289,9 +289,10 @@ class Hub:
 
         url = hf_hub_url(self.repo, name, repo_type="dataset", revision=self.commit, endpoint=_endpoint())
         bar = _Bar(self._arrived)
+        shown = cast(type, lambda **_: bar)
         try:
             with storage_errors(part), open(part, "wb") as file:
-                http_get(url, file, headers=build_hf_headers(), expected_size=size, tqdm_class=lambda **_: bar)
+                http_get(url, file, headers=build_hf_headers(), expected_size=size, tqdm_class=shown)
         except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
             response = getattr(error, "response", None)
             if isinstance(error, OfflineModeIsEnabled) or (

@@ -229,7 +229,8 @@ class Making:
         shard."""
         self._pull_the_first()
         if self.source.hub:
-            wanted = [] if is_sealed(self.root / "val") and is_sealed(self.root / "split") else [self.source.val]
+            held_out = is_sealed(self.root / "val") and is_sealed(self.root / "split")
+            wanted = [] if held_out or self.source.val is None else [self.source.val]
             if not is_sealed(self.root / "tokenizer"):
                 wanted += self.source.shards[: math.ceil(self.data.tokenizer_chars / self.source.shards[0].size)]
             self._want(wanted)
@@ -260,14 +261,15 @@ class Making:
             return ByHash(self.data.val_fraction)
         path = self.root / "split"
         if not is_sealed(path):
-            self.source.hub.wait(val.name)
+            if self.source.hub:
+                self.source.hub.wait(val.name)
             with sealing(path, kind="split", made_from=self._of_split()) as folder:
                 hashes = {document_hash(text.encode()) for text in val.texts() if text is not None}
                 np.save(folder.path / "hashes.npy", np.array(sorted(hashes), dtype=np.uint64))
         return ByShard(open_sealed(path, kind="split").path / "hashes.npy")
 
     def _of_split(self) -> dict[str, Any]:
-        return {"text": self.source.identity, "shard": self.source.val.name}
+        return {"text": self.source.identity, "shard": self.source.val.name if self.source.val else None}
 
     def _tokenizer(self, split: Split) -> Sealed:
         path = self.root / "tokenizer"

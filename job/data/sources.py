@@ -36,8 +36,11 @@ SHARD_BYTES = 4 << 20
 class Shard(Protocol):
     """What one worker reads. Pickles small: it names its text and reads it again wherever it arrives."""
 
-    name: str
-    size: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
 
     def texts(self) -> Iterator[str | None]: ...
 
@@ -91,7 +94,8 @@ def open_source(data: DataConfig, out: Path, store: Store | None = None) -> Sour
 
 def limit(source: Source, max_chars: int) -> Source:
     """The documents from the start of `source` that fit into `max_chars` characters, whole."""
-    left, shards = max_chars, []
+    left = max_chars
+    shards: list[Shard] = []
     for shard in source.shards:
         count, characters, whole = _documents_within(shard, left)
         if not whole:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from job.errors import ExitCode, InterruptedRun, OutOfMemoryError, SpeedrunError
 
@@ -63,7 +63,8 @@ def run_tasks(
             room = pending and len(running) < workers
             if not running:
                 time.sleep(POLL_SECONDS)
-            for receiver in wait(list(running), POLL_SECONDS if room else None):
+            for ready in wait(list(running), POLL_SECONDS if room else None):
+                receiver = cast(Connection, ready)
                 index, process = running[receiver]
                 kind, value = _receive(receiver, process)
                 if kind == "advance":

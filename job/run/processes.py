@@ -127,6 +127,7 @@ class LocalRank(Rank):
             yield json.loads(line)
 
     def tell(self, message: dict[str, Any]) -> None:
+        assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write((json.dumps(message) + "\n").encode())
             self.process.stdin.flush()
@@ -177,7 +178,7 @@ def start_ranks(
     shared = (
         RANK_ENVIRONMENT
         | os.environ
-        | environment
+        | dict(environment)
         | {
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": address,

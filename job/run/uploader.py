@@ -102,7 +102,8 @@ class Mirror:
                 self._fail(key, error)
             return
         self._failed.pop(key, None)
-        self._done[key] = mark
+        if mark:
+            self._done[key] = mark
         if size:
             self.reporter.emit("upload.done", folder=key, bytes=size, seconds=time.monotonic() - began)
 
@@ -248,6 +249,7 @@ class Uploader:
                 self.reporter.send({"left": self.mirror.pending()})
 
     def _record(self) -> None:
+        assert self.live
         while True:
             last, began = self._last.is_set(), time.monotonic()
             arrived = self.live.publish(last=last)

@@ -223,7 +223,7 @@ def uploading(
         return
     number = attempt.number if attempt else 0
     arguments = [str(out), str(run or ""), str(number), str(final_rows)]
-    log = (logs or run / "logs") / f"{number}.upload.log"
+    log = (logs or (run or out) / "logs") / f"{number}.upload.log"
     uploads = BucketUploads(bucket, arguments, run or out / "prepared", log, attempt or Reporter(), console, interrupts)
     try:
         yield uploads

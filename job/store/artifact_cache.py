@@ -70,14 +70,15 @@ class Pool:
         return self._sealed
 
     def _pull(self, part: Part) -> tuple[Sealed, float] | None:
-        started = time.perf_counter()
+        started, store = time.perf_counter(), self._store
+        assert store
         with self._or_make_it(f"{self._key(part)} is made here instead"):
-            sealed = pull_sealed(self._store, self._key(part), part.path, kind=part.kind)
+            sealed = pull_sealed(store, self._key(part), part.path, kind=part.kind)
             if sealed.made_from == part.made_from:
                 return sealed, time.perf_counter() - started
             shutil.rmtree(part.path)
-            raise DataError(f"{self._store.url}/{self._key(part)} was made from something else")
-        del self._sealed[f"{self._key(part)}/{MANIFEST}"]
+            raise DataError(f"{store.url}/{self._key(part)} was made from something else")
+        del self._listed()[f"{self._key(part)}/{MANIFEST}"]
         return None
 
     def _key(self, part: Part) -> str:

@@ -78,7 +78,7 @@ def newest_usable(
     candidates += [(folder, True) for folder in elsewhere.checkpoints(run)] if elsewhere else []
     for folder, pull in sorted(candidates, key=lambda c: (-int(c[0].name), c[1])):
         try:
-            if pull:
+            if pull and elsewhere:
                 elsewhere.pull_checkpoint(run, folder)
             _check_usable(open_sealed(folder, kind=KIND), belongs_to)
             return folder

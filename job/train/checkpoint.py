@@ -100,6 +100,7 @@ class Writer:
     def _write(self, slices: Sequence[Slice], step: int, stall: float) -> None:
         started = time.perf_counter()
         context = self._run.context
+        assert context.run
         rows = step * self._run.batches.rows_per_step
         folder = parts_folder(context.run, rows, context.attempt)
         try:
@@ -156,8 +157,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
-        for block in (len(encoded).to_bytes(8, "little"), encoded, *(_raw(t) for t in tensors.values())):
-            view = memoryview(block)
+        blocks = [memoryview(len(encoded).to_bytes(8, "little")), memoryview(encoded)]
+        for view in (*blocks, *(_raw(t) for t in tensors.values())):
             digest.update(view)
             while view:
                 view = view[file.write(view) :]
@@ -166,7 +167,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def resume(run: Run) -> None:

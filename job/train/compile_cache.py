@@ -65,7 +65,8 @@ KEEP = 4
 """newest caches that stay in --out"""
 PACKAGES = ("torch", "triton", "torchao", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
 NO_GRAPH = frozenset(
-    "steps param_data_ratio total_batch_size lr_scale seed threads checkpoint_every checkpoint_minutes val_tokens compile_cache".split()  # noqa: SIM905
+    {"steps", "param_data_ratio", "total_batch_size", "lr_scale", "seed", "threads", "val_tokens", "compile_cache"}
+    | {"checkpoint_every", "checkpoint_minutes"}
 )
 """keys of the train section that shape no graph; one that should be here and is not costs an id for each of its values,
 and no more"""
@@ -128,8 +129,13 @@ class Caches(Reporter):
         """Fetch what there is. attempt: the run's, on the first node, which seals what there will be; 0 on the
         others."""
         self.node, self._console, self._reporter, self._attempt = node, console, reporter, attempt
-        self._local, self._warm, self._loaded = node.nodes.ranks_of(node.nodes.number), set(), set()
-        self._thread, self._ended, self._outcome, self._temporary = None, threading.Event(), {}, None
+        self._local = node.nodes.ranks_of(node.nodes.number)
+        self._warm: set[int] = set()
+        self._loaded: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._outcome: dict[str, Any] = {}
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         gpu = host.gpu_names() if stage == "pretrain" and recipe.train.compile_cache else ""
         if gpu:
             self._made_from = made_from(recipe, gpu)
@@ -143,9 +149,7 @@ class Caches(Reporter):
 
     def emit(self, kind: str, **fields: Any) -> None:
         self._reporter.emit(kind, **fields)
-        if (
-            self._temporary and kind == "train.warm" and fields["rank"] in self._local
-        ):  # the first node hears all nodes' ranks
+        if self._temporary and kind == "train.warm" and fields["rank"] in self._local:
             self._warm.add(fields["rank"])
             if self._attempt and len(self._warm) == len(self._local) and _files(self.work).keys() - self._loaded:
                 self._thread = threading.Thread(target=self._seal, daemon=True)
@@ -196,12 +200,13 @@ class Caches(Reporter):
         return open_sealed(self.folder, kind=KIND) if is_sealed(self.folder) else None
 
     def _pull(self) -> Sealed | None:
-        manifest = stored_manifest(self.node.store, self.key)
-        if manifest is None:
+        store = self.node.store
+        manifest = stored_manifest(store, self.key) if store else None
+        if store is None or manifest is None:
             return None
         if sum(entry["size"] for entry in manifest["files"].values()) > LIMIT:
             raise DataError(f"it has more than {LIMIT / 1e9:.2f} GB")
-        return pull_sealed(self.node.store, self.key, self.folder, kind=KIND)
+        return pull_sealed(store, self.key, self.folder, kind=KIND)
 
     def _refuse(self, why: str) -> None:
         self._reporter.emit("compile_cache.refused", folder=self.key, why=why)
@@ -226,14 +231,14 @@ class Caches(Reporter):
                 _pack(self.work, folder.path / ARCHIVE, self._ended)
             self._outcome |= {"bytes": (self.folder / ARCHIVE).stat().st_size, "seconds": time.monotonic() - began}
             ages = {path.parent: path.stat().st_mtime for path in self.folder.parent.glob(f"*/{MANIFEST}")}
-            for old in sorted(ages, key=ages.get)[:-KEEP]:
+            for old in sorted(ages, key=lambda folder: ages[folder])[:-KEEP]:
                 shutil.rmtree(old, ignore_errors=True)
         except Exception as error:
             self._outcome |= {"kind": "compile_cache.not_sealed", "why": _reason(error)}
 
     def _tell(self) -> None:
         """From the supervisor's own thread, which alone writes events: what became of the sealing."""
-        if self._outcome and (self._ended.is_set() or not self._thread.is_alive()):
+        if self._outcome and (self._ended.is_set() or not (self._thread and self._thread.is_alive())):
             self._reporter.emit(**self._outcome)
             self._outcome = {}
 

@@ -135,6 +135,7 @@ def record_step(run: Run, reading: Reading) -> None:
 def after_divergence(run: Run) -> str:
     """What to do: a fault of the machine passes, a learning rate that is too high stays."""
     anew = "lower train.lr_scale and start with --fresh"
+    assert run.context.run
     if sealed := checkpoint_folder.folders(run.context.run):
         kept = f"from the checkpoint before step {int(sealed[0].name) // run.batches.rows_per_step}"
     elif run.context.local_world_size < run.context.world_size:  # several nodes seal in the bucket, which no rank asks

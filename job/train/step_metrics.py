@@ -178,7 +178,10 @@ def now(device: torch.device) -> torch.cuda.Event | float:
 
 def seconds_between(began: torch.cuda.Event | float, ended: torch.cuda.Event | float) -> float:
     """Of two moments that have passed."""
-    return ended - began if isinstance(ended, float) else began.elapsed_time(ended) / 1000
+    if isinstance(began, float) or isinstance(ended, float):
+        assert isinstance(began, float) and isinstance(ended, float)
+        return ended - began
+    return began.elapsed_time(ended) / 1000
 
 
 class SlowRanks:
