@@ -52,16 +52,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised whenever the same inputs would give other bytes."""
-REPORTED = (
-    "train_rows",
-    "val_rows",
-    "train_tokens",
-    "val_tokens",
-    "vocab_size",
-    "seq_len",
-    "bytes_per_token",
-    "crop_share",
-)
+REPORTED = ("train_rows", "val_rows", "train_tokens", "val_tokens", "vocab_size", "seq_len", "bytes_per_token")
 HELD_OUT = "held-out"
 ASSUMED_CROP = 0.3
 """of a dataset's tokens, until its first shard is packed; FineWeb-Edu's is 0.346 (leaderboard §6), and too few shards
@@ -154,7 +145,7 @@ def prepare(
     finally:
         if source.hub:
             source.hub.close()
-    reporter.emit("prepare.done", id=prepared.id, **{key: prepared.facts[key] for key in REPORTED})
+    reporter.emit("prepare.done", id=prepared.id, **{key: prepared.facts[key] for key in (*REPORTED, "crop_share")})
     return prepared
 
 
@@ -207,9 +198,8 @@ class Making:
                 rows = int(min(self.rows, first["rows"] * len(self.source.shards)))
                 totals = {"train_rows": rows, "train_tokens": rows * self.seq_len, "crop_share": first["crop_share"]}
                 folder.facts |= {"files": [], **totals, **self._shared_facts(tokenizer, val)}
-            shutil.rmtree(
-                self.root / "set", ignore_errors=True
-            )  # of a shorter run: its row files are the first of this one
+            # a shorter run's set: its row files are the first of this one
+            shutil.rmtree(self.root / "set", ignore_errors=True)
         return Prepared.open(self.root)
 
     def _is_enough(self) -> bool:
@@ -217,10 +207,8 @@ class Making:
         if not is_sealed(self.root / "set"):
             return False
         facts = open_sealed(self.root / "set", kind="prepared").facts
-        if not all(
-            is_sealed(self.root / part)
-            for part in ["tokenizer", "val", *(f"rows/{file['name']}" for file in facts["files"])]
-        ):
+        parts = ["tokenizer", "val", *(f"rows/{file['name']}" for file in facts["files"])]
+        if not all(is_sealed(self.root / part) for part in parts):
             return False
         return not self.source.hub or facts["train_rows"] >= self.rows or len(facts["files"]) == len(self.source.shards)
 
@@ -275,7 +263,8 @@ class Making:
         path = self.root / "tokenizer"
         if not is_sealed(path):
             started = time.perf_counter()
-            check_training(self._characters(), self.reporter)
+            characters = min(self.data.tokenizer_chars, sum(shard.size for shard in self.source.shards))
+            check_training(characters, self.reporter)
             self.reporter.progress("tokenizer", 0, 1, "vocabularies")
             with sealing(path, kind="tokenizer", made_from=self.text) as folder:
                 tokenizer, characters = train_tokenizer(
@@ -286,18 +275,11 @@ class Making:
                 )
                 tokenizer.save(folder.path)
                 measured = bytes_per_token(tokenizer, self._training_text(split))
-                folder.facts |= {
-                    "vocab_size": self.data.vocab_size,
-                    "characters": characters,
-                    "bytes_per_token": measured,
-                }
+                sizes = {"vocab_size": self.data.vocab_size, "characters": characters}
+                folder.facts |= sizes | {"bytes_per_token": measured}
                 self.reporter.emit("prepare.tokenizer", **folder.facts, seconds=time.perf_counter() - started)
             self.reporter.progress("tokenizer", 1, 1, "vocabularies")
         return open_sealed(path, kind="tokenizer")
-
-    def _characters(self) -> int:
-        """At most so many characters train the tokenizer."""
-        return min(self.data.tokenizer_chars, sum(shard.size for shard in self.source.shards))
 
     def _training_text(self, split: Split) -> Iterator[str]:
         """Training documents from the first shard on: the order is the source's, whatever has arrived."""
@@ -317,9 +299,8 @@ class Making:
             return PackTask(name, self.root / part, kind, made_from, shards, tokenizer, split, self.data, self.seq_len)
 
         held_out = (self.source.val,) if self.source.val else self.source.shards
-        rows = (
-            task(f"rows/{index:05d}", "rows", shard.name, (shard,)) for index, shard in enumerate(self.source.shards)
-        )
+        shards = enumerate(self.source.shards)
+        rows = (task(f"rows/{index:05d}", "rows", shard.name, (shard,)) for index, shard in shards)
         return [task("val", "val", HELD_OUT, held_out), *rows]
 
     def _of_rows(self, part: str, shard: str) -> dict[str, Any]:
@@ -354,9 +335,8 @@ class Making:
         for task in tasks:
             if total >= self.rows or not (is_sealed(task.path) or self.pool.has(task.part)):
                 break
-            total += (
-                _facts(task)["rows"] if is_sealed(task.path) else self.pool.size(task.part) // (2 * self.seq_len + 2)
-            )
+            row_bytes = 2 * (self.seq_len + 1)
+            total += _facts(task)["rows"] if is_sealed(task.path) else self.pool.size(task.part) // row_bytes
             wanted.append(task)
         self._pull(wanted)
 

@@ -177,16 +177,9 @@ def evaluate(
 ) -> Ledger:
     """Score every task of `bundle` that is not sealed below `out` yet; seal and return the ledger.
 
-    - cap: items per task, None for all
-    - made_from: the model, {"weights", "tokenizer", "dtype", "backend"}; with bundle, cap and max_tokens it decides
-      whether sealed answers are this model's
-    - items: the folder of `seal_items`, `out/items` by default
-    - max_tokens: the context of a model of fixed positions, None for one that takes any length
-    - token_budget: tokens of a forward pass, 2,048 on a CPU and 32,768 elsewhere by default
-    - workers: processes that make missing items
-    - ranks: each calls this and gets the same ledger; the first one writes
-
-    Raises what `seal_items` raises.
+    made_from: the model, {"weights", "tokenizer", "dtype", "backend"}; with bundle, cap (items per task) and max_tokens
+    (the model's context) it decides whether sealed answers are this model's. items: the folder of `seal_items`, whose
+    errors it raises. token_budget: of a forward pass. Every rank calls this; the first one writes.
     """
     ranks = ranks or Ranks()
     token_budget = token_budget or (CPU_TOKEN_BUDGET if torch.device(device).type == "cpu" else GPU_TOKEN_BUDGET)
@@ -205,9 +198,7 @@ def evaluate(
     ranks.all_gather(None)  # the other ranks wait while the first one makes what is missing
     tokens = first or seal()
     made_from = {**made_from, "bundle": bundle.id, "cap": cap, "max_tokens": max_tokens, "scorer": VERSION}
-    total = sum(len(task_items) for task_items in tokens.values())
-    done = 0
-    results = []
+    total, done, results = sum(len(task_items) for task_items in tokens.values()), 0, []
     for task in bundle.tasks:
         task_from = {**made_from, "task": task.label}
         known = ranks.all_gather(sealed_answers(out, task.label, task_from) if ranks.rank == 0 else None)[0]

@@ -31,6 +31,7 @@ from job.report.render import write_report
 from job.reporter import Reporter
 from job.run.bucket import Bucket
 from job.run.fruitless import RankDied, judged, without_attempts
+from job.run.node_checkpoints import NodesKeeper, PartUploader, fetch, share
 from job.run.node_link import NodeLink, OtherNode, first_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
 from job.run.processes import GRACE, Rank, free_port, start_ranks
@@ -41,7 +42,6 @@ from job.store.attempt import Attempt, fold
 from job.store.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
 from job.store.sealed import MANIFEST, atomic_write, is_sealed
 from job.train.compile_cache import Caches
-from job.train.node_checkpoints import NodesKeeper, PartUploader, fetch, share
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

@@ -18,7 +18,7 @@ Which node this is the environment says, as SkyPilot sets it:
 
 Heartbeats, failures and the exit code travel through torch's TCPStore (job/run/node_link.py). All nodes end with the
 first one's exit code; a lost node ends the run with 75. Where disks differ, every node makes or pulls its own prepared
-set, and a checkpoint's parts come together in the bucket (job/train/node_checkpoints.py). Evaluation and report happen
+set, and a checkpoint's parts come together in the bucket (job/run/node_checkpoints.py). Evaluation and report happen
 on the first node while the others wait.
 """
 

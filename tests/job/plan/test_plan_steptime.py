@@ -19,7 +19,7 @@ from job.plan.steptime import (
     token_seconds,
 )
 from model.config import GPTConfig
-from model.scaling import BF16_TIME
+from model.kernels import BF16_TIME
 
 BY_NAME = {run.name: run for run in RUNS}
 

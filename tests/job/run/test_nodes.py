@@ -15,6 +15,7 @@ from job.console import Console
 from job.errors import DataError, ExitCode, InterruptedRun, SpeedrunError, StorageError, UsageError
 from job.run import node_link
 from job.run.join import announced, current_attempt
+from job.run.node_checkpoints import NodesKeeper, PartUploader, fetch
 from job.run.node_link import NodeLink, Orders, OtherNode, first_link, other_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes
 from job.run.processes import free_port
@@ -23,7 +24,6 @@ from job.store.attempt import Attempt
 from job.store.checkpoint_folder import folders, parts_folder
 from job.store.sealed import sha256_file
 from job.store.stores import FolderStore
-from job.train.node_checkpoints import NodesKeeper, PartUploader, fetch
 
 TWO = {
     "SKYPILOT_NUM_NODES": "2",

@@ -121,7 +121,7 @@ def test_wrong_bytes_every_time_are_data_errors_and_nothing_of_them_stays(
 
 
 @pytest.mark.parametrize("name", ["error(503, 'SlowDown')", "truncate", "black_hole"])
-def test_a_list_is_whole_or_is_asked_again(name: str, store, faults, fault) -> None:
+def test_a_list_is_whole_or_is_asked_again(name: str, store, faults) -> None:
     store.put("runs/t/recipe.json", b"{}")
     faults.on("ListObjects", eval(name, vars(fault)), 1)
     assert store.list("runs/t") == {"runs/t/recipe.json": 2}
@@ -133,14 +133,14 @@ CLAIM = ["lost", "black_hole", "reset", "flip_up", "error(409, 'ConditionalReque
 
 
 @pytest.mark.parametrize("name", CLAIM)
-def test_a_claim_is_won_once_and_known_to_be_won(name: str, store, faults, fault) -> None:
+def test_a_claim_is_won_once_and_known_to_be_won(name: str, store, faults) -> None:
     faults.on("PutObjectIfNone", eval(name, vars(fault)), 1)
     assert store.create("runs/t/attempts/1", b"nonce of mine") is True
     assert store.get("runs/t/attempts/1") == b"nonce of mine"
     assert store.create("runs/t/attempts/1", b"nonce of another") is False
 
 
-def test_a_lost_claim_that_another_won_is_lost(store, faults, fault) -> None:
+def test_a_lost_claim_that_another_won_is_lost(store, faults) -> None:
     """The answer is lost, and the answer is that another was first."""
     store.create("runs/t/attempts/1", b"another")
     faults.on("PutObjectIfNone", fault.lost, 1)
@@ -182,7 +182,7 @@ def test_for_ever_is_12_with_everything_on_disk_and_then_the_same_call_goes_on(
 
 
 @pytest.mark.parametrize("name", ["error(503, 'SlowDown')", "black_hole"])
-def test_at_the_start_a_server_that_does_not_answer_is_12_in_seconds(name: str, store, faults, fault) -> None:
+def test_at_the_start_a_server_that_does_not_answer_is_12_in_seconds(name: str, store, faults) -> None:
     faults.on(".*", eval(name, vars(fault)), times=float("inf"))
     impatient = S3Store.at(faults.s3.url, patience=0.5, timeout=0.5)
     with pytest.raises(StorageError, match=r"does not answer \(.*\); check AWS_ENDPOINT_URL and the network"):
@@ -190,7 +190,7 @@ def test_at_the_start_a_server_that_does_not_answer_is_12_in_seconds(name: str, 
 
 
 @pytest.mark.parametrize("operation", ["ListObjects", "PutObjectIfNone", "DeleteObject"])
-def test_at_the_start_a_missing_permission_is_2_and_is_named(operation: str, store, faults, fault) -> None:
+def test_at_the_start_a_missing_permission_is_2_and_is_named(operation: str, store, faults) -> None:
     faults.on(operation, fault.error(403, "AccessDenied"), times=float("inf"))
     with pytest.raises(
         UsageError, match=r"refuses \w+ \(AccessDenied\): these credentials need s3:ListBucket, GetObject, PutObject"
@@ -198,7 +198,7 @@ def test_at_the_start_a_missing_permission_is_2_and_is_named(operation: str, sto
         store.prepare()
 
 
-def test_at_the_start_a_lost_answer_does_not_make_a_store_weak(store, faults, fault) -> None:
+def test_at_the_start_a_lost_answer_does_not_make_a_store_weak(store, faults) -> None:
     faults.on("PutObjectIfNone", fault.lost, 2)
     store.prepare()
     assert faults.s3.keys() == []

@@ -1,0 +1,47 @@
+"""A run so small that a test trains it in its own process: its recipe, and a rank's reporter without a pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from job.console import Console
+from job.recipe.config import Recipe, resolve
+from job.run.rank import RankReporter
+from job.store.checkpoint_folder import (
+    Keeper,
+)
+
+STEPS = 14
+QUIET = Console(-1)
+CPU = torch.device("cpu")
+
+
+def recipe_of(corpus: Path, **train: object) -> Recipe:
+    """A d1 on 32 tokens: 8 rows a step in two micro-steps of one rank, more steps than the corpus has rows for."""
+    values = {"steps": STEPS, "total_batch_size": 256, "device_batch_size": 4, "threads": 1, "dtype": "fp32"} | train
+    overrides = [f"train.{key}={value}" for key, value in values.items()]
+    overrides += ["model.depth=1", "model.seq_len=32", "data.vocab_size=300", "data.val_fraction=0.2"]
+    return resolve("smoke", {"data.source": ("--data", "local"), "data.paths": ("--data", (str(corpus),))}, overrides)
+
+
+class InProcess(RankReporter):
+    """A rank's reporter without a pipe: parts go straight to the keeper, events to a list."""
+
+    def __init__(self, keeper: Keeper | None = None, outbox: Path | None = None) -> None:
+        super().__init__(io.StringIO())
+        self.keeper, self.outbox, self.events = keeper, outbox, []
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.events.append(message)
+        if "part" in message and self.keeper:
+            self.keeper.take(message["part"])
+        if "part" in message and self.outbox:
+            self.outbox.write_text(json.dumps(message["part"]))
+
+    def losses(self) -> list[float]:
+        return [e["loss"] for e in self.events if e.get("kind") == "train.step"]
