@@ -14,7 +14,7 @@ from job.reporter import Reporter
 from job.run.bucket import Bucket
 from job.run.launch import open_run, run_folder
 from job.run.node_checkpoints import PartUploader, fetch
-from job.run.node_link import SILENCE, NodeLink, Orders, other_link
+from job.run.node_link import SILENCE, NodeLink, other_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
 from job.run.processes import GRACE
 from job.run.supervise import GOES_ON, Interrupts, supervise
@@ -114,21 +114,14 @@ def _run_ranks(
     try:
         ranks = caches.node.start(spec)
         console.say(f"{spec.stage}: {len(ranks)} of its ranks start here")
-        orders = Orders(link, ranks)
-
-        def meanwhile() -> None:
-            orders.pass_on()
-            link.pass_on_signals()
-            link.check(GRACE)
-
         supervise(
             spec.stage,
             ranks,
             reporter=caches,
             console=console,
-            interrupts=Interrupts(),  # a signal here is the first node's to act on
+            interrupts=interrupts,
             keeper=parts,
-            meanwhile=meanwhile,
+            meanwhile=lambda: link.check(GRACE),
         )
     finally:
         caches.end(interrupted=interrupts.count > 0)

@@ -32,7 +32,7 @@ from job.reporter import Reporter
 from job.run.bucket import Bucket
 from job.run.fruitless import RankDied, judged, without_attempts
 from job.run.node_checkpoints import NodesKeeper, PartUploader, fetch, share
-from job.run.node_link import NodeLink, OtherNode, first_link
+from job.run.node_link import NodeLink, first_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
 from job.run.processes import GRACE, Rank, free_port, start_ranks
 from job.run.supervise import Interrupts, supervise
@@ -263,7 +263,6 @@ def _supervise(ranks: Sequence[Rank], stage: str, start: _Start, caches: Caches,
             interrupts=start.interrupts,
             keeper=keeper,
             meanwhile=meanwhile,
-            others=[OtherNode(start.link, number) for number in start.link.records if stage == "pretrain"],
         )
     except SpeedrunError as error:
         start.link.fail(error)

@@ -23,14 +23,14 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from job.console import Console
 from job.errors import ExitCode, InterruptedRun, SpeedrunError, UsageError, error_for
 from job.run.fruitless import Death, RankDied
 from job.run.nodes import Nodes
-from job.run.processes import GRACE, Rank
+from job.run.processes import GRACE
 from job.run.supervise import GOES_ON, Interrupts
 
 SILENCE = 15.0
@@ -51,7 +51,6 @@ class NodeLink:
         self._failed: dict[int, float] = {}
         self._written: dict[str, Any] = {}
         self._warnings: list[str] = []
-        self._patience = float("inf")
         self._closed = threading.Event()
         self._store: Any = None
         self._thread: threading.Thread | None = None
@@ -119,8 +118,6 @@ class NodeLink:
     def check(self, patience: float = 0.0) -> None:
         """Raise what a lost or failed node means; `patience` seconds later where it may have stopped as it should."""
         for number in self.records:
-            if signals := self.records[number].get("signals"):
-                self._interrupts.heard(number, *signals)
             if error := self._trouble(number):
                 since = self._failed.setdefault(number, time.monotonic())
                 stopped = not isinstance(error, RankDied) and error.exit_code in (ExitCode.BUG, ExitCode.RESUME)
@@ -156,16 +153,6 @@ class NodeLink:
             case {"code": code, "text": text}:
                 return error_for(code, text if text.startswith("node ") else f"{name}: {text}")
         return None
-
-    def pass_on_signals(self) -> None:
-        """On another node, while its ranks run: the first one stops the run. InterruptedRun when it does not."""
-        if self._interrupts.count and "signals" not in self._record:
-            self._console.say(f"{self._interrupts.name}: the first node stops the run ...")
-            self._patience = time.monotonic() + LAST_WORD
-        if self._interrupts.count:
-            self.say(signals=[self._interrupts.count, self._interrupts.name])
-            if time.monotonic() > self._patience:
-                raise InterruptedRun(f"{self._interrupts.name} came and the first node did not end the run; {GOES_ON}")
 
     def new_warnings(self) -> list[str]:
         """What ranks of other nodes have warned of since the last call."""
@@ -263,44 +250,6 @@ class NodeLink:
                 break
             time.sleep(0.02)
         self._closed.set()
-
-
-class OtherNode:
-    """On the first node: another one's ranks, as the agreement on a border sees them (job/run/supervise.py)."""
-
-    def __init__(self, link: NodeLink, number: int) -> None:
-        self._link, self._number, self._orders = link, number, 0
-
-    def tell(self, order: dict[str, Any]) -> None:
-        self._orders += 1
-        self._link.say(**{f"order{self._number}": [self._orders, order]})
-
-    @property
-    def boundary(self) -> int | None:
-        count, boundary = self._link.records[self._number].get("boundary", (0, None))
-        return boundary if count == self._orders else None
-
-    @boundary.setter
-    def boundary(self, _: int | None) -> None:
-        """The next order asks for another one."""
-
-
-class Orders:
-    """On another node: passes on the first one's orders to its ranks, and their answer."""
-
-    def __init__(self, link: NodeLink, ranks: Sequence[Rank]) -> None:
-        self._link, self._ranks, self._done, self._answered = link, ranks, 0, 0
-
-    def pass_on(self) -> None:
-        count, order = self._link.records[0].get(f"order{self._link.nodes.number}", (0, None))
-        if count > self._done:
-            self._done = count
-            for rank in self._ranks:
-                rank.boundary = None
-                rank.tell(order)
-        if self._done > self._answered and all(rank.boundary is not None for rank in self._ranks):
-            self._answered = self._done
-            self._link.say(boundary=[self._done, max(rank.boundary or 0 for rank in self._ranks)])
 
 
 def _is_over(record: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from job.machine.host import usable_cores
 
 GRACE = 15.0
-"""seconds that ranks have to reach the shared border and seal a checkpoint (the table allows 20 in all)"""
+"""seconds that ranks have to stop between two steps and seal a checkpoint (the table allows 20 in all)"""
 
 RANK_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -63,7 +63,7 @@ class Rank:
 
     def __init__(self) -> None:
         self.error: tuple[int, str] | None = None
-        self.boundary: int | None = None
+        self.training = False
         self.closed = False
 
     def messages(self) -> Iterator[dict[str, Any]]:

@@ -1,16 +1,16 @@
 """The process a stage runs in: one rank's side of the conversation with the supervisor.
 
-    supervisor --(stdin: one JSON object a line)--> rank     {"do": "hold"}  {"do": "go", "at": 120, "then": "stop"}
-    rank --(the pipe of SPEEDRUN_EVENTS_FD)--> supervisor    {"kind": ..} {"progress": ..} {"boundary": 118}
+    supervisor --(stdin: one JSON object a line)--> rank     {"do": "checkpoint"}  {"do": "stop"}
+    rank --(the pipe of SPEEDRUN_EVENTS_FD)--> supervisor    {"kind": ..} {"progress": ..} {"training": 118}
                                                              {"part": ..} {"error": ..}
 
 Ranks compute: they write the files of sealed folders, and all else they have to say goes up this pipe; the supervisor
 alone writes events.
 
-**The same step border everywhere.** Ranks run at most a collective apart, so "stop now" would leave one waiting for
-another, and "checkpoint now" would mix two steps. The supervisor asks all ranks to hold: each answers with the number
-of the next border it will reach and waits there. The greatest answer is a border that every rank can still reach; it
-becomes the shared one. No collective is spent on asking.
+**All ranks stop before the same step.** Ranks run at most a collective apart, so one that stopped at once would leave
+the others waiting for it, and one that began a checkpoint at once would mix two steps. The supervisor tells the first
+rank of its node; the next step's all-reduce carries the signal to all ranks (job/train/step_metrics.py), and each acts
+on it a fixed number of steps later, which is when the slowest reader of that all-reduce knows its sum.
 
 When the supervisor dies, stdin ends, and the rank ends its whole process group: nothing is left running on a machine
 that bills.
@@ -66,43 +66,39 @@ class RankReporter(Reporter):
         self.send({"progress": [stage, done, total, unit]})
 
 
-class Borders:
-    """The rank's step borders, as the supervisor's messages and the training loop both see them."""
+SIGNALS = ("go on", "checkpoint", "stop")
+"""by their number in the all-reduce, where the greatest counts"""
 
-    def __init__(self, reporter: RankReporter) -> None:
-        self._reporter = reporter
-        self._changed = threading.Condition()
-        self._next = 0
-        self._held = False
-        self._order: tuple[int, str] | None = None
 
-    def hold(self) -> None:
-        """From the control thread: answer with the next border and wait there for `go`."""
-        with self._changed:
-            self._held = True
-            self._reporter.send({"boundary": self._next})
+class StopSignal:
+    """ "checkpoint" or "stop": what the supervisor asks for, and the step before which all ranks do it."""
 
-    def go(self, at: int, then: str) -> None:
-        """From the control thread: `then` ("checkpoint" or "stop") is what every rank does at border `at`."""
-        with self._changed:
-            self._held, self._order = False, (at, then)
-            self._changed.notify_all()
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked = 0
+        self._agreed: list[tuple[int, int]] = []
 
-    def start_from(self, step: int) -> None:
-        """From the loop, once it knows its first step."""
-        with self._changed:
-            self._next = max(self._next, step)
+    def ask(self, signal: str) -> None:
+        """From the control thread of a node's first rank."""
+        with self._lock:
+            self._asked = max(self._asked, SIGNALS.index(signal))
 
-    def reached(self, step: int) -> str | None:
-        """From the loop, before step `step`: what all ranks do here, if anything."""
-        with self._changed:
-            while self._held:
-                self._changed.wait()
-            self._next = step + 1
-            if self._order and step >= self._order[0]:
-                order, self._order = self._order[1], None
-                return order
-            return None
+    def take(self) -> int:
+        """The number for the next all-reduce."""
+        with self._lock:
+            asked, self._asked = self._asked, 0
+            return asked
+
+    def agreed(self, signal: int, before: int) -> None:
+        """All ranks have read `signal` in an all-reduce: they act on it before step `before`."""
+        if signal:
+            self._agreed.append((before, signal))
+
+    def due(self, step: int) -> str:
+        """What all ranks do before `step`."""
+        due = [signal for before, signal in self._agreed if before <= step]
+        self._agreed = [(before, signal) for before, signal in self._agreed if before > step]
+        return SIGNALS[max(due, default=0)]
 
 
 @dataclasses.dataclass
@@ -115,7 +111,7 @@ class RankContext:
     rank: int
     world_size: int
     reporter: RankReporter
-    borders: Borders
+    stop_signal: StopSignal
     attempt: int = 0
     resume: Path | None = None
     """the verified checkpoint that training goes on from"""
@@ -147,19 +143,15 @@ class RankContext:
         return recipe, derive(recipe), prepared
 
 
-def _listen(borders: Borders) -> None:
+def _listen(stop_signal: StopSignal) -> None:
     for line in sys.stdin:
-        message = json.loads(line)
-        if message["do"] == "hold":
-            borders.hold()
-        elif message["do"] == "go":
-            borders.go(message["at"], message["then"])
+        stop_signal.ask(json.loads(line)["do"])
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def _leave_signals_to_the_supervisor() -> None:
-    """A scheduler that ends a job signals all of its processes: a rank that died of it would be missing at the
-    border."""
+    """A scheduler that ends a job signals all of its processes: a rank that died of it would be missing in
+    the others' collectives."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
 
@@ -169,9 +161,9 @@ def main(
 ) -> int:
     pipe = os.fdopen(int(os.environ["SPEEDRUN_EVENTS_FD"]), "w", encoding="utf-8")
     reporter = RankReporter(pipe)
-    borders = Borders(reporter)
+    stop_signal = StopSignal()
     _leave_signals_to_the_supervisor()
-    threading.Thread(target=_listen, args=(borders,), daemon=True).start()
+    threading.Thread(target=_listen, args=(stop_signal,), daemon=True).start()
     context = RankContext(
         out=Path(out),
         run=Path(run) if run else None,
@@ -179,7 +171,7 @@ def main(
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         reporter=reporter,
-        borders=borders,
+        stop_signal=stop_signal,
         attempt=int(attempt),
         resume=Path(resume) if resume else None,
         prepared_id=prepared,

@@ -3,10 +3,10 @@
 `supervise` starts a stage's ranks as children in sessions of their own (a terminal's Ctrl-C reaches the supervisor
 alone), writes down what they report, and ends with an exit code of the table or raises the exception that carries it.
 
-A first SIGINT or SIGTERM ends a training stage at a step border with a checkpoint (see job/run/rank.py) and any other
-stage at once: what is sealed stays, what is not is made again. After a second signal, or when a rank does not reach the
-border within GRACE seconds, the ranks are killed and the checkpoint before is the one that counts. Both exit 75: the
-same command goes on.
+A first SIGINT or SIGTERM ends training between two steps with a checkpoint (see job/run/rank.py) and any other stage,
+or training before its first step, at once: what is sealed stays, what is not is made again. After a second signal, or
+when the ranks have not stopped within GRACE seconds, they are killed and the checkpoint before is the one that counts.
+Both exit 75: the same command goes on.
 """
 
 from __future__ import annotations
@@ -28,15 +28,6 @@ from job.run.fruitless import Death, RankDied, explained
 from job.run.processes import GRACE, Rank
 
 GOES_ON = "what is sealed is kept, and the same command goes on from there"
-
-
-class Peer(Protocol):
-    """Whoever takes part in the agreement on a border: a rank of this node, or another node for all of its ranks."""
-
-    boundary: int | None
-
-    def tell(self, message: dict[str, Any]) -> None:
-        """Pass on an order."""
 
 
 class CheckpointSink(Protocol):
@@ -61,17 +52,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.name = ""
         self._last = float("-inf")
-        self._own = 0
-        self._elsewhere: dict[int, int] = {}
-
-    @property
-    def count(self) -> int:
-        return max([self._own, *self._elsewhere.values()])
-
-    def heard(self, node: int, count: int, name: str) -> None:
-        """`node` has had `count` signals, the last of them `name`."""
-        self.name = self.name or name
-        self._elsewhere = self._elsewhere | {node: count}
+        self.count = 0
 
     def __enter__(self) -> Interrupts:
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -89,7 +70,7 @@ class Interrupts:
     def _note(self, number: int, _frame: object) -> None:
         now = time.monotonic()
         if now - self._last > self.TOGETHER:
-            self._own += 1
+            self.count += 1
         self._last = now
         self.name = signal.Signals(number).name
 
@@ -103,7 +84,6 @@ def supervise(
     interrupts: Interrupts,
     keeper: CheckpointSink | None = None,
     meanwhile: Callable[[], None] = lambda: None,
-    others: Sequence[Peer] = (),
 ) -> None:
     """Write down what the ranks of `stage` report until all have ended; `keeper` seals their checkpoints and says when
     one is due.
@@ -115,7 +95,7 @@ def supervise(
     selector = selectors.DefaultSelector()
     for rank in ranks:
         selector.register(rank.pipe, selectors.EVENT_READ, rank)
-    borders = _Borders(stage, [*ranks, *others], interrupts, console, keeper)
+    control = _Control(stage, ranks[0], interrupts, console, keeper)
 
     def listen() -> None:
         for key, _ in selector.select(timeout=0.2):
@@ -130,7 +110,7 @@ def supervise(
     try:
         while selector.get_map() and all(rank.poll() in (None, 0) for rank in ranks):
             listen()
-            borders.advance()
+            control.advance()
             meanwhile()
         codes = [rank.ended() for rank in ranks]
     finally:
@@ -143,54 +123,32 @@ def supervise(
     _raise_failure(stage, ranks, codes, signalled=interrupts.count > 0)
 
 
-class _Borders:
-    """Agreements on a shared border: for a checkpoint when one is due, for the end after a signal."""
+class _Control:
+    """Tells the node's first rank when a checkpoint is due, and to stop after a signal."""
 
     def __init__(
-        self, stage: str, ranks: Sequence[Peer], interrupts: Interrupts, console: Console, keeper: CheckpointSink | None
+        self, stage: str, first: Rank, interrupts: Interrupts, console: Console, keeper: CheckpointSink | None
     ) -> None:
-        self.stage, self.ranks, self.interrupts, self.console, self.keeper = stage, ranks, interrupts, console, keeper
+        self.stage, self.first, self.interrupts, self.console, self.keeper = stage, first, interrupts, console, keeper
         self.stopping: float | None = None
-        self.asked = False
-        self.told_to_stop = False
 
     def advance(self) -> None:
         if self.keeper:
             self.keeper.check()
         if self.interrupts.count:
-            self._patience()
-        if self.asked:
-            self._agree()
-        elif self.interrupts.count and not self.told_to_stop:
-            self._ask()
-        elif self.keeper and self.keeper.due():
+            self._stop()
+        elif self.keeper and self.first.training and self.keeper.due():
             self.keeper.restart_clock()
-            self._ask()
+            self.first.tell({"do": "checkpoint"})
 
-    def _patience(self) -> None:
+    def _stop(self) -> None:
         if self.stopping is None:
             self.stopping = time.monotonic()
             self.console.say(f"{self.interrupts.name}: stopping {self.stage} ...")
-        if self.keeper is None or self.interrupts.count > 1 or time.monotonic() - self.stopping > GRACE:
+            self.first.tell({"do": "stop"})
+        late = self.interrupts.count > 1 or time.monotonic() - self.stopping > GRACE
+        if late or not self.first.training:  # before the first step there is nothing to save
             raise _interrupted(self.stage)
-
-    def _ask(self) -> None:
-        self.asked = True
-        for rank in self.ranks:
-            rank.boundary = None
-            rank.tell({"do": "hold"})
-
-    def _agree(self) -> None:
-        if any(rank.boundary is None for rank in self.ranks):
-            return
-        self.asked, self.told_to_stop = False, bool(self.interrupts.count)
-        order = {
-            "do": "go",
-            "at": max(rank.boundary or 0 for rank in self.ranks),
-            "then": "stop" if self.told_to_stop else "checkpoint",
-        }
-        for rank in self.ranks:
-            rank.tell(order)
 
 
 def _take(
@@ -203,12 +161,12 @@ def _take(
             rank.error = (code, text)
         case {"part": part} if keeper:
             keeper.take(part)
-        case {"boundary": step}:
-            rank.boundary = step
+        case {"training": _}:
+            rank.training = True
+            if keeper:
+                keeper.restart_clock()
         case {"kind": kind, **fields}:
             reporter.emit(kind, **fields)
-            if kind == "train.start" and keeper:
-                keeper.restart_clock()
             if kind == "warning":
                 console.say(f"warning: {fields['text']}")
             if "proof" in fields:

@@ -8,8 +8,8 @@
     prepared/<id>/**                 ------>   whatever is sealed, what makes the set whole last
     events/N.jsonl, report/          ------>   every minute, and last of all, with the ends of logs/
 
-It is a process of its own because a store may block for ever: nothing that it does can delay the supervisor, whose step
-borders ranks wait for, and when its time is over it is killed. It keeps no queue: sealed folders say what there is to
+It is a process of its own because a store may block for ever: nothing that it does can delay the supervisor, whose
+ranks go on, and when its time is over it is killed. It keeps no queue: sealed folders say what there is to
 upload, so what it holds in memory is the parts on their way. A failed upload is an event, and tried again; the files
 that arrived are not put again.
 

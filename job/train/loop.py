@@ -66,10 +66,10 @@ def train(run: Run) -> None:
     recipe, steps = run.recipe.train, run.derived.steps
     while run.step < steps:
         run.writer.check()
-        order = run.context.borders.reached(run.step)
-        if order:
+        signal = run.context.stop_signal.due(run.step)
+        if signal != "go on":
             save(run)
-        if order == "stop":
+        if signal == "stop":
             run.writer.finish()
             raise InterruptedRun(
                 f"stopped before step {run.step} of {steps} with a checkpoint; the same command goes on"
@@ -90,7 +90,8 @@ def take_step(run: Run) -> None:
     run.readings.end_backward()
     hyper = run.derived.schedule.at(run.step)
     run.optimizer.step(hyper)
-    run.readings.end_step(run.step, loss, run.optimizer.nonfinite, hyper.lr_mult)
+    signal = run.context.stop_signal.take()
+    run.readings.end_step(run.step, loss, run.optimizer.nonfinite, hyper.lr_mult, signal)
     run.step += 1
 
 
@@ -115,6 +116,7 @@ def accumulate_gradients(run: Run) -> torch.Tensor:
 
 def record_step(run: Run, reading: Reading) -> None:
     """Report a step; DivergedError when its loss or a gradient is not a number."""
+    run.context.stop_signal.agreed(reading.signal, before=reading.step + run.readings.lag + 1)
     if reading.diverged:
         where = f", not finite is the gradient of {reading.broken[0]}" if reading.broken else ""
         where += f" (and of {len(reading.broken) - 1} others)" if len(reading.broken) > 1 else ""
@@ -288,9 +290,10 @@ def main(context: RankContext) -> None:
                 warm_up(run)
         gc.collect()
         gc.freeze()  # what is alive now stays: no later collection looks at it
-        context.borders.start_from(run.step)
         if context.rank == 0:
             announce(run, kernels)
+        if context.local_rank == 0:
+            context.reporter.send({"training": run.step})
         train(run)
     if dist.is_initialized():  # not after a failure: with a collective in flight it would wait for ranks that are gone
         dist.destroy_process_group()

@@ -15,7 +15,7 @@ pass (`end_backward`), which waits for nobody: a second event in the queue. The 
 all-reduce that each step makes anyway: beside what is summed it has a slot for every rank, in which all others have a
 zero. No collective is added, and nothing is waited for:
 
-    summed over ranks               loss, whether a gradient was broken
+    summed over ranks               loss, whether a gradient was broken, the stop signal (job/run/rank.py)
     one slot for each rank          seconds of its computing, for the steps that it has read since its last collective
 
 The slot of step s cannot hold the time of step s, which the GPU has not computed yet when the host queues the
@@ -46,7 +46,7 @@ WINDOW = 50
 """steps over which ranks are compared"""
 TOLERANCE = 0.03
 """share of the median rank's time by which a rank may be slower and not be named"""
-SUMMED = 2
+SUMMED = 3
 """numbers of a step's all-reduce that are sums over ranks; a slot for each rank follows"""
 
 
@@ -72,6 +72,8 @@ class Reading:
     lr_mult: float
     seconds: float
     computing: Computing = Computing((), 0)
+    signal: int = 0
+    """the greatest stop signal of all ranks in this step's all-reduce"""
 
     @property
     def diverged(self) -> bool:
@@ -101,7 +103,7 @@ class Readings:
         self, device: torch.device, flagged: Sequence[str], report: Callable[[Reading], None], lag: int | None = None
     ) -> None:
         self._device, self._flagged, self._report = device, flagged, report
-        self._lag = LAG[device.type] if lag is None else lag
+        self.lag = LAG[device.type] if lag is None else lag
         self._pending: deque[_Pending] = deque()
         self._began = self._computed = now(self._device)
         self._own, self._own_steps = 0.0, 0
@@ -113,24 +115,25 @@ class Readings:
         """The step's last backward pass is queued, and nothing yet that waits for another rank."""
         self._computed = now(self._device)
 
-    def end_step(self, step: int, loss: Tensor, nonfinite: Tensor, lr_mult: float) -> None:
+    def end_step(self, step: int, loss: Tensor, nonfinite: Tensor, lr_mult: float, signal: int = 0) -> None:
         """Queue the numbers of the step just done, and report the step `lag` steps back.
 
-        loss: 0-d, this rank's mean. nonfinite: bool, one for each of `flagged`. Every rank calls it.
+        loss: 0-d, this rank's mean. nonfinite: bool, one for each of `flagged`. signal: 0, 1 or 2, this rank's; one 2
+        outweighs all 1s in the sum. Every rank calls it.
         """
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         numbers = torch.zeros(SUMMED + world, dtype=torch.float32, device=loss.device)
-        numbers[:SUMMED] = torch.stack([loss.detach().float(), nonfinite.any().float()])
-        numbers[SUMMED + rank].fill_(
-            self._own
-        )  # a number of the host's goes along as an argument of the kernel: nothing is copied
+        numbers[:2] = torch.stack([loss.detach().float(), nonfinite.any().float()])
+        # numbers of the host's go along as arguments of kernels: nothing is copied
+        numbers[2].fill_((0, 1, world + 1)[signal])
+        numbers[SUMMED + rank].fill_(self._own)
         carried, self._own, self._own_steps = self._own_steps, 0.0, 0
         if world > 1:
             dist.all_reduce(numbers)
             numbers[0] /= world
         copies = _on_its_way(numbers), _on_its_way(nonfinite)  # before the moment that is waited for
         self._pending.append(_Pending(step, lr_mult, *copies, carried, self._began, self._computed, now(self._device)))
-        self._read(self._lag)
+        self._read(self.lag)
 
     def settle(self) -> None:
         """Report all steps that are left; waits for them."""
@@ -143,14 +146,14 @@ class Readings:
     def _look_at(self, pending: _Pending) -> Reading:
         if not isinstance(pending.ended, float):
             pending.ended.synchronize()
-        loss, any_broken, *seconds = pending.numbers.tolist()
+        loss, any_broken, signals, *seconds = pending.numbers.tolist()
         names = self._names(pending.flags) if any_broken else ()
         self._own += seconds_between(pending.began, pending.computed)
         self._own_steps += 1
+        signal = 2 if signals > len(seconds) else int(signals > 0)
+        took = seconds_between(pending.began, pending.ended)
         computing = Computing(tuple(seconds), pending.carried)
-        return Reading(
-            pending.step, loss, names, pending.lr_mult, seconds_between(pending.began, pending.ended), computing
-        )
+        return Reading(pending.step, loss, names, pending.lr_mult, took, computing, signal)
 
     def _names(self, flags: Tensor) -> tuple[str, ...]:
         """The parameters behind the flags, of all ranks: every rank gets here or none."""

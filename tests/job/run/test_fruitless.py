@@ -146,7 +146,7 @@ def test_a_death_counts_unless_the_supervisor_was_signalled(tmp_path: Path, sign
     rank.process.wait(60)
     interrupts = Interrupts()
     if signalled:
-        interrupts.heard(1, 1, "SIGTERM")
+        interrupts.count, interrupts.name = 1, "SIGTERM"
     with pytest.raises(
         InterruptedRun, match=r"rank 0 of pretrain was killed by SIGKILL \(the system may be short of memory\); "
     ) as died:

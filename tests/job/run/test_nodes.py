@@ -16,7 +16,7 @@ from job.errors import DataError, ExitCode, InterruptedRun, SpeedrunError, Stora
 from job.run import node_link
 from job.run.join import announced, current_attempt
 from job.run.node_checkpoints import NodesKeeper, PartUploader, fetch
-from job.run.node_link import NodeLink, Orders, OtherNode, first_link, other_link
+from job.run.node_link import NodeLink, first_link, other_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes
 from job.run.processes import free_port
 from job.run.supervise import Interrupts
@@ -270,43 +270,6 @@ def test_an_unexplained_end_of_ranks_is_explained_by_another_nodes_failure(tmp_p
 
     for error in Failing(tmp_path, outs=("n0", "n0")).hold():
         assert isinstance(error, StorageError) and str(error) == "node 1 (127.0.0.1): the bucket is gone"
-
-
-class FakeRank:
-    """Answers a hold with its next border."""
-
-    def __init__(self, border: int) -> None:
-        self.border, self.boundary, self.told = border, None, []
-
-    def tell(self, order: dict) -> None:
-        self.told.append(order)
-        if order["do"] == "hold":
-            self.boundary = self.border
-
-
-def test_nodes_agree_on_a_border_that_all_ranks_can_reach(tmp_path: Path) -> None:
-    there = [FakeRank(7), FakeRank(9)]
-    go = {"do": "go", "at": 9, "then": "stop"}
-
-    class Stopping(Meeting):
-        def lead(self, node: NodeContext, link: NodeLink, attempt: Attempt) -> None:
-            other, until = OtherNode(link, 1), time.monotonic() + 10
-            for order, border in (({"do": "hold"}, 9), (go, None)):
-                other.tell(order)
-                while border and other.boundary != border and time.monotonic() < until:
-                    time.sleep(0.01)
-                assert other.boundary == border
-            link.wait("the other one had stopped", lambda record: record.get("done"))
-
-        def follow(self, node: NodeContext, link: NodeLink, attempt: int) -> None:
-            orders, until = Orders(link, there), time.monotonic() + 10
-            while there[0].told[-1:] != [go] and time.monotonic() < until:
-                orders.pass_on()
-            link.say(done="pretrain")
-            link.wait("the run ended", lambda record: record.get("end"))
-
-    assert Stopping(tmp_path, outs=("n0", "n0")).hold() == [None, None]
-    assert [rank.told for rank in there] == [[{"do": "hold"}, go]] * 2
 
 
 # ---- checkpoints from parts

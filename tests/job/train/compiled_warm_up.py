@@ -12,7 +12,7 @@ import torch
 
 from job.recipe.config import resolve
 from job.recipe.derive import derive
-from job.run.rank import Borders, RankContext, RankReporter
+from job.run.rank import RankContext, RankReporter, StopSignal
 from job.train import compile_cache, loop
 from model.optimizer import Optimizer
 
@@ -31,7 +31,7 @@ def main() -> None:
     recipe = resolve("smoke", overrides=OVERRIDES)
     derived = derive(recipe)
     reporter = RankReporter(sys.stdout)
-    context = RankContext(Path(), None, Path(), 0, 1, reporter, Borders(reporter))
+    context = RankContext(Path(), None, Path(), 0, 1, reporter, StopSignal())
     run = loop.build(context, recipe, derived, SimpleNamespace(id="none"), None, CPU)
     run.model.compile_blocks()
     run.optimizer = Optimizer(run.model.groups(), derived.specs, polar_dtype=torch.float32, compile=True)

@@ -23,7 +23,7 @@ from job.recipe.derive import derive
 from job.reporter import Reporter
 from job.run import supervise
 from job.run.processes import Rank
-from job.run.rank import Borders, RankContext
+from job.run.rank import SIGNALS, RankContext, StopSignal
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import (
     Keeper,
@@ -51,7 +51,7 @@ def train(
     generation: str = "head",
     **train_values: object,
 ) -> list[float]:
-    """One attempt at the run in folder `run`, from its newest checkpoint, up to border `stop_at`; the losses of its
+    """One attempt at the run in folder `run`, from its newest checkpoint, up to step `stop_at`; the losses of its
     steps."""
     recipe, prepared = material
     recipe = of_generation(
@@ -63,10 +63,10 @@ def train(
     keeper = Keeper(run, attempt, world_size=1, final_rows=derived.rows, minutes=0)
     resume = newest_usable(run, identity(recipe.values(), opened.id), attempt, QUIET)
     reporter = InProcess(keeper)
-    borders = Borders(reporter)
+    stop_signal = StopSignal()
     if stop_at is not None:
-        borders.go(stop_at, "stop")
-    context = RankContext(run.parent, run, run / "recipe.json", 0, 1, reporter, borders, attempt.number, resume)
+        stop_signal.agreed(SIGNALS.index("stop"), before=stop_at)
+    context = RankContext(run.parent, run, run / "recipe.json", 0, 1, reporter, stop_signal, attempt.number, resume)
     torch.set_num_threads(1)
     try:
         loop.train(loop.build(context, recipe, derived, opened, Rows(opened, seed=recipe.data.seed), CPU))
@@ -197,7 +197,7 @@ def test_the_clock_of_checkpoints_starts_with_the_first_step(tmp_path: Path, mon
     keeper = Keeper(tmp_path / "t", Attempt.claim(tmp_path / "t"), world_size=1, final_rows=1, minutes=1)
     now += 600
     assert not keeper.due()
-    supervise._take(Rank(), {"kind": "train.start"}, Reporter(), QUIET, keeper)
+    supervise._take(Rank(), {"training": 0}, Reporter(), QUIET, keeper)
     now += 59
     assert not keeper.due()
     now += 2

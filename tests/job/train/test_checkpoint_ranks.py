@@ -20,7 +20,7 @@ from job.errors import InterruptedRun
 from job.machine import host
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
-from job.run.rank import Borders, RankContext
+from job.run.rank import SIGNALS, RankContext, StopSignal
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import (
     Keeper,
@@ -42,11 +42,11 @@ def _rank(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{run}/store-{attempt}", rank=rank, world_size=world)
     reporter = InProcess(outbox=Path(run) / f"part-{attempt}-{rank}.json")
-    borders = Borders(reporter)
-    borders.go(stop_at, "stop")
+    stop_signal = StopSignal()
+    stop_signal.agreed(SIGNALS.index("stop"), before=stop_at)
     folder = Path(run)
     context = RankContext(
-        folder.parent, folder, folder, rank, world, reporter, borders, attempt, Path(resume) if resume else None
+        folder.parent, folder, folder, rank, world, reporter, stop_signal, attempt, Path(resume) if resume else None
     )
     opened = Prepared.open(Path(prepared))
     with contextlib.suppress(InterruptedRun):

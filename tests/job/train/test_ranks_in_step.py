@@ -15,6 +15,7 @@ import torch.distributed as dist
 from helpers import loopback, on_ranks
 from job.recipe.config import CommConfig, Recipe, resolve
 from job.recipe.derive import derive
+from job.run.rank import StopSignal
 from job.train import loop, step_metrics
 from job.train.loop import Batches, Run, take_step
 from job.train.step_metrics import WINDOW, Computing, Reading, Readings, SlowRanks
@@ -55,7 +56,9 @@ class Recorder:
 
 
 def build(rank: int, world: int, recipe: Recipe, folder: Path) -> Run:
-    context = SimpleNamespace(rank=rank, world_size=world, run=folder, attempt=1, reporter=Recorder())
+    context = SimpleNamespace(
+        rank=rank, world_size=world, run=folder, attempt=1, reporter=Recorder(), stop_signal=StopSignal()
+    )
     derived = derive(recipe)
     model = GPT(derived.config)
     model.init_weights(0)
@@ -100,6 +103,34 @@ def scenario_times(rank: int, world: int, folder: Path):
     return found
 
 
+def scenario_signals(rank: int, world: int, folder: Path):
+    """Rank r asks for a checkpoint before step 4 + r, rank 1 for a stop before step 9; a checkpoint flushes before step
+    10. By lag: (step, signal) of what this rank does."""
+    found = {}
+    for lag in (0, 3):
+        signals, done = StopSignal(), []
+
+        def read(reading: Reading, lag: int = lag, signals: StopSignal = signals) -> None:
+            signals.agreed(reading.signal, before=reading.step + lag + 1)
+
+        reader = Readings(CPU, ["a"], read, lag=lag)
+        for step in range(16):
+            if (signal := signals.due(step)) != "go on":
+                reader.settle()
+                done.append((step, signal))
+            if step == 10:
+                reader.settle()
+            if step == 4 + rank:
+                signals.ask("checkpoint")
+            if step == 9 and rank == 1:
+                signals.ask("checkpoint")
+                signals.ask("stop")
+            reader.begin_step()
+            reader.end_step(step, torch.tensor(1.0), torch.tensor([False]), 1.0, signals.take())
+        found[lag] = done
+    return found
+
+
 def scenario_slow(rank: int, world: int, folder: Path):
     """Rank 1 sleeps in each forward pass; what each rank says of it."""
     run = build(rank, world, recipe_of("model.depth=1", "model.seq_len=16", "train.total_batch_size=32"), folder)
@@ -134,6 +165,17 @@ def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- whose GPU is slow
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_signal_is_done_by_all_ranks_before_the_same_step(tmp_path: Path, world: int) -> None:
+    """A fixed number of steps after the all-reduce that carried it, also when a flush has read it sooner; the greatest
+    of all ranks counts."""
+    for seen in on_ranks(world, tmp_path, scenario_signals, tmp_path):
+        for lag in (0, 3):
+            checkpoints = [(4 + rank + lag + 1, "checkpoint") for rank in range(world)]
+            stop = [(9 + lag + 1, "stop")] if world > 1 else []
+            assert seen[lag] == checkpoints + stop
 
 
 def test_ranks_learn_each_others_times_by_the_one_collective_of_a_step(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from job.errors import DivergedError, OutOfMemoryError
 from job.recipe.config import resolve
 from job.recipe.derive import derive
+from job.run.rank import StopSignal
 from job.train import checkpoint, loop
 from job.train.loop import Batches, Run, save, take_step, train, warm_up
 from job.train.step_metrics import Reading, Readings
@@ -56,9 +57,8 @@ class Recorder:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    borders = SimpleNamespace(reached=lambda step: None)
     context = SimpleNamespace(
-        rank=0, world_size=1, local_world_size=1, run=tmp_path, attempt=1, reporter=Recorder(), borders=borders
+        rank=0, world_size=1, local_world_size=1, run=tmp_path, attempt=1, reporter=Recorder(), stop_signal=StopSignal()
     )
     derived = derive(RECIPE)
     model = GPT(derived.config)
