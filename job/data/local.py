@@ -164,7 +164,7 @@ def _decoded(decode: Callable[[], Any], where: str, offset: int | None = None) -
     """`decode()`, its Unicode error turned into DataError that names the place."""
     try:
         return decode()
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         place = where if offset is None else f"{where} (byte {offset + error.start})"
         raise DataError(f"{place} is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
 
