@@ -13,7 +13,7 @@ from job.console import Console
 from job.recipe.config import Recipe, resolve
 from job.run.rank import RankReporter
 from job.store.checkpoint_folder import (
-    Keeper,
+    CheckpointManager,
 )
 
 STEPS = 14
@@ -30,16 +30,16 @@ def recipe_of(corpus: Path, **train: object) -> Recipe:
 
 
 class InProcess(RankReporter):
-    """A rank's reporter without a pipe: parts go straight to the keeper, events to a list."""
+    """A rank's reporter without a pipe: parts go straight to the manager, events to a list."""
 
-    def __init__(self, keeper: Keeper | None = None, outbox: Path | None = None) -> None:
+    def __init__(self, manager: CheckpointManager | None = None, outbox: Path | None = None) -> None:
         super().__init__(io.StringIO())
-        self.keeper, self.outbox, self.events = keeper, outbox, []
+        self.manager, self.outbox, self.events = manager, outbox, []
 
     def send(self, message: dict[str, Any]) -> None:
         self.events.append(message)
-        if "part" in message and self.keeper:
-            self.keeper.take(message["part"])
+        if "part" in message and self.manager:
+            self.manager.take(message["part"])
         if "part" in message and self.outbox:
             self.outbox.write_text(json.dumps(message["part"]))
 

@@ -37,13 +37,13 @@ import numpy as np
 
 from job.data.lock import alone, make_folder
 from job.data.memory import check_training
-from job.data.parts import PackTask
+from job.data.pack_task import PackTask
 from job.data.sources import ByHash, ByShard, Counts, Shard, Source, Split, document_hash, documents, open_source
 from job.data.tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from job.data.workers import run_tasks
 from job.errors import DataError
 from job.reporter import Reporter
-from job.store.artifact_cache import Part, Pool
+from job.store.artifact_cache import Artifact, ArtifactCache
 from job.store.sealed import Sealed, content_id, is_sealed, open_sealed, sealing
 from job.store.stores import Store
 
@@ -136,12 +136,12 @@ def prepare(
     small, StorageError when `out` cannot be written.
     """
     source = open_source(data, Path(out), store)
-    making = Making(Path(out), source, data, seq_len, reporter, workers, rows, store)
-    make_folder(making.root)
-    reporter.emit("prepare.started", id=making.root.name)
+    builder = DatasetBuilder(Path(out), source, data, seq_len, reporter, workers, rows, store)
+    make_folder(builder.root)
+    reporter.emit("prepare.started", id=builder.root.name)
     try:
-        with alone(making.root, reporter):
-            prepared = making.whole() if whole or source.hub is None else making.begin()
+        with alone(builder.root, reporter):
+            prepared = builder.whole() if whole or source.hub is None else builder.begin()
     finally:
         if source.hub:
             source.hub.close()
@@ -149,7 +149,7 @@ def prepare(
     return prepared
 
 
-class Making:
+class DatasetBuilder:
     """A set being made: what it is made from, where, and the parts that are there."""
 
     def __init__(
@@ -170,7 +170,7 @@ class Making:
         self.made_from = {"format": FORMAT, "text": source.identity, "data": of_rows, "seq_len": seq_len}
         self.root = out / "prepared" / content_id("prepared", self.made_from)
         self.rows = rows or math.inf
-        self.pool = Pool(store, self.root, reporter)
+        self.cache = ArtifactCache(store, self.root, reporter)
         if source.hub:
             source.hub.on_progress(lambda done, total: reporter.progress("fetch", done, total, "bytes"))
 
@@ -226,12 +226,12 @@ class Making:
         return self._tokenizer(split), self._tasks(split)
 
     def _pull_the_first(self) -> None:
-        """Take from the pool what all rows depend on, and the held-out rows."""
-        parts = [Part(self.root / "tokenizer", "tokenizer", self.text)]
+        """Take from the store what all rows depend on, and the held-out rows."""
+        parts = [Artifact(self.root / "tokenizer", "tokenizer", self.text)]
         if self.source.val:
-            parts.append(Part(self.root / "split", "split", self._of_split()))
-            parts.append(Part(self.root / "val", "val", self._of_rows("val", HELD_OUT)))
-        for sealed, seconds in self.pool.pull(parts):
+            parts.append(Artifact(self.root / "split", "split", self._of_split()))
+            parts.append(Artifact(self.root / "val", "val", self._of_rows("val", HELD_OUT)))
+        for sealed, seconds in self.cache.pull(parts):
             if sealed.kind == "tokenizer":
                 self.reporter.emit("prepare.tokenizer", **sealed.facts, seconds=seconds, pulled=True)
             elif sealed.kind == "val":
@@ -326,17 +326,17 @@ class Making:
             self._report(facts)
 
     def _pull(self, tasks: list[PackTask]) -> None:
-        for sealed, seconds in self.pool.pull([task.part for task in tasks]):
+        for sealed, seconds in self.cache.pull([task.artifact for task in tasks]):
             self._report(sealed.facts | {"seconds": seconds, "pulled": True})
 
     def _pull_enough(self, tasks: list[PackTask]) -> None:
         """Pull row files in their order, no more than the run needs: a file's size says how many rows it holds."""
         total, wanted = 0, []
         for task in tasks:
-            if total >= self.rows or not (is_sealed(task.path) or self.pool.has(task.part)):
+            if total >= self.rows or not (is_sealed(task.path) or self.cache.has(task.artifact)):
                 break
             row_bytes = 2 * (self.seq_len + 1)
-            total += _facts(task)["rows"] if is_sealed(task.path) else self.pool.size(task.part) // row_bytes
+            total += _facts(task)["rows"] if is_sealed(task.path) else self.cache.size(task.artifact) // row_bytes
             wanted.append(task)
         self._pull(wanted)
 

@@ -23,7 +23,7 @@ from job.data.workers import run_tasks
 from job.evaluation.bundle import Bundle, Task
 from job.evaluation.prompts import Encoder, Item, check_cap, items_of
 from job.reporter import Reporter
-from job.store.artifact_cache import Part, Pool
+from job.store.artifact_cache import Artifact, ArtifactCache
 from job.store.sealed import content_id, is_sealed, open_sealed, sealing
 
 KIND = "eval_items"
@@ -110,11 +110,11 @@ def seal_items(
     max_tokens: int | None = None,
     workers: int = 1,
     reporter: Reporter,
-    pool: Pool | None = None,
+    cache: ArtifactCache | None = None,
 ) -> dict[str, TaskItems]:
     """The items of every task by label; `folder/<label>` is sealed where it was not.
 
-    They are pulled from `pool` where that has them, or made by one process per task where that pays, the largest
+    They are pulled from `cache` where that has them, or made by one process per task where that pays, the largest
     first. Raises UsageError for a cap not above a task's shots; DataError, naming file and line, for an example that
     cannot be scored.
     """
@@ -125,8 +125,8 @@ def seal_items(
         EncodeTask(task, tokenizer, cap, max_tokens, folder / task.label, {**made_from, "task": task.label})
         for task in bundle.tasks
     ]
-    if pool:
-        for _ in pool.pull([Part(task.folder, KIND, task.made_from) for task in tasks]):
+    if cache:
+        for _ in cache.pull([Artifact(task.folder, KIND, task.made_from) for task in tasks]):
             pass
 
     def is_made(task: EncodeTask) -> bool:

@@ -27,7 +27,7 @@ from job.errors import DataError
 from job.evaluation.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, Bundle, Task
 from job.recipe.config import DataConfig
 from job.reporter import Reporter
-from job.store.artifact_cache import Part, Pool
+from job.store.artifact_cache import Artifact, ArtifactCache
 from job.store.sealed import Sealed, is_sealed, open_sealed, sealing
 
 WORDS = 13
@@ -153,11 +153,11 @@ def seal_leaks(
     bundle: Bundle,
     reporter: Reporter,
     workers: int,
-    pool: Pool | None = None,
+    cache: ArtifactCache | None = None,
 ) -> Sealed | None:
     """`leaks-<bundle>` beside the rows of a whole set: its training documents that share a run with each task's items.
 
-    Taken from `pool` where that has it. Else None without `workers` to count with, or (with a warning) without the
+    Taken from `cache` where that has it. Else None without `workers` to count with, or (with a warning) without the
     text, where the rows were pulled.
     """
     path = prepared.path / f"leaks-{bundle.id}"
@@ -165,8 +165,8 @@ def seal_leaks(
     made_from = {"prepared": prepared.id, "bundle": bundle.id, "files": files}
     if is_sealed(path) and open_sealed(path, kind="leaks").made_from != made_from:
         shutil.rmtree(path)
-    if pool and not is_sealed(path):
-        for _ in pool.pull([Part(path, "leaks", made_from)]):
+    if cache and not is_sealed(path):
+        for _ in cache.pull([Artifact(path, "leaks", made_from)]):
             pass
     if not is_sealed(path):
         if not workers:

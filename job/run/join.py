@@ -120,7 +120,7 @@ def _run_ranks(
             reporter=caches,
             console=console,
             interrupts=interrupts,
-            keeper=parts,
+            manager=parts,
             meanwhile=lambda: link.check(GRACE),
         )
     finally:

@@ -31,15 +31,15 @@ from job.report.render import write_report
 from job.reporter import Reporter
 from job.run.bucket import Bucket
 from job.run.fruitless import RankDied, judged, without_attempts
-from job.run.node_checkpoints import NodesKeeper, PartUploader, fetch, share
+from job.run.node_checkpoints import NodesCheckpointManager, PartUploader, fetch, share
 from job.run.node_link import NodeLink, first_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
 from job.run.processes import GRACE, Rank, free_port, start_ranks
 from job.run.supervise import Interrupts, supervise
-from job.run.uploader_client import Told, Uploads, uploading
+from job.run.uploader_client import AnnouncingReporter, Uploads, uploading
 from job.run.wandb_client import wandb_logging
 from job.store.attempt import Attempt, fold
-from job.store.checkpoint_folder import Keeper, drop_optimizer, folder_of, identity, newest_usable
+from job.store.checkpoint_folder import CheckpointManager, drop_optimizer, folder_of, identity, newest_usable
 from job.store.sealed import MANIFEST, atomic_write, is_sealed
 from job.train.compile_cache import Caches
 
@@ -214,10 +214,10 @@ class _Start:
 def _run_ranks(stage: str, start: _Start) -> None:
     """Start the ranks of `stage`, have other nodes do so, and see them to their end."""
     node, run, attempt, link = start.node, start.node.run, start.attempt, start.link
-    keeper, resume, final_rows = None, None, derive(start.recipe).rows
+    manager, resume, final_rows = None, None, derive(start.recipe).rows
     prepared = fold(run).prepared.get("id", "")
     if stage == "pretrain":
-        keeper = _keeper(start, final_rows)
+        manager = _manager(start, final_rows)
         belongs_to = identity(start.recipe.values(), prepared)
         resume = newest_usable(run, belongs_to, attempt, start.console, start.bucket)
         if link.split and resume:
@@ -225,26 +225,30 @@ def _run_ranks(stage: str, start: _Start) -> None:
     resume_rows = int(resume.name) if resume else None
     spec = LaunchSpec(stage, attempt.number, prepared, resume_rows, free_port(), link.split)
     everywhere = node.nodes.count > 1 and (stage == "pretrain" or (stage == "prepare" and link.split))
-    caches = Caches(stage, node, start.recipe, start.console, Told(attempt, start.uploads), attempt.number)
+    caches = Caches(
+        stage, node, start.recipe, start.console, AnnouncingReporter(attempt, start.uploads), attempt.number
+    )
     try:
         if everywhere:
             spec.write(node)
             link.say(launched=stage)
             link.wait("all nodes were ready", lambda record: record.get("ready") == stage)
-        _supervise(caches.node.start(spec), stage, start, caches, keeper)
+        _supervise(caches.node.start(spec), stage, start, caches, manager)
         if everywhere:
             link.wait("all nodes had ended", lambda record: record.get("done") == stage)
     except RankDied as died:
         raise judged(run, attempt.number, died) from None
     finally:
         caches.end(interrupted=start.interrupts.count > 0)
-        if keeper:
-            keeper.end()
+        if manager:
+            manager.end()
     if stage == "pretrain" and link.split:
         fetch(node.documents, run, final_rows)  # the evaluation is the first node's
 
 
-def _supervise(ranks: Sequence[Rank], stage: str, start: _Start, caches: Caches, keeper: Keeper | None) -> None:
+def _supervise(
+    ranks: Sequence[Rank], stage: str, start: _Start, caches: Caches, manager: CheckpointManager | None
+) -> None:
     """See this node's ranks to their end; raises what failed on another node where it explains what failed here."""
 
     def meanwhile() -> None:
@@ -261,7 +265,7 @@ def _supervise(ranks: Sequence[Rank], stage: str, start: _Start, caches: Caches,
             reporter=caches,
             console=start.console,
             interrupts=start.interrupts,
-            keeper=keeper,
+            manager=manager,
             meanwhile=meanwhile,
         )
     except SpeedrunError as error:
@@ -271,7 +275,7 @@ def _supervise(ranks: Sequence[Rank], stage: str, start: _Start, caches: Caches,
         raise start.link.cause(error) from None
 
 
-def _keeper(start: _Start, final_rows: int) -> Keeper:
+def _manager(start: _Start, final_rows: int) -> CheckpointManager:
     node, attempt, link = start.node, start.attempt, start.link
     given: dict[str, Any] = {
         "world_size": node.nodes.world_size,
@@ -279,9 +283,9 @@ def _keeper(start: _Start, final_rows: int) -> Keeper:
         "minutes": start.recipe.train.checkpoint_minutes,
     }
     if node.nodes.count == 1:
-        return Keeper(node.run, attempt, **given)
+        return CheckpointManager(node.run, attempt, **given)
     uploader = PartUploader(node.run, attempt.number, node.fenced(attempt.number), split=link.split)
-    return NodesKeeper(node.run, attempt, uploader, lambda: link.all_others(_has_trained), **given)
+    return NodesCheckpointManager(node.run, attempt, uploader, lambda: link.all_others(_has_trained), **given)
 
 
 def _has_trained(record: dict[str, Any]) -> bool:
@@ -324,7 +328,7 @@ def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket
         ranks = start_ranks(
             ["prepare", str(out), str(recipe_file), ""], world_size=1, threads=0, logs=Path(scratch), label="prepare"
         )
-        said = Told(Said(console), uploads)
+        said = AnnouncingReporter(PrintingReporter(console), uploads)
         try:
             supervise("prepare", ranks, reporter=said, console=console, interrupts=interrupts, meanwhile=uploads.check)
         except RankDied as died:
@@ -332,7 +336,7 @@ def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket
         uploads.flush()
 
 
-class Said(Reporter):
+class PrintingReporter(Reporter):
     """A reporter without a record: says where the prepared set is."""
 
     def __init__(self, console: Console) -> None:

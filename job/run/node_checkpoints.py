@@ -25,7 +25,7 @@ from typing import Any
 from job.errors import DataError
 from job.run.uploader import put_events, remove_older
 from job.store.attempt import Attempt
-from job.store.checkpoint_folder import KIND, Keeper, folder_of, folders, parts_folder, sweep_parts
+from job.store.checkpoint_folder import KIND, CheckpointManager, folder_of, folders, parts_folder, sweep_parts
 from job.store.fence import run_key
 from job.store.sealed import MANIFEST, is_sealed, open_sealed, write_manifest
 from job.store.stores import Store, pull_sealed, push_sealed
@@ -122,7 +122,7 @@ class PartUploader:
             self.check()
 
 
-class NodesKeeper(Keeper):
+class NodesCheckpointManager(CheckpointManager):
     """On the first node: seals what the documents of all parts say."""
 
     def __init__(

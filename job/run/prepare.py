@@ -18,7 +18,7 @@ from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.run.rank import RankContext
 from job.store import store_of_environment
-from job.store.artifact_cache import Pool
+from job.store.artifact_cache import ArtifactCache
 from job.store.checkpoint_folder import folder_of
 from job.store.sealed import is_sealed, sealing
 
@@ -52,8 +52,8 @@ def count_leaks(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporte
     """
     if recipe.eval.core_bundle:
         bundle = eval_bundle(out, recipe, prepared, reporter)
-        pool = Pool(store_of_environment(), prepared.path, reporter)
-        seal_leaks(prepared, out, recipe.data, bundle, reporter, host.usable_cores() if from_text else 0, pool)
+        cache = ArtifactCache(store_of_environment(), prepared.path, reporter)
+        seal_leaks(prepared, out, recipe.data, bundle, reporter, host.usable_cores() if from_text else 0, cache)
 
 
 def seal_smoke_bundle(prepared: Prepared, seed: int) -> None:
@@ -75,5 +75,5 @@ def seal_eval_items(out: Path, recipe: Recipe, prepared: Prepared, reporter: Rep
         cap=cap,
         workers=host.usable_cores(),
         reporter=reporter,
-        pool=Pool(store_of_environment(), prepared.path, reporter),
+        cache=ArtifactCache(store_of_environment(), prepared.path, reporter),
     )

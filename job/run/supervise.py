@@ -82,10 +82,10 @@ def supervise(
     reporter: Reporter,
     console: Console,
     interrupts: Interrupts,
-    keeper: CheckpointSink | None = None,
+    manager: CheckpointSink | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write down what the ranks of `stage` report until all have ended; `keeper` seals their checkpoints and says when
+    """Write down what the ranks of `stage` report until all have ended; `manager` seals their checkpoints and says when
     one is due.
 
     `meanwhile` is called several times a second: what else the supervisor minds; it must not block, and what it raises
@@ -95,13 +95,13 @@ def supervise(
     selector = selectors.DefaultSelector()
     for rank in ranks:
         selector.register(rank.pipe, selectors.EVENT_READ, rank)
-    control = _Control(stage, ranks[0], interrupts, console, keeper)
+    control = _Control(stage, ranks[0], interrupts, console, manager)
 
     def listen() -> None:
         for key, _ in selector.select(timeout=0.2):
             try:
                 for message in key.data.messages():
-                    _take(key.data, message, reporter, console, keeper)
+                    _take(key.data, message, reporter, console, manager)
             except EOFError:
                 selector.unregister(key.fd)
                 os.close(key.fd)
@@ -116,7 +116,7 @@ def supervise(
     finally:
         for rank in ranks:
             rank.kill()
-        _drain(selector, reporter, console, keeper)
+        _drain(selector, reporter, console, manager)
         selector.close()
     if cgroup.oom_kills() != kills and any(codes) and not any(rank.error for rank in ranks):
         raise OutOfMemoryError(_memory_sentence(stage))
@@ -127,18 +127,18 @@ class _Control:
     """Tells the node's first rank when a checkpoint is due, and to stop after a signal."""
 
     def __init__(
-        self, stage: str, first: Rank, interrupts: Interrupts, console: Console, keeper: CheckpointSink | None
+        self, stage: str, first: Rank, interrupts: Interrupts, console: Console, manager: CheckpointSink | None
     ) -> None:
-        self.stage, self.first, self.interrupts, self.console, self.keeper = stage, first, interrupts, console, keeper
+        self.stage, self.first, self.interrupts, self.console, self.manager = stage, first, interrupts, console, manager
         self.stopping: float | None = None
 
     def advance(self) -> None:
-        if self.keeper:
-            self.keeper.check()
+        if self.manager:
+            self.manager.check()
         if self.interrupts.count:
             self._stop()
-        elif self.keeper and self.first.training and self.keeper.due():
-            self.keeper.restart_clock()
+        elif self.manager and self.first.training and self.manager.due():
+            self.manager.restart_clock()
             self.first.tell({"do": "checkpoint"})
 
     def _stop(self) -> None:
@@ -152,19 +152,19 @@ class _Control:
 
 
 def _take(
-    rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, keeper: CheckpointSink | None
+    rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, manager: CheckpointSink | None
 ) -> None:
     match message:
         case {"progress": [stage, done, total, unit]}:
             console.progress(stage, done, total, unit)
         case {"error": [code, text]}:
             rank.error = (code, text)
-        case {"part": part} if keeper:
-            keeper.take(part)
+        case {"part": part} if manager:
+            manager.take(part)
         case {"training": _}:
             rank.training = True
-            if keeper:
-                keeper.restart_clock()
+            if manager:
+                manager.restart_clock()
         case {"kind": kind, **fields}:
             reporter.emit(kind, **fields)
             if kind == "warning":
@@ -175,14 +175,14 @@ def _take(
 
 
 def _drain(
-    selector: selectors.BaseSelector, reporter: Reporter, console: Console, keeper: CheckpointSink | None
+    selector: selectors.BaseSelector, reporter: Reporter, console: Console, manager: CheckpointSink | None
 ) -> None:
     """Take what dead ranks had still said: a pipe outlives its writer."""
     for key in list(selector.get_map().values()):
         with contextlib.suppress(EOFError, BlockingIOError):
             while True:
                 for message in key.data.messages():
-                    _take(key.data, message, reporter, console, keeper)
+                    _take(key.data, message, reporter, console, manager)
         os.close(key.fd)
 
 

@@ -50,7 +50,7 @@ class Uploads:
         """Wait until page and events have arrived; raises as `flush` does."""
 
 
-class Told(Reporter):
+class AnnouncingReporter(Reporter):
     """Passes reports on, and tells `uploads` which prepared set is in use."""
 
     def __init__(self, reporter: Reporter, uploads: Uploads) -> None:

@@ -1,7 +1,7 @@
-"""What others have prepared already: sealed parts of a set, taken from the store instead of made.
+"""What others have prepared already: sealed artifacts of a set, taken from the store instead of made.
 
-A part's key is its path below `--out`, and the set's id stands in it, so that a part found there is the part that would
-be made here. It is verified byte for byte and must have been made from the same inputs. The store is a short cut and
+An artifact's key is its path below `--out`, with the set's id in it, so that what is found there is what would be
+made here. It is verified byte for byte and must have been made from the same inputs. The store is a short cut and
 never a condition: what it lacks, gives damaged or does not give is made here, with a warning where something was wrong.
 """
 
@@ -22,11 +22,11 @@ from job.store.sealed import MANIFEST, Sealed, is_sealed
 from job.store.stores import Store, pull_sealed
 
 AT_ONCE = 4
-"""parts that are on their way at once"""
+"""artifacts that are on their way at once"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Artifact:
     """A sealed folder of a set: where it belongs, of which kind it is, and what it is made from."""
 
     path: Path
@@ -34,31 +34,31 @@ class Part:
     made_from: dict[str, Any]
 
 
-class Pool:
-    """The parts of the prepared set at `root` that `store` has; with no store, none."""
+class ArtifactCache:
+    """The artifacts of the prepared set at `root` that `store` has; with no store, none."""
 
     def __init__(self, store: Store | None, root: Path, reporter: Reporter) -> None:
         self._store, self._root, self._reporter = store, root, reporter
         self._sealed: dict[str, int] | None = None
 
-    def pull(self, parts: Iterable[Part]) -> Iterator[tuple[Sealed, float]]:
-        """Take those of `parts` that are not here and are there, some at once; each with its seconds, in order."""
-        wanted = [part for part in parts if not is_sealed(part.path) and self.has(part)]
-        done, total = 0, sum(self.size(part) for part in wanted)
+    def pull(self, artifacts: Iterable[Artifact]) -> Iterator[tuple[Sealed, float]]:
+        """Take those of `artifacts` that are not here and are there, some at once; each with its seconds, in order."""
+        wanted = [artifact for artifact in artifacts if not is_sealed(artifact.path) and self.has(artifact)]
+        done, total = 0, sum(self.size(artifact) for artifact in wanted)
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            for part, pulled in zip(wanted, threads.map(self._pull, wanted), strict=True):
-                done += self.size(part)
+            for artifact, pulled in zip(wanted, threads.map(self._pull, wanted), strict=True):
+                done += self.size(artifact)
                 self._reporter.progress("pull", done, total, "bytes")
                 if pulled:
                     yield pulled
 
-    def has(self, part: Part) -> bool:
-        """Whether the store has `part`, sealed, and nothing was wrong with it."""
-        return f"{self._key(part)}/{MANIFEST}" in self._listed()
+    def has(self, artifact: Artifact) -> bool:
+        """Whether the store has `artifact`, sealed, and nothing was wrong with it."""
+        return f"{self._key(artifact)}/{MANIFEST}" in self._listed()
 
-    def size(self, part: Part) -> int:
-        """Bytes of the files of `part` in the store, its manifest apart."""
-        inside = f"{self._key(part)}/"
+    def size(self, artifact: Artifact) -> int:
+        """Bytes of the files of `artifact` in the store, its manifest apart."""
+        inside = f"{self._key(artifact)}/"
         return sum(size for key, size in self._listed().items() if key.startswith(inside) and key != inside + MANIFEST)
 
     def _listed(self) -> dict[str, int]:
@@ -69,20 +69,20 @@ class Pool:
                     self._sealed = self._store.list(f"prepared/{self._root.name}")
         return self._sealed
 
-    def _pull(self, part: Part) -> tuple[Sealed, float] | None:
+    def _pull(self, artifact: Artifact) -> tuple[Sealed, float] | None:
         started, store = time.perf_counter(), self._store
         assert store
-        with self._or_make_it(f"{self._key(part)} is made here instead"):
-            sealed = pull_sealed(store, self._key(part), part.path, kind=part.kind)
-            if sealed.made_from == part.made_from:
+        with self._or_make_it(f"{self._key(artifact)} is made here instead"):
+            sealed = pull_sealed(store, self._key(artifact), artifact.path, kind=artifact.kind)
+            if sealed.made_from == artifact.made_from:
                 return sealed, time.perf_counter() - started
-            shutil.rmtree(part.path)
-            raise DataError(f"{store.url}/{self._key(part)} was made from something else")
-        del self._listed()[f"{self._key(part)}/{MANIFEST}"]
+            shutil.rmtree(artifact.path)
+            raise DataError(f"{store.url}/{self._key(artifact)} was made from something else")
+        del self._listed()[f"{self._key(artifact)}/{MANIFEST}"]
         return None
 
-    def _key(self, part: Part) -> str:
-        return f"prepared/{self._root.name}/{part.path.relative_to(self._root).as_posix()}"
+    def _key(self, artifact: Artifact) -> str:
+        return f"prepared/{self._root.name}/{artifact.path.relative_to(self._root).as_posix()}"
 
     @contextlib.contextmanager
     def _or_make_it(self, consequence: str) -> Iterator[None]:

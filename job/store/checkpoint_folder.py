@@ -106,7 +106,7 @@ def sweep_parts(run: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-class Keeper:
+class CheckpointManager:
     """Seals checkpoints from the parts that ranks report, says when the next is due, and keeps the folder small."""
 
     def __init__(self, run: Path, attempt: Attempt, *, world_size: int, final_rows: int, minutes: float) -> None:

@@ -35,7 +35,7 @@ from job.run.rank import RankContext
 from job.store import checkpoint_folder
 from job.train import checkpoint, compile_cache
 from job.train.kernels import choose_kernels, machine_of
-from job.train.step_metrics import Reading, Readings, SlowRanks
+from job.train.step_metrics import Reading, SlowRanks, StepMetrics
 from job.train.validation import validate
 from model import fp8
 from model.gpt import GPT
@@ -58,7 +58,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.writer, self.slow_ranks = checkpoint.Writer(self), SlowRanks()
-        self.readings = Readings(self.batches.device, self.optimizer.flagged, functools.partial(record_step, self))
+        self.metrics = StepMetrics(self.batches.device, self.optimizer.flagged, functools.partial(record_step, self))
 
 
 def train(run: Run) -> None:
@@ -85,19 +85,19 @@ def train(run: Run) -> None:
 
 def take_step(run: Run) -> None:
     """One optimizer step. Nothing in it waits for a GPU."""
-    run.readings.begin_step()
+    run.metrics.begin_step()
     loss = accumulate_gradients(run)
-    run.readings.end_backward()
+    run.metrics.end_backward()
     hyper = run.derived.schedule.at(run.step)
     run.optimizer.step(hyper)
     signal = run.context.stop_signal.take()
-    run.readings.end_step(run.step, loss, run.optimizer.nonfinite, hyper.lr_mult, signal)
+    run.metrics.end_step(run.step, loss, run.optimizer.nonfinite, hyper.lr_mult, signal)
     run.step += 1
 
 
 def save(run: Run) -> None:
     """Begin a checkpoint of steps that are all known to be sound."""
-    run.readings.settle()
+    run.metrics.flush()
     run.writer.save()
 
 
@@ -116,7 +116,7 @@ def accumulate_gradients(run: Run) -> torch.Tensor:
 
 def record_step(run: Run, reading: Reading) -> None:
     """Report a step; DivergedError when its loss or a gradient is not a number."""
-    run.context.stop_signal.agreed(reading.signal, before=reading.step + run.readings.lag + 1)
+    run.context.stop_signal.agreed(reading.signal, before=reading.step + run.metrics.lag + 1)
     if reading.diverged:
         where = f", not finite is the gradient of {reading.broken[0]}" if reading.broken else ""
         where += f" (and of {len(reading.broken) - 1} others)" if len(reading.broken) > 1 else ""

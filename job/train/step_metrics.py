@@ -5,7 +5,7 @@ it stands idle until the next step has been queued. So nothing is asked of the s
 to host memory as part of the queue, and looked at `lag` steps later, when they have long arrived. That also keeps the
 host from running further ahead than that.
 
-A bad step is therefore noticed a few steps late, which costs these steps, and never a checkpoint: `settle` reads all
+A bad step is therefore noticed a few steps late, which costs these steps, and never a checkpoint: `flush` reads all
 that is left, and is called before every one. Every rank reads the numbers of a step at the same place in its own queue,
 and they are the same numbers (summed over ranks), so all ranks come to the same verdict there.
 
@@ -19,7 +19,7 @@ zero. No collective is added, and nothing is waited for:
     one slot for each rank          seconds of its computing, for the steps that it has read since its last collective
 
 The slot of step s cannot hold the time of step s, which the GPU has not computed yet when the host queues the
-collective. It holds what was read last: with a lag of 3 that of step s - 4; after `settle` has read several steps at
+collective. It holds what was read last: with a lag of 3 that of step s - 4; after `flush` has read several steps at
 once, their sum; after a start, nothing. All ranks read the same steps at the same place, so that the slots of one
 collective always cover the same steps (`Computing.steps`). `SlowRanks` compares their sums over a window.
 """
@@ -93,7 +93,7 @@ class _Pending:
     ended: torch.cuda.Event | float
 
 
-class Readings:
+class StepMetrics:
     """The steps whose numbers are still to be read; each goes to `report` in order.
 
     flagged: the names that belong to the flags of `end_step`, on this rank.
@@ -135,7 +135,7 @@ class Readings:
         self._pending.append(_Pending(step, lr_mult, *copies, carried, self._began, self._computed, now(self._device)))
         self._read(self.lag)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Report all steps that are left; waits for them."""
         self._read(0)
 

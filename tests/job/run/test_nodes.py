@@ -15,7 +15,7 @@ from job.console import Console
 from job.errors import DataError, ExitCode, InterruptedRun, SpeedrunError, StorageError, UsageError
 from job.run import node_link
 from job.run.join import announced, current_attempt
-from job.run.node_checkpoints import NodesKeeper, PartUploader, fetch
+from job.run.node_checkpoints import NodesCheckpointManager, PartUploader, fetch
 from job.run.node_link import NodeLink, first_link, other_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes
 from job.run.processes import free_port
@@ -295,14 +295,16 @@ def test_a_checkpoint_exists_when_the_parts_of_all_nodes_are_there(tmp_path: Pat
     store = FolderStore(tmp_path / ("bucket" if split else "n0"))
     attempt = Attempt.claim(runs[0], store if split else None)
     uploaders = [PartUploader(run, 1, store, split=split) for run in runs]
-    keeper = NodesKeeper(runs[0], attempt, uploaders[0], lambda: False, world_size=2, final_rows=80, minutes=0)
-    keeper.take(part(runs[0], 0))
+    manager = NodesCheckpointManager(
+        runs[0], attempt, uploaders[0], lambda: False, world_size=2, final_rows=80, minutes=0
+    )
+    manager.take(part(runs[0], 0))
     time.sleep(0.5)
-    keeper.check()
+    manager.check()
     assert not store.get("runs/t/checkpoints/000000000000080/manifest.json")
     uploaders[1].take(part(runs[1], 1))
     uploaders[1].end()
-    keeper.end()
+    manager.end()
     assert store.get("runs/t/checkpoints/000000000000080/manifest.json")
     assert len(folders(runs[0])) == (0 if split else 1), "what is in the bucket is not kept"
     fetch(store, tmp_path / "n2" / "runs" / "t", 80)
@@ -313,11 +315,11 @@ def test_a_checkpoint_exists_when_the_parts_of_all_nodes_are_there(tmp_path: Pat
 def test_parts_of_a_node_that_ended_without_its_own_are_given_up(tmp_path: Path) -> None:
     run, store = tmp_path / "runs" / "t", FolderStore(tmp_path / "bucket")
     attempt = Attempt.claim(run, store)
-    keeper = NodesKeeper(
+    manager = NodesCheckpointManager(
         run, attempt, PartUploader(run, 1, store, split=True), lambda: True, world_size=2, final_rows=80, minutes=0
     )
-    keeper.take(part(run, 0))
-    keeper.end()
+    manager.take(part(run, 0))
+    manager.end()
     assert not store.get("runs/t/checkpoints/000000000000080/manifest.json")
     assert not list(run.glob("checkpoints/.*"))
 

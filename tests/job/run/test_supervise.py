@@ -71,7 +71,7 @@ def rank(tmp_path: Path, request: pytest.FixtureRequest) -> LocalRank:
 def tell(rank: LocalRank, *, signal: bool) -> list[dict[str, Any]]:
     interrupts = Interrupts()
     heard = Heard(interrupts, signal)
-    supervise("pretrain", [rank], reporter=heard, console=Console(-1), interrupts=interrupts, keeper=Due(not signal))
+    supervise("pretrain", [rank], reporter=heard, console=Console(-1), interrupts=interrupts, manager=Due(not signal))
     return heard.told
 
 

@@ -26,7 +26,7 @@ from job.run.processes import Rank
 from job.run.rank import SIGNALS, RankContext, StopSignal
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import (
-    Keeper,
+    CheckpointManager,
     drop_optimizer,
     final_checkpoint,
     folders,
@@ -60,9 +60,9 @@ def train(
     attempt = Attempt.claim(run)
     derived = derive(recipe)
     opened = Prepared.open(prepared)
-    keeper = Keeper(run, attempt, world_size=1, final_rows=derived.rows, minutes=0)
+    manager = CheckpointManager(run, attempt, world_size=1, final_rows=derived.rows, minutes=0)
     resume = newest_usable(run, identity(recipe.values(), opened.id), attempt, QUIET)
-    reporter = InProcess(keeper)
+    reporter = InProcess(manager)
     stop_signal = StopSignal()
     if stop_at is not None:
         stop_signal.agreed(SIGNALS.index("stop"), before=stop_at)
@@ -194,18 +194,18 @@ def test_the_clock_of_checkpoints_starts_with_the_first_step(tmp_path: Path, mon
     """What comes before is compilation, and may take longer than an interval."""
     now = 1000.0
     monkeypatch.setattr("job.store.checkpoint_folder.time.monotonic", lambda: now)
-    keeper = Keeper(tmp_path / "t", Attempt.claim(tmp_path / "t"), world_size=1, final_rows=1, minutes=1)
+    manager = CheckpointManager(tmp_path / "t", Attempt.claim(tmp_path / "t"), world_size=1, final_rows=1, minutes=1)
     now += 600
-    assert not keeper.due()
-    supervise._take(Rank(), {"training": 0}, Reporter(), QUIET, keeper)
+    assert not manager.due()
+    supervise._take(Rank(), {"training": 0}, Reporter(), QUIET, manager)
     now += 59
-    assert not keeper.due()
+    assert not manager.due()
     now += 2
-    assert keeper.due()
-    supervise._take(Rank(), {"kind": "train.step"}, Reporter(), QUIET, keeper)
-    assert keeper.due()
-    keeper.restart_clock()
-    assert not keeper.due()
+    assert manager.due()
+    supervise._take(Rank(), {"kind": "train.step"}, Reporter(), QUIET, manager)
+    assert manager.due()
+    manager.restart_clock()
+    assert not manager.due()
 
 
 def test_after_a_divergence_the_same_command_goes_on_from_the_last_checkpoint(

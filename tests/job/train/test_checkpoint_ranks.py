@@ -23,7 +23,7 @@ from job.recipe.derive import derive
 from job.run.rank import SIGNALS, RankContext, StopSignal
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import (
-    Keeper,
+    CheckpointManager,
     folders,
     identity,
     newest_usable,
@@ -61,7 +61,7 @@ def train_on(world: int, material: tuple[Recipe, Path], run: Path, *, stop_at: i
     recipe, prepared = material
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device_batch_size=1))
     attempt = Attempt.claim(run)
-    keeper = Keeper(run, attempt, world_size=world, final_rows=derive(recipe).rows, minutes=0)
+    manager = CheckpointManager(run, attempt, world_size=world, final_rows=derive(recipe).rows, minutes=0)
     resume = newest_usable(run, identity(recipe.values(), Prepared.open(prepared).id), attempt, QUIET)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "job.train.loop"])
@@ -73,7 +73,7 @@ def train_on(world: int, material: tuple[Recipe, Path], run: Path, *, stop_at: i
         process.join(300)
     assert [process.exitcode for process in ranks] == [0] * world
     for rank in range(world):
-        keeper.take(json.loads((run / f"part-{attempt.number}-{rank}.json").read_text()))
+        manager.take(json.loads((run / f"part-{attempt.number}-{rank}.json").read_text()))
     return json.loads((run / f"losses-{attempt.number}.json").read_text())
 
 

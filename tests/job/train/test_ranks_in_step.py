@@ -18,7 +18,7 @@ from job.recipe.derive import derive
 from job.run.rank import StopSignal
 from job.train import loop, step_metrics
 from job.train.loop import Batches, Run, take_step
-from job.train.step_metrics import WINDOW, Computing, Reading, Readings, SlowRanks
+from job.train.step_metrics import WINDOW, Computing, Reading, SlowRanks, StepMetrics
 from model.gpt import GPT
 from model.optimizer import Optimizer
 
@@ -88,7 +88,7 @@ def scenario_times(rank: int, world: int, folder: Path):
     step_metrics.time = SimpleNamespace(perf_counter=lambda: clock)
     for lag in (0, 3):
         seen: list[Reading] = []
-        reader = Readings(CPU, ["a"], seen.append, lag=lag)
+        reader = StepMetrics(CPU, ["a"], seen.append, lag=lag)
         calls.clear()
         for step in range(12):
             reader.begin_step()
@@ -97,8 +97,8 @@ def scenario_times(rank: int, world: int, folder: Path):
             clock += 100.0  # waiting for the others
             reader.end_step(step, torch.tensor(1.0 + rank), torch.tensor([False]), 1.0)
             if step == 7:
-                reader.settle()
-        reader.settle()
+                reader.flush()
+        reader.flush()
         found[lag] = [(r.loss, r.seconds, r.computing) for r in seen], len(calls)
     return found
 
@@ -113,13 +113,13 @@ def scenario_signals(rank: int, world: int, folder: Path):
         def read(reading: Reading, lag: int = lag, signals: StopSignal = signals) -> None:
             signals.agreed(reading.signal, before=reading.step + lag + 1)
 
-        reader = Readings(CPU, ["a"], read, lag=lag)
+        reader = StepMetrics(CPU, ["a"], read, lag=lag)
         for step in range(16):
             if (signal := signals.due(step)) != "go on":
-                reader.settle()
+                reader.flush()
                 done.append((step, signal))
             if step == 10:
-                reader.settle()
+                reader.flush()
             if step == 4 + rank:
                 signals.ask("checkpoint")
             if step == 9 and rank == 1:
@@ -148,8 +148,8 @@ def scenario_overlap(rank: int, world: int, folder: Path):
     found = {}
     for overlap in (True, False):
         run = build(rank, world, recipe_of(f"comm.overlap={str(overlap).lower()}"), folder)
-        calls, launched, ended = run.optimizer.traffic.calls, [], run.readings.end_backward
-        run.readings.end_backward = lambda calls=calls, launched=launched, ended=ended: (
+        calls, launched, ended = run.optimizer.traffic.calls, [], run.metrics.end_backward
+        run.metrics.end_backward = lambda calls=calls, launched=launched, ended=ended: (
             launched.append(calls.total()) or ended()
         )
         for _ in range(4):

@@ -19,7 +19,7 @@ from job.recipe.derive import derive
 from job.run.rank import StopSignal
 from job.train import checkpoint, loop
 from job.train.loop import Batches, Run, save, take_step, train, warm_up
-from job.train.step_metrics import Reading, Readings
+from job.train.step_metrics import Reading, StepMetrics
 from model.gpt import GPT
 from model.optimizer import Optimizer
 
@@ -69,7 +69,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def lag_by(run: Run, lag: int) -> None:
-    run.readings = Readings(CPU, run.optimizer.flagged, lambda reading: loop.record_step(run, reading), lag=lag)
+    run.metrics = StepMetrics(CPU, run.optimizer.flagged, lambda reading: loop.record_step(run, reading), lag=lag)
 
 
 def everything(run: Run) -> dict[str, Tensor]:
@@ -83,12 +83,12 @@ def everything(run: Run) -> dict[str, Tensor]:
 @pytest.mark.parametrize("lag", [0, 1, 3])
 def test_readings_come_in_order_and_as_late_as_said(lag: int) -> None:
     seen: list[Reading] = []
-    readings = Readings(CPU, ["a", "b"], seen.append, lag=lag)
+    metrics = StepMetrics(CPU, ["a", "b"], seen.append, lag=lag)
     for step in range(5):
-        readings.begin_step()
-        readings.end_step(step, torch.tensor(float(step)), torch.tensor([False, step == 4]), lr_mult=0.5)
+        metrics.begin_step()
+        metrics.end_step(step, torch.tensor(float(step)), torch.tensor([False, step == 4]), lr_mult=0.5)
         assert [r.step for r in seen] == list(range(step + 1 - lag))
-    readings.settle()
+    metrics.flush()
     assert [(r.step, r.loss, r.broken, r.diverged) for r in seen] == [
         *((step, float(step), (), False) for step in range(4)),
         (4, 4.0, ("b",), True),

@@ -13,7 +13,7 @@ from job.data.pack import PackCounts, pack, write_rows
 from job.data.sources import Counts, Shard, Split, documents
 from job.data.tokenizer import Tokenizer
 from job.errors import DataError
-from job.store.artifact_cache import Part
+from job.store.artifact_cache import Artifact
 from job.store.sealed import sealing
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class PackTask:
         return sum(shard.size for shard in self.shards)
 
     @property
-    def part(self) -> Part:
-        return Part(self.path, self.kind, self.made_from)
+    def artifact(self) -> Artifact:
+        return Artifact(self.path, self.kind, self.made_from)
 
     def run(self, advance: Callable[[int], None]) -> dict[str, Any]:
         """Encode, pack and seal; the manifest's facts."""

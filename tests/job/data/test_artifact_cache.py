@@ -22,7 +22,7 @@ from job.evaluation.smoke_bundle import write_smoke_bundle
 from job.recipe.config import resolve
 from job.run import prepare as stage
 from job.store import VARIABLE
-from job.store.artifact_cache import Pool
+from job.store.artifact_cache import ArtifactCache
 from job.store.sealed import MANIFEST
 from job.store.stores import FolderStore, push_sealed
 
@@ -172,7 +172,12 @@ def test_items_are_pulled(prepared, tmp_path, prose, helpers):
 
     def seal(root: Path, recorder):
         folder = root / "items" / bundle.id
-        options = {"tokenizer_id": prepared.id, "cap": None, "reporter": recorder, "pool": Pool(store, root, recorder)}
+        options = {
+            "tokenizer_id": prepared.id,
+            "cap": None,
+            "reporter": recorder,
+            "cache": ArtifactCache(store, root, recorder),
+        }
         return seal_items(bundle, prepared.tokenizer, folder, **options)
 
     seal(roots[0], helpers.Recorder())
@@ -188,12 +193,14 @@ def test_leaks_are_pulled_with_the_rows_or_left_out(first, store, hub, tmp_path,
     write_smoke_bundle(prose[:40], tmp_path / "bundle", seed=1)
     bundle, recorder = open_bundle(tmp_path / "bundle"), helpers.Recorder()
     second = helpers.small_prepare(tmp_path / "second", data, rows=ROWS, store=store)
-    pool = Pool(store, second.path, recorder)
-    assert seal_leaks(second, tmp_path / "second", data, bundle, recorder, 1, pool) is None
+    cache = ArtifactCache(store, second.path, recorder)
+    assert seal_leaks(second, tmp_path / "second", data, bundle, recorder, 1, cache) is None
     assert warnings(recorder) == ["leaks were not counted: the rows were pulled, and their text is not here"]
     counted = seal_leaks(first, tmp_path / "first", data, bundle, helpers.Recorder(), 1)
     push_all(store, tmp_path / "first", first)
-    taken = seal_leaks(second, tmp_path / "second", data, bundle, recorder, 1, Pool(store, second.path, recorder))
+    taken = seal_leaks(
+        second, tmp_path / "second", data, bundle, recorder, 1, ArtifactCache(store, second.path, recorder)
+    )
     assert taken.facts == counted.facts and recorder.events[-1] == (
         "prepare.leaks",
         {"bundle": bundle.id, **counted.facts},
