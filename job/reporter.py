@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import threading
+from typing import IO, Any
 
 
 class Reporter:
@@ -13,3 +15,22 @@ class Reporter:
 
     def progress(self, stage: str, done: float, total: float, unit: str) -> None:
         """Show that `done` of `total` units of `stage` are finished (display only, may be dropped)."""
+
+
+class RankReporter(Reporter):
+    """Sends a rank's events and progress up the pipe; safe from several threads."""
+
+    def __init__(self, pipe: IO[str]) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, message: dict[str, Any]) -> None:
+        with self._lock:
+            self._pipe.write(json.dumps(message) + "\n")
+            self._pipe.flush()
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        self.send({"kind": kind, **fields})
+
+    def progress(self, stage: str, done: float, total: float, unit: str) -> None:
+        self.send({"progress": [stage, done, total, unit]})

@@ -181,17 +181,12 @@ ROOMS = (
 )
 """the rooms of job from the top to the bottom: each imports its own row and the rows below"""
 UPWARD = {
-    "job.evaluation.hf_stage -> job.run.rank",
-    "job.evaluation.stage -> job.run.rank",
     "job.train.compile_cache -> job.run.nodes",
-    "job.train.compile_cache -> job.run.rank",
     "job.train.loop -> job.run.prepare",
-    "job.train.loop -> job.run.rank",
 }
 """imports that are still to be turned round"""
 CIRCLES = {
     frozenset({"job.data.embedded", "job.data.hub", "job.data.local", "job.data.sources"}),
-    frozenset({"job.train.checkpoint", "job.train.loop"}),
     frozenset({"model.fp8", "model.fp8_linear"}),
 }
 """circles that are still to be cut"""

@@ -11,7 +11,7 @@ import torch
 
 from job.console import Console
 from job.recipe.config import Recipe, resolve
-from job.run.rank import RankReporter
+from job.reporter import RankReporter
 from job.store.checkpoint_folder import (
     CheckpointManager,
 )

@@ -13,7 +13,7 @@ from job.evaluation.fetch import open_core
 from job.evaluation.score import Forward, evaluate
 from job.machine import host
 from job.reporter import Reporter
-from job.run.rank import RankContext
+from job.train.context import RankContext
 from job.train.ranks import joined
 
 

@@ -23,10 +23,10 @@ from job.evaluation.score import evaluate as score_bundle
 from job.machine import host
 from job.recipe.config import Recipe
 from job.reporter import Reporter
-from job.run.rank import RankContext
 from job.store.checkpoint_folder import final_checkpoint
 from job.store.sealed import Sealed, is_sealed, open_sealed, sealing
 from job.train import checkpoint, validation
+from job.train.context import RankContext
 from job.train.kernels import choose_kernels, machine_of
 from job.train.loop import device_of
 from job.train.ranks import Ranks, joined

@@ -16,11 +16,11 @@ from job.evaluation.smoke_bundle import write_smoke_bundle
 from job.machine import host
 from job.recipe.config import Recipe
 from job.reporter import Reporter
-from job.run.rank import RankContext
 from job.store import store_of_environment
 from job.store.artifact_cache import ArtifactCache
 from job.store.checkpoint_folder import folder_of
 from job.store.sealed import is_sealed, sealing
+from job.train.context import RankContext
 
 
 def main(context: RankContext) -> None:

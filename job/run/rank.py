@@ -7,11 +7,6 @@
 Ranks compute: they write the files of sealed folders, and all else they have to say goes up this pipe; the supervisor
 alone writes events.
 
-**All ranks stop before the same step.** Ranks run at most a collective apart, so one that stopped at once would leave
-the others waiting for it, and one that began a checkpoint at once would mix two steps. The supervisor tells the first
-rank of its node; the next step's all-reduce carries the signal to all ranks (job/train/step_metrics.py), and each acts
-on it a fixed number of steps later, which is when the slowest reader of that all-reduce knows its sum.
-
 When the supervisor dies, stdin ends, and the rank ends its whole process group: nothing is left running on a machine
 that bills.
 """
@@ -19,24 +14,16 @@ that bills.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
-import json
 import os
 import re
 import signal
 import sys
-import threading
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
 
 from job.errors import ExitCode, SpeedrunError
-from job.recipe.config import Recipe, from_document
-from job.recipe.derive import Derived, derive
-from job.reporter import Reporter
-
-if TYPE_CHECKING:
-    from job.data.prepare import Prepared
+from job.reporter import RankReporter
+from job.train.context import RankContext, StopSignal
 
 STAGES = {
     "prepare": "job.run.prepare",
@@ -45,108 +32,6 @@ STAGES = {
     "evaluate_hf": "job.evaluation.hf_stage",
 }
 """the module whose `main(context)` is a rank's part of a stage"""
-
-
-class RankReporter(Reporter):
-    """Sends a rank's events and progress up the pipe; safe from several threads."""
-
-    def __init__(self, pipe: IO[str]) -> None:
-        self._pipe = pipe
-        self._lock = threading.Lock()
-
-    def send(self, message: dict[str, Any]) -> None:
-        with self._lock:
-            self._pipe.write(json.dumps(message) + "\n")
-            self._pipe.flush()
-
-    def emit(self, kind: str, **fields: Any) -> None:
-        self.send({"kind": kind, **fields})
-
-    def progress(self, stage: str, done: float, total: float, unit: str) -> None:
-        self.send({"progress": [stage, done, total, unit]})
-
-
-SIGNALS = ("go on", "checkpoint", "stop")
-"""by their number in the all-reduce, where the greatest counts"""
-
-
-class StopSignal:
-    """ "checkpoint" or "stop": what the supervisor asks for, and the step before which all ranks do it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._asked = 0
-        self._agreed: list[tuple[int, int]] = []
-
-    def ask(self, signal: str) -> None:
-        """From the control thread of a node's first rank."""
-        with self._lock:
-            self._asked = max(self._asked, SIGNALS.index(signal))
-
-    def take(self) -> int:
-        """The number for the next all-reduce."""
-        with self._lock:
-            asked, self._asked = self._asked, 0
-            return asked
-
-    def agreed(self, signal: int, before: int) -> None:
-        """All ranks have read `signal` in an all-reduce: they act on it before step `before`."""
-        if signal:
-            self._agreed.append((before, signal))
-
-    def due(self, step: int) -> str:
-        """What all ranks do before `step`."""
-        due = [signal for before, signal in self._agreed if before <= step]
-        self._agreed = [(before, signal) for before, signal in self._agreed if before > step]
-        return SIGNALS[max(due, default=0)]
-
-
-@dataclasses.dataclass
-class RankContext:
-    """What a stage's `main(context)` is given."""
-
-    out: Path
-    run: Path | None
-    recipe_file: Path
-    rank: int
-    world_size: int
-    reporter: RankReporter
-    stop_signal: StopSignal
-    attempt: int = 0
-    resume: Path | None = None
-    """the verified checkpoint that training goes on from"""
-    prepared_id: str = ""
-    """the prepared set that the stage works on"""
-    local_rank: int = 0
-    """the rank's number on its node"""
-    local_world_size: int = 1
-
-    def recipe(self) -> Recipe:
-        return from_document(json.loads(self.recipe_file.read_text(encoding="utf-8")))
-
-    def rows_of_the_run(self) -> int:
-        """Training rows that the whole run consumes, as the recipe's document says (no torch is needed for it)."""
-        document = json.loads(self.recipe_file.read_text(encoding="utf-8"))
-        steps, tokens = (document["derived"][name]["value"] for name in ("steps", "batch_tokens"))
-        return steps * tokens // document["recipe"]["model"]["seq_len"]
-
-    def answers(self) -> Path:
-        """Where the evaluation's answers go; below the run's folder."""
-        return self.run / json.loads(self.recipe_file.read_text(encoding="utf-8")).get("answers", "eval")
-
-    def load(self) -> tuple[Recipe, Derived, Prepared]:
-        """What the training and evaluation stages start from."""
-        from job.data.prepare import Prepared
-
-        recipe = self.recipe()
-        prepared = Prepared.open(self.out / "prepared" / self.prepared_id)
-        return recipe, derive(recipe), prepared
-
-
-def _listen(stop_signal: StopSignal) -> None:
-    for line in sys.stdin:
-        stop_signal.ask(json.loads(line)["do"])
-    os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def _leave_signals_to_the_supervisor() -> None:
@@ -163,7 +48,7 @@ def main(
     reporter = RankReporter(pipe)
     stop_signal = StopSignal()
     _leave_signals_to_the_supervisor()
-    threading.Thread(target=_listen, args=(stop_signal,), daemon=True).start()
+    stop_signal.listen()
     context = RankContext(
         out=Path(out),
         run=Path(run) if run else None,

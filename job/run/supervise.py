@@ -3,7 +3,7 @@
 `supervise` starts a stage's ranks as children in sessions of their own (a terminal's Ctrl-C reaches the supervisor
 alone), writes down what they report, and ends with an exit code of the table or raises the exception that carries it.
 
-A first SIGINT or SIGTERM ends training between two steps with a checkpoint (see job/run/rank.py) and any other stage,
+A first SIGINT or SIGTERM ends training between two steps with a checkpoint (job/train/context.py) and any other stage,
 or training before its first step, at once: what is sealed stays, what is not is made again. After a second signal, or
 when the ranks have not stopped within GRACE seconds, they are killed and the checkpoint before is the one that counts.
 Both exit 75: the same command goes on.

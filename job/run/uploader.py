@@ -33,8 +33,7 @@ from pathlib import Path
 
 from job.errors import ExitCode, SpeedrunError
 from job.report.render import report_files
-from job.reporter import Reporter
-from job.run.rank import RankReporter
+from job.reporter import RankReporter, Reporter
 from job.store import open_store
 from job.store.attempt import newest_attempt
 from job.store.checkpoint_folder import KEEP, folder_of, folders

@@ -21,20 +21,19 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from job.errors import DataError, OutOfMemoryError
-from job.store.checkpoint_folder import KIND, OPTIMIZER, folder_of, identity, parts_folder
+from job.store.checkpoint_folder import KIND, OPTIMIZER, folder_of, parts_folder
 from job.store.sealed import Sealed, open_sealed, storage_errors
+from job.train.context import RankContext
 from model.gpt import GPT
+from model.optimizer import Optimizer
 from model.shards import Slice, as_rows
-
-if TYPE_CHECKING:
-    from job.train.loop import Run
 
 WEIGHT = "weight/"
 """what the names of weights begin with; all other slices are the optimizer's"""
@@ -45,9 +44,12 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 class Writer:
     """Copies this rank's state and writes it while training goes on; one checkpoint at a time."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._made_from = identity(run.recipe.values(), run.prepared.id)
+    def __init__(
+        self, optimizer: Optimizer, context: RankContext, belongs_to: dict[str, str], rows_per_step: int
+    ) -> None:
+        """belongs_to: the `identity` of the run, which the manifest has as what the checkpoint is made from."""
+        self._optimizer, self._context = optimizer, context
+        self._belongs_to, self._rows_per_step = belongs_to, rows_per_step
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._error: BaseException | None = None
         self._step = -1
@@ -61,20 +63,20 @@ class Writer:
         if self._error:
             raise self._error
 
-    def save(self) -> None:
-        """Begin the checkpoint of the run's present step; returns when the state is copied."""
-        if self._step == self._run.step:
+    def save(self, step: int) -> None:
+        """Begin the checkpoint before `step`; returns when the state is copied."""
+        if self._step == step:
             return
         self.finish()
         started = time.perf_counter()
-        self._step = self._run.step
+        self._step = step
         slices = self._slices()
         for s in slices:
             self._buffers[s.name, s.start].copy_(s.tensor, non_blocking=True)
         if any(s.tensor.is_cuda for s in slices):
             torch.cuda.synchronize()
         stall = time.perf_counter() - started
-        self._thread = threading.Thread(target=self._write, args=(slices, self._step, stall))
+        self._thread = threading.Thread(target=self._write, args=(slices, step, stall))
         self._thread.start()
 
     def finish(self) -> None:
@@ -85,7 +87,7 @@ class Writer:
         self.check()
 
     def _slices(self) -> list[Slice]:
-        return [*self._run.optimizer.weight_slices(), *self._run.optimizer.state_slices()]
+        return [*self._optimizer.weight_slices(), *self._optimizer.state_slices()]
 
     def _make_buffers(self, slices: Sequence[Slice]) -> None:
         """While training begins: zeros, because memory that was never written costs a page fault a page when it first
@@ -99,9 +101,9 @@ class Writer:
 
     def _write(self, slices: Sequence[Slice], step: int, stall: float) -> None:
         started = time.perf_counter()
-        context = self._run.context
+        context = self._context
         assert context.run
-        rows = step * self._run.batches.rows_per_step
+        rows = step * self._rows_per_step
         folder = parts_folder(context.run, rows, context.attempt)
         try:
             with storage_errors(folder_of(context.run, rows)):
@@ -115,13 +117,8 @@ class Writer:
         except BaseException as error:
             self._error = error
             return
-        part = {
-            "rows": rows,
-            "step": step,
-            "files": files,
-            "slices": index,
-            "made_from": self._made_from | {"rows": rows},
-        }
+        made_from = {**self._belongs_to, "rows": rows}
+        part = {"rows": rows, "step": step, "files": files, "slices": index, "made_from": made_from}
         context.reporter.send({"part": part | {"seconds": time.perf_counter() - started, "stall": stall}})
 
 
@@ -170,16 +167,13 @@ def _raw(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def resume(run: Run) -> None:
-    """Put `run` where the checkpoint stands that the supervisor chose and verified; without one, leave it at step 0."""
-    folder = run.context.resume
-    if folder is None:
-        return
+def resume(folder: Path, model: GPT, optimizer: Optimizer) -> int:
+    """Load the checkpoint that the supervisor chose and verified; the step that comes next."""
     sealed = open_sealed(folder, kind=KIND, verify=False)
-    load_weights(run.model, sealed)
-    run.optimizer.load_slices(Reader(sealed))
-    run.optimizer.round_foreign()
-    run.step = sealed.facts["step"]
+    load_weights(model, sealed)
+    optimizer.load_slices(Reader(sealed))
+    optimizer.round_foreign()
+    return sealed.facts["step"]
 
 
 class Reader:

@@ -53,9 +53,9 @@ from job.machine import host
 from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.run.nodes import NodeContext
-from job.run.rank import RankContext
 from job.store.sealed import MANIFEST, Sealed, content_id, is_sealed, open_sealed, sealing, sha256_file
 from job.store.stores import Store, pull_sealed, stored_manifest
+from job.train.context import RankContext
 
 KIND = "compile_cache"
 ARCHIVE = "caches.zip"

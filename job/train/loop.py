@@ -31,9 +31,9 @@ from job.machine import host
 from job.recipe.config import CommConfig, Recipe
 from job.recipe.derive import Derived
 from job.run.prepare import count_leaks
-from job.run.rank import RankContext
 from job.store import checkpoint_folder
 from job.train import checkpoint, compile_cache
+from job.train.context import RankContext
 from job.train.kernels import choose_kernels, machine_of
 from job.train.step_metrics import Reading, SlowRanks, StepMetrics
 from job.train.validation import validate
@@ -57,7 +57,9 @@ class Run:
     step: int = 0
 
     def __post_init__(self) -> None:
-        self.writer, self.slow_ranks = checkpoint.Writer(self), SlowRanks()
+        belongs_to = checkpoint_folder.identity(self.recipe.values(), self.prepared.id)
+        self.writer = checkpoint.Writer(self.optimizer, self.context, belongs_to, self.batches.rows_per_step)
+        self.slow_ranks = SlowRanks()
         self.metrics = StepMetrics(self.batches.device, self.optimizer.flagged, functools.partial(record_step, self))
 
 
@@ -98,7 +100,7 @@ def take_step(run: Run) -> None:
 def save(run: Run) -> None:
     """Begin a checkpoint of steps that are all known to be sound."""
     run.metrics.flush()
-    run.writer.save()
+    run.writer.save(run.step)
 
 
 def accumulate_gradients(run: Run) -> torch.Tensor:
@@ -233,9 +235,8 @@ def build(
     optimizer = Optimizer(
         model.groups(), derived.specs, group, polar_dtype=dtype, transport_dtype=transport, compile=on_gpu
     )
-    run = Run(context, recipe, derived, prepared, model, optimizer, batches)
-    checkpoint.resume(run)
-    return run
+    step = checkpoint.resume(context.resume, model, optimizer) if context.resume else 0
+    return Run(context, recipe, derived, prepared, model, optimizer, batches, step)
 
 
 def use_fp8(model: GPT, recipe: Recipe) -> None:

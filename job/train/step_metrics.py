@@ -15,7 +15,7 @@ pass (`end_backward`), which waits for nobody: a second event in the queue. The 
 all-reduce that each step makes anyway: beside what is summed it has a slot for every rank, in which all others have a
 zero. No collective is added, and nothing is waited for:
 
-    summed over ranks               loss, whether a gradient was broken, the stop signal (job/run/rank.py)
+    summed over ranks               loss, whether a gradient was broken, the stop signal (job/train/context.py)
     one slot for each rank          seconds of its computing, for the steps that it has read since its last collective
 
 The slot of step s cannot hold the time of step s, which the GPU has not computed yet when the host queues the

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from job.recipe.config import resolve
 from job.recipe.derive import derive
-from job.run.rank import RankReporter
+from job.reporter import RankReporter
 from job.store.attempt import newest_attempt, read_events
 from job.train.checkpoint import Writer
 from model.gpt import GPT
@@ -46,22 +46,13 @@ def _rank(rank: int, world: int, folder: str) -> None:
     model.init_weights(1)
     optimizer = Optimizer(model.groups(), derived.specs, dist.group.WORLD)
     context = SimpleNamespace(run=Path(folder), rank=rank, attempt=1, reporter=Silent(io.StringIO()))
-    run = SimpleNamespace(
-        context=context,
-        recipe=recipe,
-        prepared=SimpleNamespace(id="bench"),
-        optimizer=optimizer,
-        batches=SimpleNamespace(rows_per_step=8),
-        step=0,
-    )
-    writer = Writer(run)
+    writer = Writer(optimizer, context, {}, rows_per_step=8)
     writer.finish()  # its buffers are made while training begins
     times = []
-    for _ in range(CHECKPOINTS):
-        run.step += 1
+    for step in range(1, CHECKPOINTS + 1):
         dist.barrier()
         started = time.perf_counter()
-        writer.save()
+        writer.save(step)
         stall = time.perf_counter() - started
         writer.finish()
         times.append((stall, time.perf_counter() - started))

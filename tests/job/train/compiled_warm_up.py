@@ -12,8 +12,9 @@ import torch
 
 from job.recipe.config import resolve
 from job.recipe.derive import derive
-from job.run.rank import RankContext, RankReporter, StopSignal
+from job.reporter import RankReporter
 from job.train import compile_cache, loop
+from job.train.context import RankContext, StopSignal
 from model.optimizer import Optimizer
 
 OVERRIDES = [

@@ -23,7 +23,6 @@ from job.recipe.derive import derive
 from job.reporter import Reporter
 from job.run import supervise
 from job.run.processes import Rank
-from job.run.rank import SIGNALS, RankContext, StopSignal
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import (
     CheckpointManager,
@@ -36,6 +35,7 @@ from job.store.checkpoint_folder import (
 )
 from job.store.sealed import MANIFEST, open_sealed
 from job.train import checkpoint, loop
+from job.train.context import SIGNALS, RankContext, StopSignal
 from tiny_training import CPU, QUIET, STEPS, InProcess
 
 

@@ -20,7 +20,6 @@ from job.errors import InterruptedRun
 from job.machine import host
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
-from job.run.rank import SIGNALS, RankContext, StopSignal
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import (
     CheckpointManager,
@@ -30,6 +29,7 @@ from job.store.checkpoint_folder import (
 )
 from job.store.sealed import open_sealed
 from job.train import checkpoint, loop
+from job.train.context import SIGNALS, RankContext, StopSignal
 from tiny_training import CPU, QUIET, InProcess
 
 

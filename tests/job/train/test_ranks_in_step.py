@@ -15,8 +15,8 @@ import torch.distributed as dist
 from helpers import loopback, on_ranks
 from job.recipe.config import CommConfig, Recipe, resolve
 from job.recipe.derive import derive
-from job.run.rank import StopSignal
 from job.train import loop, step_metrics
+from job.train.context import StopSignal
 from job.train.loop import Batches, Run, take_step
 from job.train.step_metrics import WINDOW, Computing, Reading, SlowRanks, StepMetrics
 from model.gpt import GPT

@@ -16,8 +16,8 @@ from torch import Tensor
 from job.errors import DivergedError, OutOfMemoryError
 from job.recipe.config import resolve
 from job.recipe.derive import derive
-from job.run.rank import StopSignal
 from job.train import checkpoint, loop
+from job.train.context import StopSignal
 from job.train.loop import Batches, Run, save, take_step, train, warm_up
 from job.train.step_metrics import Reading, StepMetrics
 from model.gpt import GPT
@@ -68,6 +68,10 @@ def run(tmp_path: Path) -> Run:
     return Run(context, RECIPE, derived, SimpleNamespace(id="0" * 16), model, optimizer, batches)
 
 
+def a_writer(run: Run) -> checkpoint.Writer:
+    return checkpoint.Writer(run.optimizer, run.context, {}, run.batches.rows_per_step)
+
+
 def lag_by(run: Run, lag: int) -> None:
     run.metrics = StepMetrics(CPU, run.optimizer.flagged, lambda reading: loop.record_step(run, reading), lag=lag)
 
@@ -108,7 +112,7 @@ def test_the_lag_changes_nothing_but_when_steps_are_reported(run: Run) -> None:
     run.context.reporter.steps.clear()
     run.model.init_weights(0)
     run.optimizer = Optimizer(run.model.groups(), run.derived.specs, polar_dtype=torch.float32)
-    run.step, run.writer = 0, checkpoint.Writer(run)
+    run.step, run.writer = 0, a_writer(run)
     lag_by(run, 3)
     for step in range(6):
         take_step(run)
@@ -196,7 +200,7 @@ def test_what_the_maker_of_buffers_fails_with_ends_training_before_the_next_step
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.torch, "zeros", refuse)
-        run.writer = checkpoint.Writer(run)
+        run.writer = a_writer(run)
         run.writer._thread.join()
     with pytest.raises(raised, match=sentence):
         train(run)
