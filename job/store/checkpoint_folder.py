@@ -80,7 +80,7 @@ def newest_usable(
         try:
             if pull and elsewhere:
                 elsewhere.pull_checkpoint(run, folder)
-            _check_usable(open_sealed(folder, kind=KIND), belongs_to)
+            _check_usable(open_sealed(folder, kind=KIND, verify=not pull), belongs_to)  # a pull has hashed each byte
             return folder
         except DataError as error:
             attempt.emit("checkpoint.refused", folder=folder.name, why=str(error))

@@ -170,10 +170,10 @@ def test_another_command_ends_both(tmp_path: Path) -> None:
 def test_a_stranger_is_sent_away_and_the_first_node_goes_on_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_link, "SILENCE", 1.0)
-    first, stranger = Meeting(tmp_path, secrets=("secret", "another"), wait=3).hold()
+    monkeypatch.setattr(node_link, "SILENCE", 3.0)
+    first, stranger = Meeting(tmp_path, secrets=("secret", "another"), wait=8).hold()
     assert isinstance(stranger, UsageError) and "its secret is another one" in str(stranger)
-    assert isinstance(first, InterruptedRun) and "node 1 (127.0.0.1) did not call within 3 s" in str(first)
+    assert isinstance(first, InterruptedRun) and "node 1 (127.0.0.1) did not call within 8 s" in str(first)
 
 
 def test_a_first_node_that_does_not_answer_is_named(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_what_the_maker_of_buffers_fails_with_ends_training_before_the_next_step
         train(run)
     assert run.step == 0 and run.context.reporter.steps == []
     with pytest.raises(raised, match=sentence):
-        run.writer.save()
+        run.writer.save(run.step)
 
 
 # ---- warm-up, and rows on their way
