@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,12 @@ def test_the_release_smokes_what_it_pushed_before_it_names_it() -> None:
         assert flag.replace("=", " ", 1) in scripts[order[1]], (
             "the release smokes with the flags that the tests smoke with"
         )
+
+
+def test_what_compose_and_the_image_import_of_ours_is_there() -> None:
+    """A container's tests see this too, minutes later."""
+    files = ("docker/compose.yaml", "tests/container/structure.yaml")
+    lines = [line for file in files for line in re.findall(r"from job\S* import \w+", (ROOT / file).read_text())]
+    lines += [f"import {name}" for name in re.findall(r'"-m", "(job[\w.]+)"', (ROOT / "Dockerfile").read_text())]
+    assert len(lines) >= 3
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
