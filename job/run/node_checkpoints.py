@@ -132,6 +132,8 @@ class NodesCheckpointManager(CheckpointManager):
         self._uploader, self._others_ended = uploader, others_ended
         uploader.store.delete(uploader.store.list(f"{run_key(run.name)}/parts"))  # of attempts before this one
         self._begun: set[int] = set()
+        self._sealed_before = threading.Event()
+        self._sealed_before.set()
         self._ended = threading.Event()
         self._whole: collections.deque[list[dict[str, Any]]] = collections.deque()
 
@@ -139,10 +141,19 @@ class NodesCheckpointManager(CheckpointManager):
         self._uploader.take(part)
         if part["rows"] not in self._begun:
             self._begun.add(part["rows"])
-            self._uploader.start(self._collect, part["rows"])
+            before, self._sealed_before = self._sealed_before, threading.Event()
+            self._uploader.start(self._collect_in_order, part["rows"], before, self._sealed_before)
+
+    def _collect_in_order(self, rows: int, before: threading.Event, done: threading.Event) -> None:
+        """In a thread: checkpoints are sealed in the order of their steps, however their parts arrive."""
+        try:
+            before.wait()
+            self._collect(rows)
+        finally:
+            done.set()
 
     def _collect(self, rows: int) -> None:
-        """In a thread: until the documents of all parts are there, or no more can come."""
+        """Until the documents of all parts are there, or no more can come."""
         store, prefix = self._uploader.store, self._uploader.documents(rows)
         parts: dict[str, dict[str, Any]] = {}
         while len(parts) < self._world_size:
