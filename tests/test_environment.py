@@ -39,7 +39,6 @@ def write_wheel(folder: Path, name: str, version: str, extra: dict[str, str] | N
     }
     record = "".join(
         f"{path},sha256={base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b'=').decode()},{len(text)}\n"
-        f"{path},sha256={base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b'=').decode()},{len(text)}\n"
         for path, text in files.items()
     )
     wheel = folder / f"{name}-{version}-py3-none-any.whl"

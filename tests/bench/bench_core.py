@@ -39,7 +39,6 @@ def print_table(title, compared, scores=None):
     ours, theirs = sum(c.seconds for c in compared), sum(c.speedup * c.seconds for c in compared)
     print(
         f"\n{title}\n{'task':<34}{'items':>6}{'seconds':>9}{'share':>7}{'reference':>11}{'times':>7}{'differ':>8}{'margin':>9}"
-        f"\n{title}\n{'task':<34}{'items':>6}{'seconds':>9}{'share':>7}{'reference':>11}{'times':>7}{'differ':>8}{'margin':>9}"
     )
     for c in compared:
         margin = f"{max(c.differing):.1e}" if c.differing else ""
