@@ -12,9 +12,7 @@ import torch
 from job.console import Console
 from job.recipe.config import Recipe, resolve
 from job.reporter import RankReporter
-from job.store.checkpoint_folder import (
-    CheckpointManager,
-)
+from job.store.checkpoint_folder import CheckpointManager
 
 STEPS = 14
 QUIET = Console(-1)

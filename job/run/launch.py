@@ -375,10 +375,6 @@ def _flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return (
-        f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else json.dumps(value)
-        if not isinstance(value, str)
-        else value or '""'
-    )
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return (value or '""') if isinstance(value, str) else json.dumps(value)
