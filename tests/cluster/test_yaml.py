@@ -95,14 +95,19 @@ def test_the_folder_holds_yaml_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_is_one_task_and_begins_with_its_command_and_its_price(path: Path) -> None:
+def test_a_file_is_one_task_with_a_header(path: Path) -> None:
     text = path.read_text()
     assert len(list(yaml.safe_load_all(text))) == 1, "`sky launch` refuses a file of two documents"
     header = re.match(r"(?:#.*\n)+", text)[0].splitlines()
+    assert 9 <= len(header) <= 12
     assert any(
         re.match(rf"#   sky (?:jobs )?launch .*sky/{path.name} .*--image-id docker:\$IMAGE", line) for line in header
     )
-    assert re.search(r"\$\d", " ".join(header))
+    assert any("What lands in the bucket" in line for line in header) or "lands in the bucket" in " ".join(header)
+    words = " ".join(line.lstrip("# ") for line in header)
+    assert re.search(r"\$\d.*\((?:estimated|published)", words)
+    dated = "prices: SkyPilot's catalog, November 2026" in words
+    assert path.stem not in GPU or dated, "a price without a date is worth nothing"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
