@@ -291,9 +291,9 @@ def made(start: Start) -> set[Path]:
 
 @pytest.mark.slow
 def test_a_resumed_warm_up_compiles_nothing(tmp_path: Path) -> None:
-    """With Inductor, on a CPU: a first start and another machine."""
+    """With Inductor, on a CPU: a first start, another machine, and one whose copy has a flipped byte."""
     starts = {}
-    for name in ("first", "second"):
+    for name in ("first", "second", "third"):
         start = Start(tmp_path, name, nodes=Nodes(1))
         before = made(start)
         command = [sys.executable, str(Path(__file__).with_name("compiled_warm_up.py"))]
@@ -312,8 +312,11 @@ def test_a_resumed_warm_up_compiles_nothing(tmp_path: Path) -> None:
         start.upload()
         start.end()
         print(name, starts[name])
-    first, second = starts.values()
+        if name == "second":
+            flip(tmp_path / "bucket" / start.caches.key)
+    first, second, third = starts.values()
     assert first["compiled"] > 5 and not first["loads"] and first["sealed"]
     assert second["compiled"] == 0 and second["loaded"] == first["compiled"] + first["loaded"] and second["loads"]
     assert second["new"] == 0 and not second["sealed"]
-    assert first["losses"] == second["losses"]
+    assert third["compiled"] == first["compiled"] and not third["loads"] and third["sealed"]
+    assert first["losses"] == second["losses"] == third["losses"]
