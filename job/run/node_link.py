@@ -35,6 +35,8 @@ from job.run.supervise import GOES_ON, Interrupts
 
 SILENCE = 15.0
 """seconds after which a node that says nothing is lost"""
+ANSWER = 60.0
+"""seconds that a listening first node has to answer: until then it imports torch, perhaps from a cold disk"""
 POLL = 0.2
 LAST_WORD = 4 * GRACE
 """seconds that the first node has to end the run after a failure on another"""
@@ -85,7 +87,7 @@ class NodeLink:
 
         address = "127.0.0.1" if listener else self.nodes.addresses[0]
         hosted = {"is_master": True, "master_listen_fd": listener.detach()} if listener else {"is_master": False}
-        timeout = datetime.timedelta(seconds=SILENCE)
+        timeout = datetime.timedelta(seconds=2 * ANSWER)  # so that `call` is the one that gives up
         store = TCPStore(address, self.nodes.port, wait_for_workers=False, timeout=timeout, **hosted)
         return PrefixStore(self.nodes.secret, store)
 
@@ -226,7 +228,7 @@ class NodeLink:
             with contextlib.suppress(OSError):
                 socket.create_connection((self.nodes.addresses[0], self.nodes.port), 1.0).close()
                 self.open()
-                if not self.wait("the first node answered", self._answered, SILENCE):
+                if not self.wait("the first node answered", self._answered, ANSWER):
                     raise UsageError(
                         f"{first} runs something else on port {self.nodes.port} (its secret is another one): give all"
                         " nodes the same command and SKYPILOT_TASK_ID, or set SPEEDRUN_NODES_PORT to a free port on all"
