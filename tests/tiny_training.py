@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,16 @@ def recipe_of(corpus: Path, **train: object) -> Recipe:
 
 
 class InProcess(RankReporter):
-    """A rank's reporter without a pipe: parts go straight to the manager, events to a list."""
+    """A rank's reporter without a pipe: messages go to a list, and at each the manager looks for parts."""
 
-    def __init__(self, manager: CheckpointManager | None = None, outbox: Path | None = None) -> None:
+    def __init__(self, manager: CheckpointManager | None = None) -> None:
         super().__init__(io.StringIO())
-        self.manager, self.outbox, self.events = manager, outbox, []
+        self.manager, self.events = manager, []
 
     def send(self, message: dict[str, Any]) -> None:
         self.events.append(message)
-        if "part" in message and self.manager:
-            self.manager.take(message["part"])
-        if "part" in message and self.outbox:
-            self.outbox.write_text(json.dumps(message["part"]))
+        if self.manager:
+            self.manager.check()
 
     def losses(self) -> list[float]:
         return [e["loss"] for e in self.events if e.get("kind") == "train.step"]

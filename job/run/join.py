@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -109,24 +110,21 @@ def _run_ranks(
 ) -> None:
     caches = Caches(spec.stage, node, recipe, console, reporter)
     parts = None
-    if spec.stage == "pretrain":
-        parts = PartUploader(node.run, spec.attempt, node.fenced(spec.attempt), split=spec.split)
+    if spec.stage == "pretrain" and spec.split:
+        parts = PartUploader(node.run, spec.attempt, node.fenced(spec.attempt))
+
+    def meanwhile() -> None:
+        link.check(GRACE)
+        if parts:
+            parts.check()
+
     try:
-        ranks = caches.node.start(spec)
-        console.say(f"{spec.stage}: {len(ranks)} of its ranks start here")
-        supervise(
-            spec.stage,
-            ranks,
-            reporter=caches,
-            console=console,
-            interrupts=interrupts,
-            manager=parts,
-            meanwhile=lambda: link.check(GRACE),
-        )
+        with parts or contextlib.nullcontext():
+            ranks = caches.node.start(spec)
+            console.say(f"{spec.stage}: {len(ranks)} of its ranks start here")
+            supervise(spec.stage, ranks, reporter=caches, console=console, interrupts=interrupts, meanwhile=meanwhile)
     finally:
         caches.end(interrupted=interrupts.count > 0)
-        if parts:
-            parts.end()
 
 
 class NodeReporter(Reporter):

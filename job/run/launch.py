@@ -31,7 +31,7 @@ from job.report.render import write_report
 from job.reporter import Reporter
 from job.run.bucket import Bucket
 from job.run.fruitless import RankDied, judged, without_attempts
-from job.run.node_checkpoints import NodesCheckpointManager, PartUploader, fetch, share
+from job.run.node_checkpoints import SplitCheckpointManager, fetch, share
 from job.run.node_link import NodeLink, first_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
 from job.run.processes import GRACE, Rank, free_port, start_ranks
@@ -229,19 +229,18 @@ def _run_ranks(stage: str, start: _Start) -> None:
         stage, node, start.recipe, start.console, AnnouncingReporter(attempt, start.uploads), attempt.number
     )
     try:
-        if everywhere:
-            spec.write(node)
-            link.say(launched=stage)
-            link.wait("all nodes were ready", lambda record: record.get("ready") == stage)
-        _supervise(caches.node.start(spec), stage, start, caches, manager)
-        if everywhere:
-            link.wait("all nodes had ended", lambda record: record.get("done") == stage)
+        with manager or contextlib.nullcontext():
+            if everywhere:
+                spec.write(node)
+                link.say(launched=stage)
+                link.wait("all nodes were ready", lambda record: record.get("ready") == stage)
+            _supervise(caches.node.start(spec), stage, start, caches, manager)
+            if everywhere:
+                link.wait("all nodes had ended", lambda record: record.get("done") == stage)
     except RankDied as died:
         raise judged(run, attempt.number, died) from None
     finally:
         caches.end(interrupted=start.interrupts.count > 0)
-        if manager:
-            manager.end()
     if stage == "pretrain" and link.split:
         fetch(node.documents, run, final_rows)  # the evaluation is the first node's
 
@@ -282,14 +281,13 @@ def _manager(start: _Start, final_rows: int) -> CheckpointManager:
         "final_rows": final_rows,
         "minutes": start.recipe.train.checkpoint_minutes,
     }
-    if node.nodes.count == 1:
+    if not link.split:
         return CheckpointManager(node.run, attempt, **given)
-    uploader = PartUploader(node.run, attempt.number, node.fenced(attempt.number), split=link.split)
-    return NodesCheckpointManager(node.run, attempt, uploader, lambda: link.all_others(_has_trained), **given)
 
+    def others_ended() -> bool:
+        return link.all_others(lambda record: record.get("failed") or record.get("done") == "pretrain")
 
-def _has_trained(record: dict[str, Any]) -> bool:
-    return bool(record.get("failed")) or record.get("done") == "pretrain"
+    return SplitCheckpointManager(node.run, attempt, node.fenced(attempt.number), others_ended, **given)
 
 
 @contextlib.contextmanager

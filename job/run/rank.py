@@ -2,10 +2,10 @@
 
     supervisor --(stdin: one JSON object a line)--> rank     {"do": "checkpoint"}  {"do": "stop"}
     rank --(the pipe of SPEEDRUN_EVENTS_FD)--> supervisor    {"kind": ..} {"progress": ..} {"training": 118}
-                                                             {"part": ..} {"error": ..}
+                                                             {"error": ..}
 
-Ranks compute: they write the files of sealed folders, and all else they have to say goes up this pipe; the supervisor
-alone writes events.
+Ranks compute: they write sealed folders and a checkpoint's parts, and all else they have to say goes up this pipe; the
+supervisor alone writes events.
 
 When the supervisor dies, stdin ends, and the rank ends its whole process group: nothing is left running on a machine
 that bills.

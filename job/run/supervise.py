@@ -18,7 +18,7 @@ import selectors
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from job.console import Console
 from job.errors import InterruptedRun, OutOfMemoryError, error_for
@@ -26,17 +26,9 @@ from job.machine import cgroup, container
 from job.reporter import Reporter
 from job.run.fruitless import Death, RankDied, explained
 from job.run.processes import GRACE, Rank
+from job.store.checkpoint_folder import CheckpointManager
 
 GOES_ON = "what is sealed is kept, and the same command goes on from there"
-
-
-class CheckpointSink(Protocol):
-    """What the parts of checkpoints are given to, and what says when one is due."""
-
-    def check(self) -> None: ...
-    def due(self) -> bool: ...
-    def restart_clock(self) -> None: ...
-    def take(self, part: dict[str, Any]) -> None: ...
 
 
 class Interrupts:
@@ -82,7 +74,7 @@ def supervise(
     reporter: Reporter,
     console: Console,
     interrupts: Interrupts,
-    manager: CheckpointSink | None = None,
+    manager: CheckpointManager | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Write down what the ranks of `stage` report until all have ended; `manager` seals their checkpoints and says when
@@ -127,7 +119,7 @@ class _Control:
     """Tells the node's first rank when a checkpoint is due, and to stop after a signal."""
 
     def __init__(
-        self, stage: str, first: Rank, interrupts: Interrupts, console: Console, manager: CheckpointSink | None
+        self, stage: str, first: Rank, interrupts: Interrupts, console: Console, manager: CheckpointManager | None
     ) -> None:
         self.stage, self.first, self.interrupts, self.console, self.manager = stage, first, interrupts, console, manager
         self.stopping: float | None = None
@@ -152,15 +144,13 @@ class _Control:
 
 
 def _take(
-    rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, manager: CheckpointSink | None
+    rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, manager: CheckpointManager | None
 ) -> None:
     match message:
         case {"progress": [stage, done, total, unit]}:
             console.progress(stage, done, total, unit)
         case {"error": [code, text]}:
             rank.error = (code, text)
-        case {"part": part} if manager:
-            manager.take(part)
         case {"training": _}:
             rank.training = True
             if manager:
@@ -175,7 +165,7 @@ def _take(
 
 
 def _drain(
-    selector: selectors.BaseSelector, reporter: Reporter, console: Console, manager: CheckpointSink | None
+    selector: selectors.BaseSelector, reporter: Reporter, console: Console, manager: CheckpointManager | None
 ) -> None:
     """Take what dead ranks had still said: a pipe outlives its writer."""
     for key in list(selector.get_map().values()):

@@ -3,25 +3,36 @@
     checkpoints/000000000409600/    weights-00000.safetensors  optimizer-00000.safetensors ...  manifest.json
                                     (409,600 rows consumed)
 
-Each rank writes its parts into the hidden folder of its attempt and says so; when all ranks have, the supervisor writes
-the manifest and renames. Ranks never wait for each other's disks, and the training loop waits for neither.
+Each rank writes its two files into the hidden folder of its attempt, and last part-<rank>.json, which says what is in
+them; when those of all ranks are there, the supervisor writes the manifest and renames. Ranks never wait for each
+other's disks, and the training loop waits for neither.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from job.console import Console
-from job.errors import DataError
+from job.errors import DataError, SpeedrunError
 from job.recipe.config import FREE
 from job.store.attempt import Attempt
-from job.store.sealed import Sealed, content_id, is_sealed, open_sealed, seal_written, storage_errors, write_manifest
+from job.store.sealed import (
+    Sealed,
+    atomic_write,
+    content_id,
+    is_sealed,
+    open_sealed,
+    seal_written,
+    storage_errors,
+    write_manifest,
+)
 
 KIND = "checkpoint"
 OPTIMIZER = "optimizer-"
@@ -38,6 +49,24 @@ def folder_of(run: Path, rows: int) -> Path:
 def parts_folder(run: Path, rows: int, attempt: int) -> Path:
     """Where the ranks of `attempt` write their parts of it."""
     return run / "checkpoints" / f".{rows:015d}.tmp-{attempt}"
+
+
+def write_part(folder: Path, rank: int, part: Mapping[str, Any]) -> None:
+    """The last that `rank` writes into `folder`: rows, step, files, slices, made_from, and seconds and stall of it."""
+    atomic_write(folder / f"part-{rank:05d}.json", json.dumps(part).encode())
+
+
+def read_part(file: Path) -> dict[str, Any]:
+    """What `write_part` wrote, which no sealed folder keeps."""
+    part = json.loads(file.read_bytes())
+    file.unlink()
+    return part
+
+
+def written_parts(run: Path, attempt: int) -> list[tuple[Path, list[Path]]]:
+    """The hidden folders of `attempt`, oldest first, and the parts that stand whole in each."""
+    hidden = sorted((run / "checkpoints").glob(f".*.tmp-{attempt}"))
+    return [(folder, sorted(folder.glob("part-*.json"))) for folder in hidden]
 
 
 def folders(run: Path) -> list[Path]:
@@ -107,12 +136,11 @@ def sweep_parts(run: Path) -> None:
 
 
 class CheckpointManager:
-    """Seals checkpoints from the parts that ranks report, says when the next is due, and keeps the folder small."""
+    """Seals checkpoints from the parts that ranks have written, says when the next is due, keeps the folder small."""
 
     def __init__(self, run: Path, attempt: Attempt, *, world_size: int, final_rows: int, minutes: float) -> None:
         self._run, self._attempt, self._world_size = run, attempt, world_size
         self._final_rows, self._seconds = final_rows, minutes * 60
-        self._parts: dict[int, list[dict[str, Any]]] = {}
         self._last = math.inf  # until the first step: compiling loses nothing that a checkpoint could keep
         sweep_parts(run)
 
@@ -123,18 +151,15 @@ class CheckpointManager:
         """Training begins, or a checkpoint is on its way: the next one is due a whole interval later."""
         self._last = time.monotonic()
 
-    def take(self, part: dict[str, Any]) -> None:
-        """One rank's part; the last of them seals the checkpoint. UsageError when another attempt took the run over."""
-        parts = self._parts.setdefault(part["rows"], [])
-        parts.append(part)
-        if len(parts) == self._world_size:
-            self._seal(self._parts.pop(part["rows"]))
+    def check(self) -> None:
+        """Several times a second: seal what all ranks have written. UsageError after another attempt's claim."""
+        for folder, parts in written_parts(self._run, self._attempt.number):
+            if len(parts) == self._world_size:
+                self._seal(folder, [read_part(part) for part in parts])
 
-    def _seal(self, parts: list[dict[str, Any]]) -> None:
+    def _seal(self, written: Path, parts: list[dict[str, Any]]) -> None:
         self._attempt.check_newest()
-        rows = parts[0]["rows"]
-        written = parts_folder(self._run, rows, self._attempt.number)
-        seal_written(written, folder_of(self._run, rows), kind=KIND, **self._manifest(parts))
+        seal_written(written, folder_of(self._run, parts[0]["rows"]), kind=KIND, **self._manifest(parts))
         self._record(parts)
         others = [old for old in folders(self._run) if int(old.name) != self._final_rows]
         for old in others[KEEP:]:
@@ -159,12 +184,18 @@ class CheckpointManager:
         folder = folder_of(self._run, rows).name
         self._attempt.emit("checkpoint.sealed", step=step, rows=rows, folder=folder, bytes=size, **times)
 
-    def check(self) -> None:
-        """Several times a second: raise what sealing failed with."""
+    def __enter__(self) -> Self:
+        return self
 
-    def end(self) -> None:
-        """When the ranks have ended: wait for what is being sealed, then remove parts that became no checkpoint."""
-        sweep_parts(self._run)
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """When the ranks have ended: seal what is whole, and remove parts that became no checkpoint."""
+        try:
+            self.check()
+        except SpeedrunError:
+            if error is None:
+                raise
+        finally:
+            sweep_parts(self._run)
 
 
 def drop_optimizer(folder: Path) -> None:

@@ -6,7 +6,7 @@ asks for a name and a range of rows, so a checkpoint written by eight ranks is r
 pickle: safetensors and JSON.
 
 **What training waits for** is one copy of the state into host buffers that are kept from checkpoint to checkpoint. A
-thread then writes, hashes and fsyncs them, each of which lets go of the interpreter, and reports the part. Only a
+thread then writes, hashes and fsyncs them, each of which lets go of the interpreter. Only a
 second checkpoint that comes before the first is written waits for it. safetensors' own writer is not used for that
 reason: it holds the interpreter while it writes, and hides a full disk behind an error of its own. Its reader is; the
 format is one JSON header and raw bytes.
@@ -28,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from job.errors import DataError, OutOfMemoryError
-from job.store.checkpoint_folder import KIND, OPTIMIZER, folder_of, parts_folder
+from job.store.checkpoint_folder import KIND, OPTIMIZER, folder_of, parts_folder, write_part
 from job.store.sealed import Sealed, open_sealed, storage_errors
 from job.train.context import RankContext
 from model.gpt import GPT
@@ -80,7 +80,7 @@ class Writer:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait until everything begun is written and reported; raises what the writing raised."""
+        """Wait until everything begun is written; raises what the writing raised."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -114,12 +114,11 @@ class Writer:
                     tensors = {_key(s.name, s.start): self._buffers[s.name, s.start] for s in mine}
                     files[file] = write_tensors(folder / file, tensors)
                     index += [(s.name, file, s.start, s.start + len(s.tensor)) for s in mine]
+            part = {"rows": rows, "step": step, "files": files, "slices": index}
+            part |= {"made_from": {**self._belongs_to, "rows": rows}, "stall": stall}
+            write_part(folder, context.rank, part | {"seconds": time.perf_counter() - started})
         except BaseException as error:
             self._error = error
-            return
-        made_from = {**self._belongs_to, "rows": rows}
-        part = {"rows": rows, "step": step, "files": files, "slices": index, "made_from": made_from}
-        context.reporter.send({"part": part | {"seconds": time.perf_counter() - started, "stall": stall}})
 
 
 def _without_buffers(error: BaseException, size: int) -> BaseException:

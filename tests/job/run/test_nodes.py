@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,14 +16,14 @@ from job.console import Console
 from job.errors import DataError, ExitCode, InterruptedRun, SpeedrunError, StorageError, UsageError
 from job.run import node_link
 from job.run.join import announced, current_attempt
-from job.run.node_checkpoints import NodesCheckpointManager, PartUploader, fetch
+from job.run.node_checkpoints import PartUploader, SplitCheckpointManager, fetch
 from job.run.node_link import NodeLink, first_link, other_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes
 from job.run.processes import free_port
 from job.run.supervise import Interrupts
 from job.store.attempt import Attempt
-from job.store.checkpoint_folder import folders, parts_folder
-from job.store.sealed import sha256_file
+from job.store.checkpoint_folder import KIND, CheckpointManager, folders, parts_folder, write_part
+from job.store.sealed import MANIFEST, open_sealed, sha256_file
 from job.store.stores import FolderStore
 
 TWO = {
@@ -274,8 +275,7 @@ def test_an_unexplained_end_of_ranks_is_explained_by_another_nodes_failure(tmp_p
 # ---- checkpoints from parts
 
 
-def part(run: Path, rank: int, rows: int = 80) -> dict:
-    """What a rank says when it has written its two files."""
+def write_checkpoint_part(run: Path, rank: int, rows: int = 80) -> None:
     folder = parts_folder(run, rows, 1)
     folder.mkdir(parents=True, exist_ok=True)
     files, slices = {}, []
@@ -284,41 +284,51 @@ def part(run: Path, rank: int, rows: int = 80) -> dict:
         file.write_text(f"{prefix}{rank}")
         files[file.name] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
         slices.append((f"{prefix}a", file.name, rank, rank + 1))
-    made_from = {"rows": rows}
-    return {"rows": rows, "step": 2, "files": files, "slices": slices, "made_from": made_from, "seconds": 1, "stall": 1}
+    part = {"rows": rows, "step": 2, "files": files, "slices": slices, "made_from": {"rows": rows}}
+    write_part(folder, rank, part | {"seconds": 1, "stall": 1})
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_a_checkpoint_exists_when_the_parts_of_all_nodes_are_there(tmp_path: Path, split: bool) -> None:
-    runs = [tmp_path / name / "runs" / "t" for name in ("n0", "n1" if split else "n0")]
-    store = FolderStore(tmp_path / ("bucket" if split else "n0"))
-    attempt = Attempt.claim(runs[0], store if split else None)
-    uploaders = [PartUploader(run, 1, store, split=split) for run in runs]
-    manager = NodesCheckpointManager(
-        runs[0], attempt, uploaders[0], lambda: False, world_size=2, final_rows=80, minutes=0
-    )
-    manager.take(part(runs[0], 0))
-    time.sleep(0.5)
-    manager.check()
-    assert not store.get("runs/t/checkpoints/000000000000080/manifest.json")
-    uploaders[1].take(part(runs[1], 1))
-    uploaders[1].end()
-    manager.end()
-    assert store.get("runs/t/checkpoints/000000000000080/manifest.json")
-    assert len(folders(runs[0])) == (0 if split else 1), "what is in the bucket is not kept"
+def test_a_checkpoint_exists_when_the_parts_of_all_nodes_are_in_the_store(tmp_path: Path) -> None:
+    runs = [tmp_path / name / "runs" / "t" for name in ("n0", "n1")]
+    store, manifest = FolderStore(tmp_path / "bucket"), "runs/t/checkpoints/000000000000080/manifest.json"
+    attempt = Attempt.claim(runs[0], store)
+    others_ended = threading.Event()
+    given = {"world_size": 2, "final_rows": 80, "minutes": 0}
+    with SplitCheckpointManager(runs[0], attempt, store, others_ended.is_set, **given):
+        write_checkpoint_part(runs[0], 0)
+        while not store.list("runs/t/parts"):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert not store.get(manifest)
+        with PartUploader(runs[1], 1, store):
+            write_checkpoint_part(runs[1], 1)
+        others_ended.set()
+    assert store.get(manifest)
+    assert not folders(runs[0]), "what is in the bucket is not kept"
     fetch(store, tmp_path / "n2" / "runs" / "t", 80)
     assert len(list((tmp_path / "n2" / "runs" / "t").glob("checkpoints/*/*.safetensors"))) == 4
     assert not store.list("runs/t/parts")
 
 
+def test_on_a_shared_folder_the_first_node_seals(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "t"
+    with CheckpointManager(run, Attempt.claim(run), world_size=2, final_rows=80, minutes=0) as manager:
+        write_checkpoint_part(run, 0)
+        manager.check()
+        assert not folders(run)
+        write_checkpoint_part(run, 1)
+    (folder,) = folders(run)
+    names = {path.name for path in open_sealed(folder, kind=KIND).path.iterdir()}
+    assert names == {MANIFEST} | {
+        f"{kind}-0000{rank}.safetensors" for kind in ("weights", "optimizer") for rank in (0, 1)
+    }
+
+
 def test_parts_of_a_node_that_ended_without_its_own_are_given_up(tmp_path: Path) -> None:
     run, store = tmp_path / "runs" / "t", FolderStore(tmp_path / "bucket")
-    attempt = Attempt.claim(run, store)
-    manager = NodesCheckpointManager(
-        run, attempt, PartUploader(run, 1, store, split=True), lambda: True, world_size=2, final_rows=80, minutes=0
-    )
-    manager.take(part(run, 0))
-    manager.end()
+    given = {"world_size": 2, "final_rows": 80, "minutes": 0}
+    with SplitCheckpointManager(run, Attempt.claim(run, store), store, lambda: True, **given):
+        write_checkpoint_part(run, 0)
     assert not store.get("runs/t/checkpoints/000000000000080/manifest.json")
     assert not list(run.glob("checkpoints/.*"))
 
@@ -328,8 +338,9 @@ def test_a_part_that_cannot_be_put_ends_the_stage(tmp_path: Path) -> None:
         def put_file(self, key: str, path: Path, sha256: str) -> None:
             raise StorageError("the bucket is gone")
 
-    uploader = PartUploader(tmp_path / "runs" / "t", 1, Gone(tmp_path / "bucket"), split=True)
-    uploader.take(part(uploader.run, 0))
-    uploader.join()
+    uploader = PartUploader(tmp_path / "runs" / "t", 1, Gone(tmp_path / "bucket"))
+    write_checkpoint_part(uploader.run, 0)
     with pytest.raises(StorageError):
-        uploader.check()
+        while True:
+            uploader.check()
+            time.sleep(0.05)

@@ -72,6 +72,7 @@ def train(
         loop.train(loop.build(context, recipe, derived, opened, Rows(opened, seed=recipe.data.seed), CPU))
     except InterruptedRun:
         assert stop_at is not None
+    manager.check()
     return reporter.losses()
 
 

@@ -41,7 +41,7 @@ def _rank(
         host.compute_dtype = lambda *_, **__: torch.float64
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{run}/store-{attempt}", rank=rank, world_size=world)
-    reporter = InProcess(outbox=Path(run) / f"part-{attempt}-{rank}.json")
+    reporter = InProcess()
     stop_signal = StopSignal()
     stop_signal.agreed(SIGNALS.index("stop"), before=stop_at)
     folder = Path(run)
@@ -72,8 +72,7 @@ def train_on(world: int, material: tuple[Recipe, Path], run: Path, *, stop_at: i
     for process in ranks:
         process.join(300)
     assert [process.exitcode for process in ranks] == [0] * world
-    for rank in range(world):
-        manager.take(json.loads((run / f"part-{attempt.number}-{rank}.json").read_text()))
+    manager.check()
     return json.loads((run / f"losses-{attempt.number}.json").read_text())
 
 
