@@ -19,6 +19,8 @@ class Console:
         self._task: tuple[str, Any] | None = None
         self._started: dict[str, tuple[float, float]] = {}
         self._printed: dict[str, float] = {}
+        self.printed = time.monotonic()
+        """when anything was last shown"""
 
     def say(self, text: str) -> None:
         if self.verbosity >= 0:
@@ -33,6 +35,7 @@ class Console:
         print(text, file=sys.stderr, flush=True)
 
     def _print(self, text: str) -> None:
+        self.printed = time.monotonic()
         if self._live:
             self._live.console.print(text, markup=False, highlight=False)
         else:
@@ -64,6 +67,7 @@ class Console:
             if self._task:
                 self._live.remove_task(self._task[1])
             self._task = (stage, self._live.add_task(stage, total=total, rate=""))
+        self.printed = time.monotonic()
         self._live.update(self._task[1], completed=done, total=total, rate=self._rate(stage, done, unit)[0])
 
     def _rate(self, stage: str, done: float, unit: str) -> tuple[str, float]:

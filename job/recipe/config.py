@@ -137,6 +137,11 @@ class TrainConfig:
     )
     val_every: int = _key(0, "steps between validations; 0 = at the end only", _or_zero("steps", "for the end only"))
     val_tokens: int = _key(41_943_040, "validation tokens; fewer when the held-out text has fewer", _positive("tokens"))
+    silence_seconds: float = _key(
+        300.0,
+        "seconds without a word from any rank after which a run ends with 75; three times as many while compiling",
+        _ratio("300"),
+    )
     compile_cache: bool = _key(
         True, "on a GPU: keep compiled code, also in the bucket, and load it when the run goes on (it will be executed)"
     )
@@ -199,7 +204,10 @@ SECTIONS: dict[str, type] = {
     "eval": EvalConfig,
     "comm": CommConfig,
 }
-FREE = frozenset({f"comm.{field.name}" for field in dataclasses.fields(CommConfig)} | {"train.compile_cache"})
+FREE = frozenset(
+    {f"comm.{field.name}" for field in dataclasses.fields(CommConfig)}
+    | {"train.compile_cache", "train.silence_seconds"}
+)
 """keys that belong to no checkpoint: a run may go on with other values"""
 
 

@@ -11,9 +11,10 @@ events of all attempts are folded into the deaths that nothing good came of:
     a signal to the supervisor, another error, done           as it is
     no last event (the machine vanished)                      as it is
 
-A row of three ends with exit code 15, and as long as it lasts every further start makes one attempt and ends so again.
-New is, in training, a checkpoint beyond all earlier ones; in evaluation, a task that was scored; in prepare, a
-tokenizer or row file (the held-out one too) that was made and not pulled from the store.
+A row of three ends with exit code 15, or 10 where a device said that it is broken, and as long as it lasts every
+further start makes one attempt and ends so again. New is, in training, a checkpoint beyond all earlier ones; in
+evaluation, a task that was scored; in prepare, a tokenizer or row file (the held-out one too) that was made and not
+pulled from the store.
 
 `speedrun prepare` and `evaluate --hf` have no attempts in which deaths could be counted: their first one ends with 15.
 """
@@ -26,20 +27,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from job.errors import InterruptedRun, SilentRankError, SpeedrunError
+from job.errors import InterruptedRun, PreflightError, SilentRankError, SpeedrunError
 from job.store.attempt import read_events
 
 LIMIT = 3
+SILENCE = "silence"
+GOES_ON = "what is sealed is kept, and the same command goes on from there"
 
 
 @dataclasses.dataclass(frozen=True)
 class Death:
-    """A rank's end by a signal that was not the answer to a signal to the supervisor."""
+    """A rank's end by a signal that was not the answer to a signal to the supervisor, by silence, or by its device."""
 
     stage: str
     rank: str
     """as a sentence calls it: "rank 0", "rank 3 on node 1" """
     signal: str
+    """what it died of: a signal's name, SILENCE, or what the device said"""
+    device: bool = False
+    """whether a device said that it is broken"""
+
+    def __str__(self) -> str:
+        if self.device:
+            return f"the device of {self.rank} failed in {self.stage} ({self.signal})"
+        if self.signal == SILENCE:
+            return f"{self.rank} of {self.stage} fell silent"
+        hint = " (the system may be short of memory)" if self.signal == "SIGKILL" else ""
+        return f"{self.rank} of {self.stage} was killed by {self.signal}{hint}"
 
 
 class RankDied(InterruptedRun):
@@ -78,36 +92,27 @@ def deaths_in_a_row(events: Iterable[dict[str, Any]]) -> list[Death]:
 
 
 def judged(run: Path, attempt: int, died: RankDied) -> SpeedrunError:
-    """What the running `attempt` ends with: `died` itself, or SilentRankError when its death makes the row too long."""
+    """What the running `attempt` ends with: `died`, or where its death makes the row too long SilentRankError (15),
+    PreflightError (10) where a device was what failed."""
     ended = {"attempt": attempt, "kind": "attempt.ended", **died.noted}
     deaths = deaths_in_a_row([*read_events(run), ended])
     if len(deaths) < LIMIT:
         return died
-    last = died.death
-    others = dict.fromkeys(f"{d.rank} of {d.stage} by {d.signal}" for d in deaths[:-1] if d != last)
-    before = f" (before it {', '.join(others)})" if others else ""
-    error = SilentRankError(
-        f"{last.rank} of {last.stage} died of {explained(last.signal)}, in the {ordinal(len(deaths))} attempt in a row"
-        f" that a death ended and that sealed nothing new{before}: starting again as it is will not help; see"
-        f" {died.log}, then take another machine or mend the cause; what is sealed is kept, and the same command makes"
-        " one more attempt"
+    others = dict.fromkeys(str(death) for death in deaths[:-1] if death != died.death)
+    before = f" (before it: {'; '.join(others)})" if others else ""
+    error = (PreflightError if died.death.device else SilentRankError)(
+        f"{died.death}, in the {ordinal(len(deaths))} attempt in a row that ended so and that sealed nothing new"
+        f"{before}: starting again as it is will not help; see {died.log}, then take another machine or mend the cause;"
+        " what is sealed is kept, and the same command makes one more attempt"
     )
     error.noted = died.noted
     return error
 
 
-def without_attempts(died: RankDied) -> SilentRankError:
+def without_attempts(died: RankDied) -> SpeedrunError:
     """What a command ends with that keeps no record of its attempts."""
-    death = died.death
-    return SilentRankError(
-        f"{death.rank} of {death.stage} died of {explained(death.signal)}; what is sealed is kept, and the same"
-        " command, typed again, goes on from there"
-    )
-
-
-def explained(signal: str) -> str:
-    """A signal's name, with what it often means."""
-    return f"{signal} (the system may be short of memory)" if signal == "SIGKILL" else signal
+    error = PreflightError if died.death.device else SilentRankError
+    return error(f"{died.death}; what is sealed is kept, and the same command, typed again, goes on from there")
 
 
 def ordinal(number: int) -> str:

@@ -34,7 +34,7 @@ from job.run.fruitless import RankDied, judged, without_attempts
 from job.run.node_checkpoints import SplitCheckpointManager, fetch, share
 from job.run.node_link import NodeLink, first_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
-from job.run.processes import GRACE, Rank, free_port, start_ranks
+from job.run.processes import GRACE, LocalRank, free_port, start_ranks
 from job.run.supervise import Interrupts, supervise
 from job.run.uploader_client import AnnouncingReporter, Uploads, uploading
 from job.run.wandb_client import wandb_logging
@@ -246,7 +246,7 @@ def _run_ranks(stage: str, start: _Start) -> None:
 
 
 def _supervise(
-    ranks: Sequence[Rank], stage: str, start: _Start, caches: Caches, manager: CheckpointManager | None
+    ranks: Sequence[LocalRank], stage: str, start: _Start, caches: Caches, manager: CheckpointManager | None
 ) -> None:
     """See this node's ranks to their end; raises what failed on another node where it explains what failed here."""
 
@@ -266,6 +266,8 @@ def _supervise(
             interrupts=start.interrupts,
             manager=manager,
             meanwhile=meanwhile,
+            silence=start.recipe.train.silence_seconds,
+            alone=start.node.nodes.count == 1,
         )
     except SpeedrunError as error:
         start.link.fail(error)

@@ -10,15 +10,20 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from job.machine.host import usable_cores
+from job.reporter import Doing
 
 GRACE = 15.0
 """seconds that ranks have to stop between two steps and seal a checkpoint (the table allows 20 in all)"""
+
+KILL_SECONDS = 20.0
+"""that a killed process has to be gone: one that waits for a broken device or disk may never be"""
 
 RANK_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -51,56 +56,26 @@ def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join([PACKAGES, *entries]), "PYTHONSAFEPATH": "1"}
 
 
-class Rank:
-    """One rank of a stage as `supervise` sees it, wherever it runs."""
-
-    name: str
-    """as a sentence calls it: "rank 3", "rank 3 on node 1" """
-    pipe: int
-    """readable when `messages` has something to give"""
-    log: str
-    """where what it printed stands"""
-
-    def __init__(self) -> None:
-        self.error: tuple[int, str] | None = None
-        self.training = False
-        self.closed = False
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """What has arrived; EOFError when the rank closed its end, BlockingIOError when there is nothing."""
-        raise NotImplementedError
-
-    def tell(self, message: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def poll(self) -> int | None:
-        """The exit code, None while it runs."""
-        raise NotImplementedError
-
-    def ended(self) -> int | None:
-        """The exit code; None when the process closed its pipe and still runs after GRACE seconds, or has a failed
-        peer."""
-        raise NotImplementedError
-
-    def kill(self) -> None:
-        """End it and wait for that."""
-        raise NotImplementedError
-
-    def tail(self) -> str:
-        """The end of its log."""
-        raise NotImplementedError
-
-
-class LocalRank(Rank):
-    """A child process (of `module`) in a session of its own: its pipes, its log, and the last unfinished line it
-    sent."""
+class LocalRank:
+    """A child process (of `module`) in a session of its own: its pipes, its log, and what it last said."""
 
     def __init__(
         self, name: str, arguments: list[str], environment: Mapping[str, str], log: Path, module: str = "job.run.rank"
     ) -> None:
-        super().__init__()
         read_end, write_end = os.pipe()
         self.name, self.log = name, str(log)
+        """the name as a sentence has it: "rank 3", "rank 3 on node 1" """
+        self.error: tuple[int, str] | None = None
+        self.failed = float("inf")
+        """when it said so"""
+        self.broken = ""
+        """what a device of its own said"""
+        self.training = False
+        self.closed = False
+        self.heard = time.monotonic()
+        """when it last said anything, be it an answer"""
+        self.progressed = self.heard
+        self.doing = Doing()
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             self.process = subprocess.Popen(
@@ -118,13 +93,21 @@ class LocalRank(Rank):
         self._buffer = b""
 
     def messages(self) -> Iterator[dict[str, Any]]:
+        """What has arrived; EOFError when the process closed its end, BlockingIOError when there is nothing."""
         data = os.read(self.pipe, 1 << 16)
         if not data:
             self.closed = True
             raise EOFError
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
-            yield json.loads(line)
+            message = json.loads(line)
+            self.heard = time.monotonic()
+            if message.get("doing") != list(self.doing):
+                self.progressed = self.heard
+            if "doing" in message:
+                self.doing = Doing(*message["doing"])
+            else:
+                yield message
 
     def tell(self, message: dict[str, Any]) -> None:
         assert self.process.stdin
@@ -132,20 +115,30 @@ class LocalRank(Rank):
             self.process.stdin.write((json.dumps(message) + "\n").encode())
             self.process.stdin.flush()
 
-    def kill(self) -> None:
+    def signal(self, number: int) -> None:
+        """Send a signal to the process and its children; nothing where it is gone."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End it, and wait for that while the kernel may still be at work for it, but not for ever."""
+        self.signal(signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_SECONDS)
 
     def poll(self) -> int | None:
+        """The exit code, None while it runs."""
         return self.process.poll()
 
     def ended(self) -> int | None:
+        """The exit code; None when the process closed its pipe and still runs after GRACE seconds, or has a failed
+        peer."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(timeout=GRACE if self.closed else 0)
         return None
 
     def tail(self) -> str:
+        """The end of its log."""
         return "\n".join(Path(self.log).read_text(errors="replace").splitlines()[-LOG_TAIL:])
 
 

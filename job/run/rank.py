@@ -1,8 +1,8 @@
 """The process a stage runs in: one rank's side of the conversation with the supervisor.
 
-    supervisor --(stdin: one JSON object a line)--> rank     {"do": "checkpoint"}  {"do": "stop"}
+    supervisor --(stdin: one JSON object a line)--> rank     {"do": "checkpoint" or "stop" or "beat"}
     rank --(the pipe of SPEEDRUN_EVENTS_FD)--> supervisor    {"kind": ..} {"progress": ..} {"training": 118}
-                                                             {"error": ..}
+                                                             {"doing": ["step 118", false, false]} {"error": ..}
 
 Ranks compute: they write sealed folders and a checkpoint's parts, and all else they have to say goes up this pipe; the
 supervisor alone writes events.
@@ -14,6 +14,7 @@ that bills.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import os
 import re
@@ -46,7 +47,10 @@ def main(
 ) -> int:
     pipe = os.fdopen(int(os.environ["SPEEDRUN_EVENTS_FD"]), "w", encoding="utf-8")
     reporter = RankReporter(pipe)
-    stop_signal = StopSignal()
+    stop_signal = StopSignal(reporter.send_beat)
+    reporter.send_beats()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     _leave_signals_to_the_supervisor()
     stop_signal.listen()
     context = RankContext(
@@ -69,19 +73,38 @@ def main(
         reporter.send({"error": [int(error.exit_code), str(error)]})
         return int(error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        reporter.send({"error": [int(ExitCode.OUT_OF_MEMORY), memory_sentence(stage, error)]})
-        return int(ExitCode.OUT_OF_MEMORY)
+        if lacks_memory(error):
+            reporter.send({"error": [int(ExitCode.OUT_OF_MEMORY), memory_sentence(stage, error)]})
+            return int(ExitCode.OUT_OF_MEMORY)
+        if found := BROKEN_DEVICE.search(str(error)):
+            reporter.send({"broken": found[0]})
+        raise
     return 0
 
 
+MEMORY = re.compile(
+    r"DefaultCPUAllocator: can't|CUDA error: out of memory|CUDA out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+    r"|Cuda failure (2 )?'out of memory'|Failed to CUDA \w+ |ncclCommInit.*out of memory"
+)
+"""what says that memory is short: torch's CPU allocator, CUDA outside of torch's, cuBLAS, cuDNN, NCCL"""
+BROKEN_DEVICE = re.compile(
+    r"CUDA error: (an illegal memory access|an illegal instruction|misaligned address|unspecified launch failure"
+    r"|the launch timed out|uncorrectable (ECC|NVLink) error|hardware stack error|unknown error|initialization error"
+    r"|system not yet initialized|no CUDA-capable device|CUDA-capable device\(s\) is/are busy|device not ready)[^\n]*"
+    r"|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|NOT_INITIALIZED)"
+    r"|ncclUnhandledCudaError[^\n]*|ncclSystemError[^\n]*|ncclRemoteError[^\n]*|ncclInternalError[^\n]*"
+    r"|NCCL communicator was aborted[^\n]*|Cuda failure (?!(2 )?'out of memory')[^\n]*"
+)
+"""what a device or a link says that may be broken, in CUDA's, cuBLAS's and NCCL's words; a bug of ours can look alike
+(an illegal access), so that it counts as a death of the rank (job/run/fruitless.py) and not as a verdict"""
+
+
 def lacks_memory(error: BaseException) -> bool:
-    """Whether Python, a GPU's allocator or torch's CPU allocator (a plain RuntimeError) says so."""
+    """Whether Python, a GPU's allocator, or any of MEMORY says so."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator: can't" in str(error)
+        or MEMORY.search(str(error)) is not None
     )
 
 

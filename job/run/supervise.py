@@ -24,11 +24,10 @@ from job.console import Console
 from job.errors import InterruptedRun, OutOfMemoryError, error_for
 from job.machine import cgroup, container
 from job.reporter import Reporter
-from job.run.fruitless import Death, RankDied, explained
-from job.run.processes import GRACE, Rank
+from job.run.fruitless import GOES_ON, Death, RankDied
+from job.run.processes import GRACE, LocalRank
+from job.run.silence import SECONDS, SilenceClock
 from job.store.checkpoint_folder import CheckpointManager
-
-GOES_ON = "what is sealed is kept, and the same command goes on from there"
 
 
 class Interrupts:
@@ -69,25 +68,29 @@ class Interrupts:
 
 def supervise(
     stage: str,
-    ranks: Sequence[Rank],
+    ranks: Sequence[LocalRank],
     *,
     reporter: Reporter,
     console: Console,
     interrupts: Interrupts,
     manager: CheckpointManager | None = None,
     meanwhile: Callable[[], None] = lambda: None,
+    silence: float = SECONDS,
+    alone: bool = True,
 ) -> None:
     """Write down what the ranks of `stage` report until all have ended; `manager` seals their checkpoints and says when
     one is due.
 
     `meanwhile` is called several times a second: what else the supervisor minds; it must not block, and what it raises
-    ends the stage. Raises InterruptedRun after a signal, RankDied when one ended a rank, the error that a rank named,
-    or RuntimeError (a bug of ours, exit 1) with the tail of its log.
+    ends the stage. silence: seconds without a word from any rank after which all are killed. alone: no other node has
+    ranks of the stage. Raises InterruptedRun after a signal, RankDied when a signal, silence or its device ended a
+    rank, the error that a rank named, or RuntimeError (a bug of ours, exit 1) with the tail of its log.
     """
     selector = selectors.DefaultSelector()
     for rank in ranks:
         selector.register(rank.pipe, selectors.EVENT_READ, rank)
     control = _Control(stage, ranks[0], interrupts, console, manager)
+    clock = SilenceClock(stage, ranks, silence, console, alone=alone)
 
     def listen() -> None:
         for key, _ in selector.select(timeout=0.2):
@@ -102,7 +105,10 @@ def supervise(
     try:
         while selector.get_map() and all(rank.poll() in (None, 0) for rank in ranks):
             listen()
+            if any(time.monotonic() - rank.failed > GRACE for rank in ranks):  # it said an error, and does not end
+                break
             control.advance()
+            clock.check(listen)
             meanwhile()
         codes = [rank.ended() for rank in ranks]
     finally:
@@ -119,7 +125,7 @@ class _Control:
     """Tells the node's first rank when a checkpoint is due, and to stop after a signal."""
 
     def __init__(
-        self, stage: str, first: Rank, interrupts: Interrupts, console: Console, manager: CheckpointManager | None
+        self, stage: str, first: LocalRank, interrupts: Interrupts, console: Console, manager: CheckpointManager | None
     ) -> None:
         self.stage, self.first, self.interrupts, self.console, self.manager = stage, first, interrupts, console, manager
         self.stopping: float | None = None
@@ -144,13 +150,15 @@ class _Control:
 
 
 def _take(
-    rank: Rank, message: dict[str, Any], reporter: Reporter, console: Console, manager: CheckpointManager | None
+    rank: LocalRank, message: dict[str, Any], reporter: Reporter, console: Console, manager: CheckpointManager | None
 ) -> None:
     match message:
         case {"progress": [stage, done, total, unit]}:
             console.progress(stage, done, total, unit)
         case {"error": [code, text]}:
-            rank.error = (code, text)
+            rank.error, rank.failed = (code, text), time.monotonic()
+        case {"broken": text}:
+            rank.broken, rank.failed = text, time.monotonic()
         case {"training": _}:
             rank.training = True
             if manager:
@@ -190,7 +198,7 @@ def _memory_sentence(stage: str) -> str:
     )
 
 
-def _raise_failure(stage: str, ranks: Sequence[Rank], codes: list[int | None], *, signalled: bool) -> None:
+def _raise_failure(stage: str, ranks: Sequence[LocalRank], codes: list[int | None], *, signalled: bool) -> None:
     """Raise what the first failed rank said, or what its exit code says; `codes` are from before the others were
     killed.
 
@@ -199,11 +207,16 @@ def _raise_failure(stage: str, ranks: Sequence[Rank], codes: list[int | None], *
     for rank in ranks:
         if rank.error:
             raise error_for(*rank.error)
-    for rank, code in zip(ranks, codes, strict=True):
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            sentence = f"{rank.name} of {stage} was killed by {explained(name)}; {GOES_ON}"
-            raise InterruptedRun(sentence) if signalled else RankDied(sentence, Death(stage, rank.name, name), rank.log)
+    deaths = [Death(stage, rank.name, rank.broken, device=True) for rank in ranks if rank.broken]
+    deaths += [
+        Death(stage, rank.name, signal.Signals(-code).name)
+        for rank, code in zip(ranks, codes, strict=True)
+        if code is not None and code < 0
+    ]
+    for death in deaths:
+        sentence = f"{death}; {GOES_ON}"
+        log = next(rank.log for rank in ranks if rank.name == death.rank)
+        raise InterruptedRun(sentence) if signalled else RankDied(sentence, death, log)
     for rank, code in zip(ranks, codes, strict=True):
         if code:
             raise RuntimeError(f"{rank.name} of {stage} failed; the end of {rank.log}:\n{rank.tail()}")

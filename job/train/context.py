@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from job.data.prepare import Prepared
@@ -28,7 +29,9 @@ SIGNALS = ("go on", "checkpoint", "stop")
 class StopSignal:
     """Whether to go on, checkpoint or stop: what the supervisor asks for, and the step before which all ranks do it."""
 
-    def __init__(self) -> None:
+    def __init__(self, answer: Callable[[], None] = lambda: None) -> None:
+        """answer: what to do when the supervisor asks where this process is."""
+        self._answer = answer
         self._lock = threading.Lock()
         self._asked = 0
         self._agreed: list[tuple[int, int]] = []
@@ -39,7 +42,11 @@ class StopSignal:
 
     def _listen(self) -> None:
         for line in sys.stdin:
-            self.ask(json.loads(line)["do"])
+            match json.loads(line)["do"]:
+                case "beat":
+                    self._answer()
+                case asked:
+                    self.ask(asked)
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
     def ask(self, what: str) -> None:

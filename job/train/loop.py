@@ -82,15 +82,18 @@ def train(run: Run) -> None:
         if run.step < steps and due(run.step, recipe.val_every):
             record_validation(run)
     save(run)
+    run.context.reporter.beat("writing the last checkpoint", long=True)
     run.writer.finish()
 
 
 def take_step(run: Run) -> None:
     """One optimizer step. Nothing in it waits for a GPU."""
+    run.context.reporter.beat(f"step {run.step}")
     run.metrics.begin_step()
     loss = accumulate_gradients(run)
     run.metrics.end_backward()
     hyper = run.derived.schedule.at(run.step)
+    run.context.reporter.beat(f"the exchange of step {run.step}", waits=True)
     run.optimizer.step(hyper)
     signal = run.context.stop_signal.take()
     run.metrics.end_step(run.step, loss, run.optimizer.nonfinite, hyper.lr_mult, signal)
@@ -151,7 +154,7 @@ def after_divergence(run: Run) -> str:
 
 
 def record_validation(run: Run) -> None:
-    measured = validate(run.model, run.prepared, run.recipe)
+    measured = validate(run.model, run.prepared, run.recipe, run.context.reporter)
     if run.context.rank == 0:
         rows = run.step * run.batches.rows_per_step
         run.context.reporter.emit("train.val", step=run.step, rows=rows, **measured)
@@ -194,9 +197,12 @@ def warm_up(run: Run) -> None:
         for _ in range(2):
             if run.recipe.comm.overlap:
                 run.optimizer.begin_overlap()
+            run.context.reporter.beat("compiling the forward and backward pass", long=True)
             run.model.loss(rows, rows).backward()
+            run.context.reporter.beat("compiling the optimizer's step", long=True, waits=True)
             run.optimizer.step(run.derived.schedule.at(run.step))
     if 0 < run.recipe.train.val_every < run.derived.steps:
+        run.context.reporter.beat("compiling the validation", long=True)
         run.model.token_losses(rows, rows)
 
 

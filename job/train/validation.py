@@ -73,9 +73,11 @@ def bits_per_byte(
     mine = starts[ranks.rank :: ranks.size]
     sums = []
     for done, start in enumerate(mine, 1):
+        reporter.beat(f"validation, block {done} of {len(mine)}")
         sums.append(_block_sums(model, rows[start : start + block_rows], bytes_of))
         if ranks.rank == 0:
             reporter.progress("validate", done, len(mine), "blocks")
+    reporter.beat("adding up the validation of all ranks", waits=True)
     nats_and_bytes = [tuple(pair.tolist()) for pair in sums]
     everyones = [pair for part in ranks.all_gather(nats_and_bytes) for pair in part]
     nats, count = math.fsum(pair[0] for pair in everyones), sum(int(pair[1]) for pair in everyones)

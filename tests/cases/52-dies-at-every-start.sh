@@ -16,5 +16,5 @@ for _ in 1 2 3 4; do
 done
 last=$(tail -n 1 log)
 echo "$last"
-[ "$codes" = " 75 75 15 15" ] && [[ $last == "speedrun: rank 0 of pretrain died of SIGSEGV, in the fourth attempt in a row"* ]]
+[ "$codes" = " 75 75 15 15" ] && [[ $last == "speedrun: rank 0 of pretrain was killed by SIGSEGV, in the fourth attempt in a row"* ]]
 verdict $? "exit codes$codes"

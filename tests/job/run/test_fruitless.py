@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from job.console import Console
 from job.errors import ExitCode, InterruptedRun
 from job.reporter import Reporter
-from job.run.fruitless import LIMIT, Death, RankDied, deaths_in_a_row, judged, ordinal
+from job.run.fruitless import GOES_ON, LIMIT, Death, RankDied, deaths_in_a_row, judged, ordinal
 from job.run.processes import LocalRank
 from job.run.supervise import Interrupts, supervise
 from job.store.attempt import Attempt, read_events
@@ -130,10 +130,9 @@ def test_the_verdict_names_rank_signal_and_remedy(tmp_path: Path) -> None:
     error = judged(tmp_path, third.number, died)
     assert error.exit_code == ExitCode.SILENT_RANK and error.noted == died.noted
     assert str(error).startswith(
-        "rank 3 on node 1 of pretrain died of SIGABRT, in the third attempt in a row that a death ended and that"
-        " sealed nothing new"
-        " (before it rank 3 on node 1 of pretrain by SIGSEGV): starting again as it is will not help; see logs/3.log,"
-        " then"
+        "rank 3 on node 1 of pretrain was killed by SIGABRT, in the third attempt in a row that ended so and that"
+        " sealed nothing new (before it: rank 3 on node 1 of pretrain was killed by SIGSEGV): starting again as it is"
+        " will not help; see logs/3.log, then"
     )
     third.emit("checkpoint.sealed", rows=8)
     assert judged(tmp_path, third.number, died) is died and isinstance(died, InterruptedRun)
@@ -153,7 +152,21 @@ def test_a_death_counts_unless_the_supervisor_was_signalled(tmp_path: Path, sign
         supervise("pretrain", [rank], reporter=Reporter(), console=Console(-1), interrupts=interrupts)
     assert isinstance(died.value, RankDied) is not signalled
     assert dict(died.value.noted) == (
-        {} if signalled else {"died": {"stage": "pretrain", "rank": "rank 0", "signal": "SIGKILL"}}
+        {} if signalled else {"died": {"stage": "pretrain", "rank": "rank 0", "signal": "SIGKILL", "device": False}}
+    )
+
+
+def test_a_broken_device_ends_with_10(tmp_path: Path) -> None:
+    death = Death("pretrain", "rank 5", "CUDA error: uncorrectable ECC error encountered", device=True)
+    died = RankDied(f"{death}; {GOES_ON}", death, "5.log")
+    for _ in range(2):
+        attempt = Attempt.claim(tmp_path)
+        assert judged(tmp_path, attempt.number, died) is died
+        attempt.emit("attempt.ended", exit_code=75, **died.noted)
+    error = judged(tmp_path, Attempt.claim(tmp_path).number, died)
+    assert error.exit_code == ExitCode.PREFLIGHT
+    assert str(error).startswith(
+        "the device of rank 5 failed in pretrain (CUDA error: uncorrectable ECC error encountered), in the third"
     )
 
 
@@ -207,7 +220,8 @@ def test_where_no_attempts_are_kept_the_first_death_ends_with_15(dying, tmp_path
         command = broken.command("prepare", "--data", str(broken.data), "--out", str(tmp_path))
     said = broken(command, code=15).stderr
     assert (
-        "died of SIGSEGV; what is sealed is kept, and the same command, typed again, goes on" in said.splitlines()[-1]
+        "was killed by SIGSEGV; what is sealed is kept, and the same command, typed again, goes on"
+        in said.splitlines()[-1]
     )
 
 
@@ -217,7 +231,7 @@ def test_attempts_on_other_machines_count_through_the_bucket(dying, speedrun, tm
     bucket = ["--bucket", str(tmp_path / "bucket")]
     for number, code in enumerate((75, 75, 15, 15)):
         said = broken(broken.tiny("run", tmp_path / f"machine-{number}", *bucket), code=code).stderr
-    assert "rank 0 of pretrain died of SIGSEGV, in the fourth attempt in a row" in said.splitlines()[-1]
+    assert "rank 0 of pretrain was killed by SIGSEGV, in the fourth attempt in a row" in said.splitlines()[-1]
     assert ends(tmp_path / "machine-3/runs/t") == ends(tmp_path / "bucket/runs/t")
     assert ends(tmp_path / "bucket/runs/t") == [(75, "pretrain")] * 2 + [(15, "pretrain")] * 2
     speedrun(speedrun.tiny("pretrain", tmp_path / "machine-4", *bucket))  # a machine that is well makes it
@@ -234,5 +248,5 @@ def test_in_evaluation_a_scored_task_begins_a_new_row(dying, speedrun, tmp_path:
     file.write_text(json.dumps({"t": 0.0, "attempt": 3, "seq": 0, "kind": "eval.task", "task": "x"}) + "\n")
     for code in (75, 75, 15):
         said = broken(command, code=code).stderr
-    assert "speedrun: rank 1 of evaluate died of SIGSEGV, in the third attempt in a row" in said
+    assert "speedrun: rank 1 of evaluate was killed by SIGSEGV, in the third attempt in a row" in said
     assert "Traceback" not in said.splitlines()[-1]

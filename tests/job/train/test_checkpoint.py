@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from job.reporter import Reporter
 from job.run import supervise
-from job.run.processes import Rank
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import (
     CheckpointManager,
@@ -198,12 +198,12 @@ def test_the_clock_of_checkpoints_starts_with_the_first_step(tmp_path: Path, mon
     manager = CheckpointManager(tmp_path / "t", Attempt.claim(tmp_path / "t"), world_size=1, final_rows=1, minutes=1)
     now += 600
     assert not manager.due()
-    supervise._take(Rank(), {"training": 0}, Reporter(), QUIET, manager)
+    supervise._take(SimpleNamespace(), {"training": 0}, Reporter(), QUIET, manager)
     now += 59
     assert not manager.due()
     now += 2
     assert manager.due()
-    supervise._take(Rank(), {"kind": "train.step"}, Reporter(), QUIET, manager)
+    supervise._take(SimpleNamespace(), {"kind": "train.step"}, Reporter(), QUIET, manager)
     assert manager.due()
     manager.restart_clock()
     assert not manager.due()
