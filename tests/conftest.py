@@ -51,7 +51,7 @@ class Speedrun:
     variables: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-c", "from job.cli.commands import main; main()", *arguments]
+        return [sys.executable, "-m", "job.cli", *arguments]
 
     def tiny(self, command: str, out: Path, *arguments: str) -> list[str]:
         """`command` with the tiny recipe on the small corpus."""

@@ -24,7 +24,7 @@ from job.cli.options import (
 )
 from job.cli.published_line import scored_at_the_end
 from job.console import Console
-from job.errors import MEANING, ExitCode, SpeedrunError, UsageError
+from job.errors import MEANING, SpeedrunError, UsageError
 
 STAGES = ("prepare", "pretrain", "evaluate", "report")
 AS_PRESET = "[default: what the preset is made for]"
@@ -44,9 +44,6 @@ class Commands(click.Group):
         except SpeedrunError as error:
             click.echo(f"speedrun: {error}", err=True)
             ctx.exit(int(error.exit_code))
-        except KeyboardInterrupt:
-            click.echo("speedrun: interrupted; the same command goes on from what is sealed", err=True)
-            ctx.exit(int(ExitCode.RESUME))
 
 
 @click.group(cls=Commands, epilog=exit_code_table(), context_settings={"help_option_names": ["-h", "--help"]})
@@ -333,6 +330,7 @@ def _run(
 
     container.check_temporary_folder()  # torch wants one as it is imported
     from job.run import launch, preflight
+    from job.run.interrupts import ignore_signals
     from job.run.join import join
     from job.run.nodes import nodes_here
 
@@ -355,6 +353,7 @@ def _run(
         return
     run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=nodes.world_size, bucket=bucket)
     launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, bucket=bucket, fresh=fresh)
+    ignore_signals()  # all is sealed
     if "report" in stages:
         _show_result(run_path, as_json, console)
 

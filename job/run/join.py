@@ -14,12 +14,13 @@ from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.run.bucket import Bucket
 from job.run.fruitless import GOES_ON
+from job.run.interrupts import Interrupts, Preemption
 from job.run.launch import open_run, run_folder
 from job.run.node_checkpoints import PartUploader, fetch
 from job.run.node_link import SILENCE, NodeLink, other_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
 from job.run.processes import GRACE
-from job.run.supervise import Interrupts, supervise
+from job.run.supervise import supervise
 from job.store.fence import claim_key, newest_claimed
 from job.train.compile_cache import Caches
 
@@ -29,7 +30,11 @@ def join(
 ) -> None:
     """Take part in the run until the first node ends it, and end as it does."""
     node = NodeContext(out, run_folder(out, run_id), nodes, recipe.train.threads, bucket.store if bucket else None)
-    with Interrupts() as interrupts, other_link(nodes, interrupts, console) as link:
+    with (
+        Interrupts() as interrupts,
+        Preemption(interrupts).watched(),
+        other_link(nodes, interrupts, console) as link,
+    ):
         link.call()
         attempt, shares = current_attempt(node, link, same_command(recipe, nodes))
         if not shares:

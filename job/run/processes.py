@@ -70,7 +70,10 @@ class LocalRank:
         """when it said so"""
         self.broken = ""
         """what a device of its own said"""
-        self.training = False
+        self.steps_to_stop: int | None = None
+        """from the stop signal to the step before which all ranks stop; None until training has begun"""
+        self.step_seconds = 0.0
+        """of the last step that it told of"""
         self.closed = False
         self.heard = time.monotonic()
         """when it last said anything, be it an answer"""

@@ -3,10 +3,11 @@
 `supervise` starts a stage's ranks as children in sessions of their own (a terminal's Ctrl-C reaches the supervisor
 alone), writes down what they report, and ends with an exit code of the table or raises the exception that carries it.
 
-A first SIGINT or SIGTERM ends training between two steps with a checkpoint (job/train/context.py) and any other stage,
-or training before its first step, at once: what is sealed stays, what is not is made again. After a second signal, or
-when the ranks have not stopped within GRACE seconds, they are killed and the checkpoint before is the one that counts.
-Both exit 75: the same command goes on.
+A first SIGINT, SIGTERM or SIGHUP, or a cloud's announcement that it takes the machine back, ends training between two
+steps with a checkpoint (job/train/context.py) and any other stage, or training before its first step, at once: what is
+sealed stays, what is not is made again. How long the checkpoint is waited for follows from what it takes;
+where there is less time (job/run/interrupts.py), none is begun. After a second signal, or when that time is over,
+ranks are killed and the checkpoint before is the one that counts. Both exit 75: the same command goes on.
 """
 
 from __future__ import annotations
@@ -25,45 +26,10 @@ from job.errors import InterruptedRun, OutOfMemoryError, error_for
 from job.machine import cgroup, container
 from job.reporter import Reporter
 from job.run.fruitless import GOES_ON, Death, RankDied
+from job.run.interrupts import Interrupts
 from job.run.processes import GRACE, LocalRank
 from job.run.silence import SECONDS, SilenceClock
 from job.store.checkpoint_folder import CheckpointManager
-
-
-class Interrupts:
-    """Counts SIGINT and SIGTERM while it is in force.
-
-    One wish is one signal: that every node of a run gets it, or that `timeout` and a shell pass it on to the process
-    and again to its group, makes it no second one, which would end the run at once.
-    """
-
-    TOGETHER = 0.3
-    """seconds within which two signals are one"""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._last = float("-inf")
-        self.count = 0
-
-    def __enter__(self) -> Interrupts:
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def check(self, stage: str) -> None:
-        """Between stages: InterruptedRun when a signal has come."""
-        if self.count:
-            raise InterruptedRun(f"{self.name} came before {stage}; {GOES_ON}")
-
-    def _note(self, number: int, _frame: object) -> None:
-        now = time.monotonic()
-        if now - self._last > self.TOGETHER:
-            self.count += 1
-        self._last = now
-        self.name = signal.Signals(number).name
 
 
 def supervise(
@@ -128,25 +94,36 @@ class _Control:
         self, stage: str, first: LocalRank, interrupts: Interrupts, console: Console, manager: CheckpointManager | None
     ) -> None:
         self.stage, self.first, self.interrupts, self.console, self.manager = stage, first, interrupts, console, manager
-        self.stopping: float | None = None
+        self.killed_at: float | None = None
 
     def advance(self) -> None:
         if self.manager:
             self.manager.check()
         if self.interrupts.count:
             self._stop()
-        elif self.manager and self.first.training and self.manager.due():
+        elif self.manager and self.first.steps_to_stop is not None and self.manager.due():
             self.manager.restart_clock()
             self.first.tell({"do": "checkpoint"})
 
     def _stop(self) -> None:
-        if self.stopping is None:
-            self.stopping = time.monotonic()
+        if self.killed_at is None:
+            self.killed_at = time.monotonic() + self._patience()
             self.console.say(f"{self.interrupts.name}: stopping {self.stage} ...")
             self.first.tell({"do": "stop"})
-        late = self.interrupts.count > 1 or time.monotonic() - self.stopping > GRACE
-        if late or not self.first.training:  # before the first step there is nothing to save
+        if self.interrupts.count > 1 or time.monotonic() > self.killed_at:
             raise _interrupted(self.stage)
+
+    def _patience(self) -> float:
+        """Seconds until the ranks are killed. InterruptedRun where there is nothing to save, or no time to."""
+        if self.first.steps_to_stop is None:  # before the first step
+            raise _interrupted(self.stage)
+        time_needed = self.first.steps_to_stop * self.first.step_seconds + (self.manager.seconds if self.manager else 0)
+        if time_needed > self.interrupts.seconds:
+            raise InterruptedRun(
+                f"{self.interrupts.name} came, and a checkpoint would take about {time_needed:.0f} s of the"
+                f" {self.interrupts.seconds:.0f} s that there are: none was begun; {GOES_ON}"
+            )
+        return min(self.interrupts.seconds, max(GRACE, 5 + 1.5 * time_needed))
 
 
 def _take(
@@ -159,12 +136,14 @@ def _take(
             rank.error, rank.failed = (code, text), time.monotonic()
         case {"broken": text}:
             rank.broken, rank.failed = text, time.monotonic()
-        case {"training": _}:
-            rank.training = True
+        case {"training": _, "steps_to_stop": steps}:
+            rank.steps_to_stop = steps
             if manager:
                 manager.restart_clock()
         case {"kind": kind, **fields}:
             reporter.emit(kind, **fields)
+            if kind == "train.step":
+                rank.step_seconds = fields["ms"] / 1000
             if kind == "warning":
                 console.say(f"warning: {fields['text']}")
             if "proof" in fields:

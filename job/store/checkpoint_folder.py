@@ -141,6 +141,8 @@ class CheckpointManager:
     def __init__(self, run: Path, attempt: Attempt, *, world_size: int, final_rows: int, minutes: float) -> None:
         self._run, self._attempt, self._world_size = run, attempt, world_size
         self._final_rows, self._seconds = final_rows, minutes * 60
+        self.seconds = 0.0
+        """that the last checkpoint took to write"""
         self._last = math.inf  # until the first step: compiling loses nothing that a checkpoint could keep
         sweep_parts(run)
 
@@ -180,6 +182,7 @@ class CheckpointManager:
         self.restart_clock()
         rows, step = parts[0]["rows"], parts[0]["step"]
         times = {key: max(part[key] for part in parts) for key in ("seconds", "stall")}
+        self.seconds = times["seconds"]
         size = sum(entry["size"] for part in parts for entry in part["files"].values())
         folder = folder_of(self._run, rows).name
         self._attempt.emit("checkpoint.sealed", step=step, rows=rows, folder=folder, bytes=size, **times)

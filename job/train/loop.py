@@ -300,7 +300,7 @@ def main(context: RankContext) -> None:
         if context.rank == 0:
             announce(run, kernels)
         if context.local_rank == 0:
-            context.reporter.send({"training": run.step})
+            context.reporter.send({"training": run.step, "steps_to_stop": 2 * run.metrics.lag + 2})
         train(run)
     if dist.is_initialized():  # not after a failure: with a collective in flight it would wait for ranks that are gone
         dist.destroy_process_group()

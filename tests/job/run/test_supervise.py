@@ -12,8 +12,9 @@ import pytest
 from job.console import Console
 from job.errors import InterruptedRun
 from job.reporter import Reporter
+from job.run.interrupts import Interrupts
 from job.run.processes import GRACE, LocalRank
-from job.run.supervise import Interrupts, supervise
+from job.run.supervise import supervise
 
 RANK = """
 import json, os, sys, time
@@ -25,10 +26,12 @@ def send(**message):
     pipe.flush()
 
 if "training" in sys.argv:
-    send(training=3)
+    send(training=3, steps_to_stop=8)
+if "slow" in sys.argv:
+    send(kind="train.step", ms=8500)
 send(kind="up")
 send(kind="told", **json.loads(sys.stdin.readline()))
-time.sleep(60 if "deaf" in sys.argv else 0)
+time.sleep(60 if "deaf" in sys.argv else 20 if "slow" in sys.argv else 0)
 """
 
 
@@ -50,9 +53,9 @@ class Due:
     def __init__(self, once: bool) -> None:
         self.once, self.is_due = once, False
 
-    def check(self) -> None: ...
+    seconds = 12.0
 
-    def take(self, part: dict[str, Any]) -> None: ...
+    def check(self) -> None: ...
 
     def due(self) -> bool:
         return self.is_due
@@ -87,3 +90,19 @@ def test_before_the_first_step_there_is_nothing_to_save_and_a_signal_ends_it_at_
     with pytest.raises(InterruptedRun, match="pretrain was interrupted; what is sealed is kept"):
         tell(rank, signal=True)
     assert time.monotonic() - began < GRACE and rank.process.wait(5) == -9
+
+
+@pytest.mark.parametrize("rank", [["training", "slow"]], indirect=True)
+def test_a_stop_is_waited_for_as_long_as_steps_and_checkpoint_take(rank: LocalRank) -> None:
+    """8 steps of 8.5 s and 12 s of writing: longer than GRACE, which is what a CPU gets."""
+    began = time.monotonic()
+    assert tell(rank, signal=True) == [{"do": "stop"}] and GRACE < time.monotonic() - began < 60
+    assert rank.process.wait(5) == 0, "it was not killed"
+
+
+@pytest.mark.parametrize("rank", [["training", "slow"]], indirect=True)
+def test_where_a_checkpoint_does_not_fit_none_is_begun(rank: LocalRank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPEEDRUN_STOP_SECONDS", "30")
+    with pytest.raises(InterruptedRun, match="a checkpoint would take about 80 s of the 30 s that there are"):
+        tell(rank, signal=True)
+    assert rank.process.wait(5) == -9

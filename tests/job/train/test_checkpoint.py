@@ -198,12 +198,12 @@ def test_the_clock_of_checkpoints_starts_with_the_first_step(tmp_path: Path, mon
     manager = CheckpointManager(tmp_path / "t", Attempt.claim(tmp_path / "t"), world_size=1, final_rows=1, minutes=1)
     now += 600
     assert not manager.due()
-    supervise._take(SimpleNamespace(), {"training": 0}, Reporter(), QUIET, manager)
+    supervise._take(SimpleNamespace(), {"training": 0, "steps_to_stop": 2}, Reporter(), QUIET, manager)
     now += 59
     assert not manager.due()
     now += 2
     assert manager.due()
-    supervise._take(SimpleNamespace(), {"kind": "train.step"}, Reporter(), QUIET, manager)
+    supervise._take(SimpleNamespace(), {"kind": "train.step", "ms": 9}, Reporter(), QUIET, manager)
     assert manager.due()
     manager.restart_clock()
     assert not manager.due()
