@@ -83,6 +83,15 @@ class InterruptedRun(SpeedrunError):
     exit_code = ExitCode.RESUME
 
 
+class OddReplica(RuntimeError):
+    """`ranks` have other weights than the others or, where there is no majority, than each other: a machine's fault,
+    which ends the attempt as a rank's death does."""
+
+    def __init__(self, ranks: list[int], step: int) -> None:
+        self.ranks = ranks
+        super().__init__(f"its weights before step {step} differ from those of the other ranks")
+
+
 def error_for(code: int, message: str) -> SpeedrunError:
     """The exception of `code`'s row, to raise again in the supervisor what a rank reported."""
     classes = {cls.exit_code: cls for cls in SpeedrunError.__subclasses__()}

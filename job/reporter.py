@@ -7,6 +7,9 @@ import threading
 import time
 from typing import IO, Any, NamedTuple
 
+LONG = 3
+"""how many times longer a process may be silent while it is at something that is known to take long"""
+
 
 class Doing(NamedTuple):
     """What a process is at."""

@@ -68,8 +68,8 @@ class LocalRank:
         self.error: tuple[int, str] | None = None
         self.failed = float("inf")
         """when it said so"""
-        self.broken = ""
-        """what a device of its own said"""
+        self.broken: tuple[str, str] | None = None
+        """whose device it says is broken, and how"""
         self.steps_to_stop: int | None = None
         """from the stop signal to the step before which all ranks stop; None until training has begun"""
         self.step_seconds = 0.0

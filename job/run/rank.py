@@ -22,7 +22,7 @@ import signal
 import sys
 from pathlib import Path
 
-from job.errors import ExitCode, SpeedrunError
+from job.errors import ExitCode, OddReplica, SpeedrunError
 from job.reporter import RankReporter
 from job.train.context import RankContext, StopSignal
 
@@ -72,6 +72,11 @@ def main(
     except SpeedrunError as error:
         reporter.send({"error": [int(error.exit_code), str(error)]})
         return int(error.exit_code)
+    except OddReplica as error:
+        node = " on node {}" if context.local_world_size < context.world_size else ""
+        names = [f"rank {rank}" + node.format(rank // context.local_world_size) for rank in error.ranks]
+        reporter.send({"broken": str(error), "rank": " and ".join(names)})
+        raise
     except (MemoryError, RuntimeError) as error:
         if lacks_memory(error):
             reporter.send({"error": [int(ExitCode.OUT_OF_MEMORY), memory_sentence(stage, error)]})

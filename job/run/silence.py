@@ -23,13 +23,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from job.console import Console
+from job.reporter import LONG
 from job.run.fruitless import GOES_ON, SILENCE, Death, RankDied
 from job.run.processes import LocalRank
 
 SECONDS = 300.0
 """seconds without a word from any rank, unless the recipe says otherwise (train.silence_seconds)"""
-LONG = 3
-"""how many times longer while a process is at something that is known to take long"""
 ANSWER = 3.0
 """seconds that a process has to say where it is, and to write its stack"""
 ELSEWHERE = 20.0

@@ -134,8 +134,8 @@ def _take(
             console.progress(stage, done, total, unit)
         case {"error": [code, text]}:
             rank.error, rank.failed = (code, text), time.monotonic()
-        case {"broken": text}:
-            rank.broken, rank.failed = text, time.monotonic()
+        case {"broken": text, **named}:
+            rank.broken, rank.failed = (named.get("rank", rank.name), text), time.monotonic()
         case {"training": _, "steps_to_stop": steps}:
             rank.steps_to_stop = steps
             if manager:
@@ -186,15 +186,14 @@ def _raise_failure(stage: str, ranks: Sequence[LocalRank], codes: list[int | Non
     for rank in ranks:
         if rank.error:
             raise error_for(*rank.error)
-    deaths = [Death(stage, rank.name, rank.broken, device=True) for rank in ranks if rank.broken]
+    deaths = [(Death(stage, *rank.broken, device=True), rank.log) for rank in ranks if rank.broken]
     deaths += [
-        Death(stage, rank.name, signal.Signals(-code).name)
+        (Death(stage, rank.name, signal.Signals(-code).name), rank.log)
         for rank, code in zip(ranks, codes, strict=True)
         if code is not None and code < 0
     ]
-    for death in deaths:
+    for death, log in deaths:
         sentence = f"{death}; {GOES_ON}"
-        log = next(rank.log for rank in ranks if rank.name == death.rank)
         raise InterruptedRun(sentence) if signalled else RankDied(sentence, death, log)
     for rank, code in zip(ranks, codes, strict=True):
         if code:

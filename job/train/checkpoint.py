@@ -63,10 +63,12 @@ class Writer:
         if self._error:
             raise self._error
 
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint before `step` was begun already."""
+        return self._step == step
+
     def save(self, step: int) -> None:
         """Begin the checkpoint before `step`; returns when the state is copied."""
-        if self._step == step:
-            return
         self.finish()
         started = time.perf_counter()
         self._step = step

@@ -15,6 +15,7 @@ CPU runs the same code as it stands: smoke must need no compiler.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import gc
 import os
@@ -22,19 +23,22 @@ import os
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from job.data.feed import Job, training_rows
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import DivergedError, InterruptedRun, UsageError
 from job.machine import host
-from job.recipe.config import CommConfig, Recipe
+from job.recipe.config import Recipe
 from job.recipe.derive import Derived
+from job.reporter import LONG
 from job.run.prepare import count_leaks
 from job.store import checkpoint_folder
 from job.train import checkpoint, compile_cache
 from job.train.context import RankContext
 from job.train.kernels import choose_kernels, machine_of
+from job.train.replicas import check_replicas
 from job.train.step_metrics import Reading, SlowRanks, StepMetrics
 from job.train.validation import validate
 from model import fp8
@@ -101,9 +105,11 @@ def take_step(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Begin a checkpoint of steps that are all known to be sound."""
+    """Begin a checkpoint of steps that are all known to be sound, and the same on all ranks."""
     run.metrics.flush()
-    run.writer.save(run.step)
+    if not run.writer.has(run.step):
+        check_replicas(run.model, run.step)
+        run.writer.save(run.step)
 
 
 def accumulate_gradients(run: Run) -> torch.Tensor:
@@ -253,8 +259,12 @@ def use_fp8(model: GPT, recipe: Recipe) -> None:
         raise UsageError(str(error)) from None
 
 
-def join_ranks(context: RankContext, comm: CommConfig, device: torch.device) -> None:
-    """Form the group of ranks: over gloo on CPUs, over NCCL on GPUs, there as `comm` says.
+def join_ranks(context: RankContext, recipe: Recipe, device: torch.device) -> None:
+    """Form the group of ranks: over gloo on CPUs, over NCCL on GPUs, there as the recipe's `comm` says.
+
+    NCCL's communicators are made here (`device_id`) and not in the first collective: what they lack shows at once. A
+    collective's timeout lies above the supervisor's limit of silence (job/run/silence.py), which knows the rank that
+    did not arrive, where NCCL would end one that waited for it.
 
     While a reduce-scatter runs beside the backward pass, each of NCCL's blocks holds a multiprocessor, and a matrix
     product of one block a multiprocessor (persistent, as cuBLAS's for Hopper are) needs a second wave for those that
@@ -263,14 +273,21 @@ def join_ranks(context: RankContext, comm: CommConfig, device: torch.device) -> 
     cuBLASLt as well, and FlashAttention 3 leaves as many free; other attention and compiled kernels do not.) The same
     number is the most blocks that NCCL may use. What either is worth has not been measured.
     """
-    options = None
+    options, comm = None, recipe.comm
     if device.type == "cuda" and (comm.high_priority or comm.sm_carveout):
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=comm.high_priority)
         if comm.sm_carveout:
             options.config.max_ctas = comm.sm_carveout
             torch._C._set_sm_carveout_experimental(comm.sm_carveout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=context.rank, world_size=context.world_size, pg_options=options)
+    dist.init_process_group(
+        backend,
+        rank=context.rank,
+        world_size=context.world_size,
+        pg_options=options,
+        timeout=datetime.timedelta(seconds=2 * LONG * recipe.train.silence_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
 def main(context: RankContext) -> None:
@@ -279,7 +296,7 @@ def main(context: RankContext) -> None:
     recipe, derived, prepared = context.load()
     device = device_of(context)
     if context.world_size > 1:
-        join_ranks(context, recipe.comm, device)
+        join_ranks(context, recipe, device)
     workers = max(1, host.usable_cores() - context.local_world_size)
     job = Job(
         context.out,
@@ -295,6 +312,8 @@ def main(context: RankContext) -> None:
         if device.type == "cuda":
             with compile_cache.warming(context):
                 warm_up(run)
+        if dist.is_initialized():  # nothing is compiled any more
+            _set_pg_timeout(datetime.timedelta(seconds=LONG * recipe.train.silence_seconds))
         gc.collect()
         gc.freeze()  # what is alive now stays: no later collection looks at it
         if context.rank == 0:

@@ -53,6 +53,9 @@ for word in sys.argv[1:]:
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(60)
+        case ["breaks"]:
+            reporter.send({"broken": "its weights before step 40 differ", "rank": "rank 7"})
+            raise RuntimeError
         case ["fails"]:
             reporter.send({"error": [11, "bad rows"]})
             time.sleep(60)
@@ -123,6 +126,12 @@ def test_an_error_that_was_said_wins_over_a_process_that_does_not_end(
     monkeypatch.setattr("job.run.supervise.GRACE", 1.0)
     with pytest.raises(DataError, match="bad rows"):
         run_ranks(tmp_path, "fails", "works=20", seconds=60)
+
+
+def test_a_device_that_is_broken_is_named_by_whoever_knows(tmp_path: Path) -> None:
+    with pytest.raises(RankDied, match=r"the device of rank 7 failed in pretrain \(its weights before step 40") as died:
+        run_ranks(tmp_path, "breaks", "works=5", seconds=60)
+    assert died.value.death.device
 
 
 def test_what_takes_long_is_said(

@@ -3,6 +3,7 @@ would be asked for."""
 
 from __future__ import annotations
 
+import datetime
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from helpers import loopback, on_ranks
-from job.recipe.config import CommConfig, Recipe, resolve
+from job.recipe.config import Recipe, resolve
 from job.recipe.derive import derive
+from job.reporter import Reporter
 from job.train import loop, step_metrics
 from job.train.context import StopSignal
 from job.train.loop import Batches, Run, take_step
@@ -45,14 +47,12 @@ class Rows:
         )
 
 
-class Recorder:
+class Recorder(Reporter):
     def __init__(self) -> None:
         self.events: list[dict] = []
 
     def emit(self, kind: str, **fields: object) -> None:
         self.events.append({"kind": kind, **fields})
-
-    def progress(self, *_: object) -> None: ...
 
 
 def build(rank: int, world: int, recipe: Recipe, folder: Path) -> Run:
@@ -237,14 +237,19 @@ def test_what_nccl_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     options = lambda **given: SimpleNamespace(config=SimpleNamespace(), **given)  # noqa: E731
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=options), raising=False)
     monkeypatch.setattr(
-        dist, "init_process_group", lambda backend, **given: asked.append((backend, given["pg_options"]))
+        dist,
+        "init_process_group",
+        lambda backend, **given: asked.append((backend, given["pg_options"], given["device_id"], given["timeout"])),
     )
+    plain, special = recipe_of(), recipe_of("comm.high_priority=true", "comm.sm_carveout=16")
     context, gpu = SimpleNamespace(rank=0, world_size=8), torch.device("cuda", 0)
     try:
-        loop.join_ranks(context, CommConfig(), gpu)
-        loop.join_ranks(context, CommConfig(high_priority=True, sm_carveout=16), CPU)
-        assert asked == [("nccl", None), ("gloo", None)] and torch._C._get_sm_carveout_experimental() is None
-        loop.join_ranks(context, CommConfig(high_priority=True, sm_carveout=16), gpu)
+        loop.join_ranks(context, plain, gpu)
+        loop.join_ranks(context, special, CPU)
+        longest = datetime.timedelta(seconds=1800)
+        assert asked == [("nccl", None, gpu, longest), ("gloo", None, None, longest)]
+        assert torch._C._get_sm_carveout_experimental() is None
+        loop.join_ranks(context, special, gpu)
         assert torch._C._get_sm_carveout_experimental() == 16
     finally:
         torch._C._set_sm_carveout_experimental(None)

@@ -16,6 +16,7 @@ from torch import Tensor
 from job.errors import DivergedError, OutOfMemoryError
 from job.recipe.config import resolve
 from job.recipe.derive import derive
+from job.reporter import Reporter
 from job.train import checkpoint, loop
 from job.train.context import StopSignal
 from job.train.loop import Batches, Run, save, take_step, train, warm_up
@@ -40,7 +41,7 @@ class Rows:
         )
 
 
-class Recorder:
+class Recorder(Reporter):
     def __init__(self) -> None:
         self.steps: list[dict] = []
         self.messages: list[dict] = []
@@ -48,8 +49,6 @@ class Recorder:
     def emit(self, kind: str, **fields: object) -> None:
         assert kind == "train.step"
         self.steps.append(fields)
-
-    def progress(self, *_: object) -> None: ...
 
     def send(self, message: dict) -> None:
         self.messages.append(message)

@@ -1,0 +1,42 @@
+"""Whether all ranks have the same weights: each has all of them, and what only one has wrong is that rank's machine.
+
+The optimizer gives every rank the same bits, so a sum over the weights' bits, taken as integers, is the same on all. It
+is looked at before each checkpoint: a flipped bit (a GPU's memory, a link) would otherwise be sealed, uploaded and gone
+on from. What all ranks compute wrong alike it does not find.
+"""
+
+from __future__ import annotations
+
+import collections
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from job.errors import OddReplica
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""by the bytes of an element"""
+
+
+def fingerprint(model: nn.Module) -> Tensor:
+    """0-d int64: each parameter's bits summed as integers, times its place, modulo 2^64."""
+    sums = [
+        parameter.detach().view(INTEGERS[parameter.element_size()]).sum(dtype=torch.int64)
+        for parameter in model.parameters()
+    ]
+    return (torch.stack(sums) * torch.arange(1, 2 * len(sums), 2, device=sums[0].device)).sum()
+
+
+def check_replicas(model: nn.Module, step: int) -> None:
+    """OddReplica, on every rank, unless all ranks have the same weights. One all-reduce of a number for each rank."""
+    if not dist.is_initialized():
+        return
+    everyones = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=next(model.parameters()).device)
+    everyones[dist.get_rank()] = fingerprint(model)
+    dist.all_reduce(everyones)
+    values = everyones.tolist()
+    (common, count), *others = collections.Counter(values).most_common()
+    if others:
+        common = common if count > len(values) / 2 else None
+        raise OddReplica([rank for rank, value in enumerate(values) if value != common], step)
