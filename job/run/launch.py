@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from job.console import Console
-from job.errors import ExitCode, SpeedrunError, UsageError
+from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
 from job.evaluation.rescore import Asked, fullness, fullness_of_score
 from job.machine import container, host
 from job.recipe.config import SCHEMA, Recipe, differing_keys
 from job.recipe.derive import derive, micro_steps
+from job.report import postmortem
 from job.report.render import write_report
 from job.reporter import Reporter
 from job.run.bucket import Bucket
@@ -42,6 +43,7 @@ from job.run.wandb_client import wandb_logging
 from job.store.attempt import Attempt, fold
 from job.store.checkpoint_folder import CheckpointManager, drop_optimizer, folder_of, identity, newest_usable
 from job.store.sealed import MANIFEST, atomic_write, is_sealed
+from job.store.stores import Store
 from job.train.compile_cache import Caches
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -169,7 +171,7 @@ def execute(
         Preemption(interrupts).watched(),
         first_link(nodes, interrupts, console, attempt.number) as link,
         uploading(bucket, out, run, attempt, int(final.name), console, interrupts) as uploads,
-        _last_word(attempt, uploads),
+        _last_word(attempt, uploads, store),
     ):
         link.meet()
         if bucket:
@@ -295,12 +297,13 @@ def _manager(start: _Start, final_rows: int) -> CheckpointManager:
 
 
 @contextlib.contextmanager
-def _last_word(attempt: Attempt, uploads: Uploads) -> Iterator[None]:
+def _last_word(attempt: Attempt, uploads: Uploads, store: Store | None) -> Iterator[None]:
     """However the attempt ends, its last event says with which code and why, when what it sealed is in the bucket."""
     try:
         yield
         uploads.flush()
         attempt.emit("attempt.ended", exit_code=int(ExitCode.DONE), reason="done")
+        (attempt.run / postmortem.NAME).unlink(missing_ok=True)
         uploads.last()
     except BaseException as error:
         uploads.flush(after=error)
@@ -308,6 +311,8 @@ def _last_word(attempt: Attempt, uploads: Uploads) -> Iterator[None]:
         if isinstance(error, SpeedrunError):
             ended = {"exit_code": int(error.exit_code), "reason": str(error), **error.noted}
         attempt.emit("attempt.ended", **ended)
+        with contextlib.suppress(StorageError):  # a full disk has no room for it, and is not why the run ends
+            postmortem.write_postmortem(attempt.run, attempt.number, sys.argv[1:], store.url if store else None)
         uploads.last(after=error)
         raise
     finally:

@@ -6,7 +6,7 @@
     compiled/<id>/                   ------>
     eval/<task>/ ...                 ------>
     prepared/<id>/**                 ------>   whatever is sealed, what makes the set whole last
-    events/N.jsonl, report/          ------>   every minute, and last of all, with the ends of logs/
+    events/N.jsonl, report/          ------>   every minute, and last of all, with the ends of logs/, postmortem.json
 
 It is a process of its own because a store may block for ever: nothing that it does can delay the supervisor, whose
 ranks go on, and when its time is over it is killed. It keeps no queue: sealed folders say what there is to
@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from job.errors import ExitCode, SpeedrunError
+from job.report import postmortem
 from job.report.render import report_files
 from job.reporter import RankReporter, Reporter
 from job.store import open_store
@@ -148,7 +149,7 @@ class Live:
     def publish(self, *, last: bool = False) -> bool:
         """Put page, then events, where they are new; whether all of it arrived. Raises TakenOver; another failure is an
         event."""
-        works = {"logs": self._logs} if last else {}
+        works = {"logs": self._logs, postmortem.NAME: self._postmortem} if last else {}
         works |= {"report": self._page, "events": self.events}
         return all([self._tried(name, work) for name, work in works.items()])
 
@@ -188,6 +189,14 @@ class Live:
         for log in (self.run / "logs").glob(f"{self.attempt}.*.log"):
             if text := log.read_bytes()[-LOG_BYTES:]:
                 self.store.put(f"{run_key(self.run.name)}/logs/{log.name}", text, "text/plain; charset=utf-8")
+
+    def _postmortem(self) -> None:
+        """As this disk has it: none after an attempt that ended well."""
+        file, key = self.run / postmortem.NAME, f"{run_key(self.run.name)}/{postmortem.NAME}"
+        if file.is_file():
+            self.store.put(key, file.read_bytes(), "application/json")
+        else:
+            self.store.delete([key])
 
     def events(self) -> None:
         """This attempt's events, and of earlier ones what the bucket has not: the file that has more of them counts."""
