@@ -24,7 +24,7 @@ def main(context: RankContext) -> None:
     asked = json.loads(context.recipe_file.read_text(encoding="utf-8"))
     folder, cache = Path(asked["model"]), context.out / "bundles"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    with joined(context.rank, context.world_size) as ranks:
+    with joined(context.rank, context.world_size, context.reporter) as ranks:
         first = None
         if ranks.rank == 0:
             open_core(asked["core_bundle"], cache, context.reporter)  # fetched by one rank, found by the others
@@ -33,7 +33,7 @@ def main(context: RankContext) -> None:
         bundle = open_core(asked["core_bundle"], cache, Reporter())
         model, tokenizer = hf.load(folder, device)
         evaluate(
-            Forward(model, forks=False),
+            Forward(model, forks=False, reporter=context.reporter),
             tokenizer,
             bundle,
             context.run,

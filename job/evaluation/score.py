@@ -61,6 +61,7 @@ class Forward:
 
     model: Model
     forks: bool = True
+    reporter: Reporter = dataclasses.field(default_factory=Reporter)
 
     @torch.no_grad()
     def __call__(
@@ -71,6 +72,7 @@ class Forward:
         nll in nats, fp32; greedy True where the word is the token of highest logit; lead the word's logit minus the
         best other.
         """
+        self.reporter.beat(f"a batch of {ids.shape[0]} rows of {ids.shape[1]} tokens")
         hidden = self.model.hidden(ids, fork, places)
         chunks = zip(hidden.split(HEAD_ROWS), words.split(HEAD_ROWS), strict=True)
         nll, greedy, lead = zip(*(compare(self.model.lm_head(states), right) for states, right in chunks), strict=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from job.data.bigram import bigram_bpb
@@ -47,7 +49,7 @@ def main(context: RankContext) -> None:
     device = device_of(context)
     backend = choose_backend(device, recipe)
     model = load(derived.config, final, device, recipe.train.dtype)
-    with joined(context.rank, context.world_size) as ranks:
+    with joined(context.rank, context.world_size, context.reporter) as ranks:
         if context.answers() != context.run / "eval":  # beside the run's own score, which has the rest
             reporter = LesserReporter(context.reporter, context.answers().name)
             score(context, model, prepared, final, ranks, backend, reporter)
@@ -69,6 +71,9 @@ class LesserReporter(Reporter):
 
     def progress(self, stage: str, done: float, total: float, unit: str) -> None:
         self._reporter.progress(stage, done, total, unit)
+
+    def beat(self, what: str, *, waits: bool = False, long: bool = False) -> None:
+        self._reporter.beat(what, waits=waits, long=long)
 
 
 def choose_backend(device: torch.device, recipe: Recipe) -> str:
@@ -98,7 +103,7 @@ def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, fin
     if ranks.all_gather(missing)[0]:
         measured = validation.validate(model, prepared, recipe, context.reporter)
         if ranks.rank == 0:
-            trained = Rows(prepared, seed=recipe.data.seed).chunks(final.facts["rows"])
+            trained = beating(Rows(prepared, seed=recipe.data.seed).chunks(final.facts["rows"]), context.reporter)
             held_out, tokenizer = validation.validation_rows(prepared, recipe), prepared.tokenizer
             bigram = bigram_bpb(trained, held_out, tokenizer.token_bytes, tokenizer.vocab_size)
             with sealing(folder, kind="bpb", made_from=made_from) as unsealed:
@@ -106,6 +111,13 @@ def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, fin
     if ranks.rank == 0:
         facts = open_sealed(folder, kind="bpb").facts
         context.reporter.emit("eval.bpb", step=final.facts["step"], rows=final.facts["rows"], **facts)
+
+
+def beating(chunks: Iterable[np.ndarray], reporter: Reporter) -> Iterator[np.ndarray]:
+    """The same chunks of rows, a beat before each."""
+    for number, chunk in enumerate(chunks):
+        reporter.beat(f"the bigram model, chunk {number} of rows")
+        yield chunk
 
 
 def score(
@@ -121,7 +133,7 @@ def score(
     dtype = str(model.wte.weight.dtype).removeprefix("torch.")
     answered_by = {"weights": final.id, "tokenizer": prepared.id, "dtype": dtype, "backend": backend}
     score_bundle(
-        Forward(model),
+        Forward(model, reporter=context.reporter),
         prepared.tokenizer,
         bundle,
         context.answers(),

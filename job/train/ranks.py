@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from job.reporter import Reporter
+
 
 class Ranks:
     """This process alone; `ProcessRanks` are torch.distributed's."""
@@ -23,30 +25,32 @@ class Ranks:
 class ProcessRanks(Ranks):
     """The ranks of a torch.distributed process group (None: the default one)."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None = None, reporter: Reporter | None = None) -> None:
+        self.group, self._reporter = group, reporter or Reporter()
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
     def all_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
+        self._reporter.beat("meeting the other ranks", waits=True)
         dist.all_gather_object(values, value, group=self.group)
+        self._reporter.beat("going on after all ranks met")
         return values
 
 
-def current_ranks() -> Ranks:
+def current_ranks(reporter: Reporter | None = None) -> Ranks:
     """Those of the default process group where there is one, else this process alone."""
-    return ProcessRanks() if dist.is_initialized() else Ranks()
+    return ProcessRanks(reporter=reporter) if dist.is_initialized() else Ranks()
 
 
 @contextlib.contextmanager
-def joined(rank: int, size: int) -> Iterator[Ranks]:
+def joined(rank: int, size: int, reporter: Reporter) -> Iterator[Ranks]:
     """The `size` ranks of this machine, which talk through gloo: what they exchange are answers and sums, a few
     kilobytes."""
     if size > 1:
         dist.init_process_group("gloo", rank=rank, world_size=size)
     try:
-        yield current_ranks()
+        yield current_ranks(reporter)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

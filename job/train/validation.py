@@ -47,7 +47,7 @@ def validate(model: GPT, prepared: Prepared, recipe: Recipe, reporter: Reporter 
         validation_rows(prepared, recipe),
         prepared.tokenizer.token_bytes,
         block_rows=recipe.train.device_batch_size,
-        ranks=current_ranks(),
+        ranks=current_ranks(reporter),
         reporter=reporter or Reporter(),
         device=model.wte.weight.device,
     )
@@ -77,7 +77,6 @@ def bits_per_byte(
         sums.append(_block_sums(model, rows[start : start + block_rows], bytes_of))
         if ranks.rank == 0:
             reporter.progress("validate", done, len(mine), "blocks")
-    reporter.beat("adding up the validation of all ranks", waits=True)
     nats_and_bytes = [tuple(pair.tolist()) for pair in sums]
     everyones = [pair for part in ranks.all_gather(nats_and_bytes) for pair in part]
     nats, count = math.fsum(pair[0] for pair in everyones), sum(int(pair[1]) for pair in everyones)
