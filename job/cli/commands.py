@@ -23,6 +23,7 @@ from job.cli.options import (
     talk_options,
 )
 from job.cli.published_line import scored_at_the_end
+from job.cli.rehearse import rehearse
 from job.console import Console
 from job.errors import MEANING, SpeedrunError, UsageError
 
@@ -55,6 +56,9 @@ def main() -> None:
     Example:
       speedrun smoke          the whole pipeline on a CPU, in minutes
     """
+
+
+main.add_command(rehearse)
 
 
 @main.command()
