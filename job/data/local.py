@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from job.data.sources import Source, group
+from job.data.documents import Source, group
 from job.errors import DataError
 from job.store.sealed import sha256_file
 

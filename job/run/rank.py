@@ -28,6 +28,7 @@ from job.train.context import RankContext, StopSignal
 STAGES = {
     "prepare": "job.run.prepare",
     "pretrain": "job.train.loop",
+    "background": "job.run.background",
     "evaluate": "job.evaluation.stage",
     "evaluate_hf": "job.evaluation.hf_stage",
 }
