@@ -54,10 +54,6 @@ class Dataset:
     count: int
     text_bytes: int = 250_000_000
 
-    @staticmethod
-    def shard_name(index: int) -> str:
-        return f"shard_{index:05d}.parquet"
-
 
 DATASETS = {
     "climbmix": Dataset("karpathy/climbmix-400b-shuffle", 6543),
@@ -104,7 +100,8 @@ def open_hub(name: str, text: Path, store: Store | None = None) -> HubSource:
     """The dataset `name`, its files below `text`; DataError when no record and no answer of the hub says its commit."""
     dataset = DATASETS[name]
     hub = Hub(dataset, text / name, store)
-    *train, val = (HubShard(dataset.shard_name(i), dataset.text_bytes, hub.folder) for i in range(dataset.count))
+    names = (f"shard_{index:05d}.parquet" for index in range(dataset.count))
+    *train, val = (HubShard(name, dataset.text_bytes, hub.folder) for name in names)
     identity = {"source": name, "repo": dataset.repo, "commit": hub.commit}
     return HubSource(identity, tuple(train), val=val, hub=hub)
 
@@ -116,7 +113,8 @@ class Hub:
         self.repo = dataset.repo
         self.commit = self._pinned(folder / "commit.json", store, f"text/{folder.name}/commit.json")
         self.folder = folder / self.commit
-        self._progress: Callable[[int, int], None] = lambda done, total: None
+        self.progress: Callable[[int, int], None] = lambda done, total: None
+        """called with the bytes that have come and those that were wanted, from several threads"""
         self._coming: dict[str, Future[None]] = {}
         self._waiting: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -127,10 +125,6 @@ class Hub:
     def close(self) -> None:
         """End downloads at their next piece. Nobody waits for a silent server."""
         self._stopped.set()
-
-    def on_progress(self, progress: Callable[[int, int], None]) -> None:
-        """`progress(done, total)` in bytes is called from several threads."""
-        self._progress = progress
 
     def want(self, names: Sequence[str], also_bytes: int = 0) -> None:
         """Begin to fetch `names`, in this order, `also_bytes` more being about to be written beside them.
@@ -156,10 +150,6 @@ class Hub:
         while len(self._threads) < min(PARALLEL, len(self._coming)):
             self._threads.append(threading.Thread(target=self._work, daemon=True))
             self._threads[-1].start()
-
-    def has(self, name: str) -> bool:
-        """Whether the shard `name` is on disk, wanted or not."""
-        return (self.folder / name).is_file()
 
     def is_here(self, name: str) -> bool:
         """Whether the wanted shard `name` has arrived; raises what went wrong with it."""
@@ -315,7 +305,7 @@ class Hub:
             raise CancelledError
         with self._lock:
             self._done += count
-            self._progress(self._done, self._total)
+            self.progress(self._done, self._total)
 
 
 class _Bar(contextlib.nullcontext):

@@ -177,7 +177,7 @@ class DatasetBuilder:
         val = self.source.val
         self.split = Artifact(self.root / "split", "split", {"text": text, "shard": val.name if val else None})
         if self.hub:
-            self.hub.on_progress(lambda done, total: reporter.progress("fetch", done, total, "bytes"))
+            self.hub.progress = lambda done, total: reporter.progress("fetch", done, total, "bytes")
 
     def build(self) -> Prepared:
         """Make what is missing; the whole set."""

@@ -47,10 +47,8 @@ class Rows:
     def _open(self) -> None:
         """Map the row files that are there."""
         self._is_whole = self._prepared.is_whole
-        self._files = [
-            np.asarray(np.load(path, mmap_mode="r"))  # (n, T+1) uint16
-            for path in self._prepared.row_files
-        ]
+        maps = (np.load(path, mmap_mode="r") for path in self._prepared.row_files)
+        self._files = list(map(np.asarray, maps))  # each (n, T+1) uint16
 
     def __len__(self) -> int:
         return sum(len(file) for file in self._files)

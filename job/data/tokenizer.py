@@ -200,9 +200,5 @@ def check_memory(characters: int, reporter: Reporter) -> None:
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> float:
     """Of the first SAMPLE_CHARS characters of `texts`."""
-    sample: list[str] = []
-    characters = 0
-    while characters < SAMPLE_CHARS and (text := next(texts, None)) is not None:
-        sample.append(text)
-        characters += len(text)
+    sample = next(batches(texts, SAMPLE_CHARS))
     return sum(len(text.encode()) for text in sample) / sum(map(len, tokenizer.encode_documents(sample)))
