@@ -12,8 +12,11 @@ training leaves, so that no GPU waits for a rank that waits for a core.
 from __future__ import annotations
 
 import os
+import time
 
+from job.errors import InterruptedRun
 from job.run.prepare import count_leaks, prepare_rows
+from job.run.processes import GRACE
 from job.train.context import RankContext
 
 NICENESS = 10
@@ -21,5 +24,9 @@ NICENESS = 10
 
 def main(context: RankContext) -> None:
     os.nice(NICENESS)
-    prepared = prepare_rows(context, whole=True)
-    count_leaks(context.out, context.recipe(), prepared, context.reporter)
+    try:
+        prepared = prepare_rows(context, whole=True)
+        count_leaks(context.out, context.recipe(), prepared, context.reporter)
+    except InterruptedRun:
+        time.sleep(GRACE)  # a scheduler signals the workers too: until then training saves, and this process is ended
+        raise

@@ -113,7 +113,7 @@ def _run_ranks(
         parts = PartUploader(node.run, spec.attempt, node.fenced(spec.attempt), split=spec.split)
     try:
         ranks = caches.node.start(spec)
-        console.say(f"{spec.stage}: {len(ranks)} of its ranks start here")
+        console.say(f"{spec.stage}: {len(ranks)} of its processes start here")
         supervise(
             spec.stage,
             ranks,

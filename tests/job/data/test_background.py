@@ -29,7 +29,7 @@ from job.run import background as stage
 from job.run.fruitless import RankDied
 from job.run.launch import recipe_document
 from job.run.nodes import LaunchSpec, NodeContext
-from job.run.processes import LocalRank
+from job.run.processes import GRACE, LocalRank
 from job.run.supervise import Interrupts, supervise
 from job.store import VARIABLE
 from job.store.sealed import MANIFEST, is_sealed
@@ -222,6 +222,19 @@ def test_it_ends_with_the_supervisor(begun, make_rest, hub, helpers):
     with pytest.raises(RankDied):
         make_rest(helpers.Recorder(), close)
     assert not is_being_made(begun.path)
+
+
+def test_when_its_workers_are_told_to_stop_training_has_the_time_to_save(monkeypatch):
+    def told_to_stop(*_, **__):
+        raise InterruptedRun("a process that packs was told to stop")
+
+    slept = []
+    monkeypatch.setattr(stage, "prepare_rows", told_to_stop)
+    monkeypatch.setattr(stage.os, "nice", lambda _: 0)
+    monkeypatch.setattr(stage.time, "sleep", slept.append)
+    with pytest.raises(InterruptedRun):
+        stage.main(None)
+    assert slept == [GRACE]
 
 
 def test_it_is_one_more_process_of_training_where_rows_are_missing(begun, again, tmp_path, monkeypatch):
