@@ -187,7 +187,8 @@ class NodeContext:
             node=nodes.number if split else None,
             master=(nodes.addresses[0], spec.port) if split and trains else None,
         )
-        if trains and not is_sealed(self.out / "prepared" / spec.prepared / "set"):
+        prepared = self.out / "prepared" / spec.prepared
+        if trains and is_sealed(prepared / "begun") and not is_sealed(prepared / "set"):
             ranks.append(self.start_background(arguments, spec.attempt))
         return ranks
 
