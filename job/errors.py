@@ -83,6 +83,14 @@ class InterruptedRun(SpeedrunError):
     exit_code = ExitCode.RESUME
 
 
+class ChildDied(RuntimeError):
+    """A process below a rank was ended by a signal that nobody of ours sent; it counts as a rank's death."""
+
+    def __init__(self, name: str, signal: str) -> None:
+        self.name, self.signal = name, signal
+        super().__init__(f"{name} was ended by {signal}")
+
+
 class OddReplica(RuntimeError):
     """`ranks` have other weights than the others or, where there is no majority, than each other: a machine's fault,
     which ends the attempt as a rank's death does."""

@@ -18,20 +18,12 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from job.data.sources import Source, group
+from job.data.documents import Source, group
 from job.errors import DataError
 
-LEFT_OUT = {
-    "site-packages",
-    "dist-packages",
-    "lib-dynload",
-    "test",
-    "tests",
-    "idle_test",
-    "encodings",
-    "pydoc_data",
-    "__pycache__",
-}
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+OTHERS = {"site-packages", "dist-packages", "lib-dynload"}
+LEFT_OUT = OTHERS | {"test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 TABLES = {"html/entities.py", "stringprep.py", "locale.py"}
 GENERATED = ("_sysconfigdata", "config-")
 MOST_CHARS = 12_000_000
@@ -67,23 +59,18 @@ def open_embedded() -> Source:
         raise DataError(
             "this Python installation carries no sources of its standard library; point --data to text of your own"
         )
-    shards = tuple(
+    shards = [
         EmbeddedShard(f"python-{i:02d}", sum(sizes[run]), tuple(names[run])) for i, run in enumerate(group(sizes))
-    )
-    identity = {
-        "source": "embedded",
-        "python": platform.python_version(),
-        "documents": len(names),
-        "sha256": digest.hexdigest(),
-    }
-    return Source(identity, shards)
+    ]
+    identity = {"source": "embedded", "python": platform.python_version()}
+    return Source(identity | {"documents": len(names), "sha256": digest.hexdigest()}, tuple(shards))
 
 
 def read_document(name: str) -> str:
     """The text of one document by its name."""
     if name.startswith("topic:"):
         return _topics()[name.removeprefix("topic:")]
-    file = _library() / name
+    file = LIBRARY / name
     try:
         with tokenize.open(file) as handle:
             return handle.read()
@@ -91,10 +78,6 @@ def read_document(name: str) -> str:
         raise DataError(
             f"{file} cannot be read ({error}); repair the Python installation or point --data to other text"
         ) from error
-
-
-def _library() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _topics() -> dict[str, str]:
@@ -105,10 +88,9 @@ def _topics() -> dict[str, str]:
 
 def _document_names() -> Iterator[str]:
     yield from (f"topic:{name}" for name in _topics())
-    library = _library()
-    for folder, subfolders, files in os.walk(library):
+    for folder, subfolders, files in os.walk(LIBRARY):
         subfolders[:] = [name for name in subfolders if name not in LEFT_OUT]
         for file in files:
-            name = (Path(folder) / file).relative_to(library)
+            name = (Path(folder) / file).relative_to(LIBRARY)
             if name.suffix == ".py" and name.as_posix() not in TABLES and not name.parts[0].startswith(GENERATED):
                 yield name.as_posix()

@@ -28,8 +28,8 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from job.data.documents import Shard, Source
 from job.data.local import parquet_text_bytes, read_parquet, readable
-from job.data.sources import Source
 from job.errors import DataError, StorageError
 from job.store.sealed import atomic_write, sha256_file, storage_errors
 
@@ -54,16 +54,14 @@ class Dataset:
     count: int
     text_bytes: int = 250_000_000
 
-    @staticmethod
-    def shard_name(index: int) -> str:
-        return f"shard_{index:05d}.parquet"
-
 
 DATASETS = {
     "climbmix": Dataset("karpathy/climbmix-400b-shuffle", 6543),
     "fineweb-edu": Dataset("karpathy/fineweb-edu-100b-shuffle", 1823),
 }
 """as the leaderboard's runs used them (leaderboard §6)"""
+CROP_SHARE = 0.346
+"""tokens that packing drops, published for FineWeb-Edu in rows of 2048 (leaderboard §6); ClimbMix's never was"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,24 +88,33 @@ class HubShard:
             yield from read_parquet(file)
 
 
-def open_hub(name: str, text: Path, store: Store | None = None) -> Source:
-    """The dataset called `name`, its files below `text`; DataError when its commit is not recorded and the hub cannot
-    be asked."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HubSource(Source):
+    """A named dataset; `hub` fetches its shards."""
+
+    val: Shard
+    hub: Hub
+
+
+def open_hub(name: str, text: Path, store: Store | None = None) -> HubSource:
+    """The dataset `name`, its files below `text`; DataError when no record and no answer of the hub says its commit."""
     dataset = DATASETS[name]
     hub = Hub(dataset, text / name, store)
-    *train, val = (HubShard(dataset.shard_name(i), dataset.text_bytes, hub.folder) for i in range(dataset.count))
-    return Source({"source": name, "repo": dataset.repo, "commit": hub.commit}, tuple(train), val, hub)
+    names = (f"shard_{index:05d}.parquet" for index in range(dataset.count))
+    *train, val = (HubShard(name, dataset.text_bytes, hub.folder) for name in names)
+    identity = {"source": name, "repo": dataset.repo, "commit": hub.commit}
+    return HubSource(identity, tuple(train), val=val, hub=hub)
 
 
 class Hub:
-    """A dataset at one commit, and the shards of it that are on disk or on their way here. Close it to stop
-    downloads."""
+    """A dataset at one commit: its shards on disk and those being downloaded. Close it to stop downloads."""
 
     def __init__(self, dataset: Dataset, folder: Path, store: Store | None = None) -> None:
         self.repo = dataset.repo
         self.commit = self._pinned(folder / "commit.json", store, f"text/{folder.name}/commit.json")
         self.folder = folder / self.commit
-        self._progress: Callable[[int, int], None] = lambda done, total: None
+        self.progress: Callable[[int, int], None] = lambda done, total: None
+        """called with the bytes that have come and those that were wanted, from several threads"""
         self._coming: dict[str, Future[None]] = {}
         self._waiting: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -119,10 +126,6 @@ class Hub:
         """End downloads at their next piece. Nobody waits for a silent server."""
         self._stopped.set()
 
-    def on_progress(self, progress: Callable[[int, int], None]) -> None:
-        """`progress(done, total)` in bytes is called from several threads."""
-        self._progress = progress
-
     def want(self, names: Sequence[str], also_bytes: int = 0) -> None:
         """Begin to fetch `names`, in this order, `also_bytes` more being about to be written beside them.
 
@@ -131,7 +134,15 @@ class Hub:
         new = [name for name in names if name not in self._coming]
         stated = self._stated(new)
         missing = sum(stated[name]["size"] for name in new if _size(self.folder / name) != stated[name]["size"])
-        self._check_room(missing + also_bytes)
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        needed = missing + also_bytes
+        if needed and free < needed + FREE_BYTES:
+            raise StorageError(
+                f"{self.repo} needs {needed / 1e9:.1f} GB more on the disk of {self.folder}, which has"
+                f" {free / 1e9:.1f} GB free; free some space or choose another --out"
+            )
         self._total += missing
         for name in new:
             self._coming[name] = Future()
@@ -139,10 +150,6 @@ class Hub:
         while len(self._threads) < min(PARALLEL, len(self._coming)):
             self._threads.append(threading.Thread(target=self._work, daemon=True))
             self._threads[-1].start()
-
-    def has(self, name: str) -> bool:
-        """Whether the shard `name` is on disk, wanted or not."""
-        return (self.folder / name).is_file()
 
     def is_here(self, name: str) -> bool:
         """Whether the wanted shard `name` has arrived; raises what went wrong with it."""
@@ -196,24 +203,19 @@ class Hub:
         known = _read_json(file) if file.is_file() else {}
         unknown = [name for name in names if name not in known]
         for start in range(0, len(unknown), NAMES_PER_QUESTION):
-            known |= self._ask_about(unknown[start : start + NAMES_PER_QUESTION])
+            asked = unknown[start : start + NAMES_PER_QUESTION]
+            answers = self._ask("POST", f"paths-info/{self.commit}", json={"paths": asked, "expand": False})
+            for answer in answers if isinstance(answers, list) else []:
+                with contextlib.suppress(KeyError, TypeError):
+                    known[answer["path"]] = {"size": int(answer["lfs"]["size"]), "sha256": answer["lfs"]["oid"]}
+            if missing := [name for name in asked if name not in known]:
+                raise DataError(
+                    f"{self.repo} has no {missing[0]} with a stated SHA-256 at commit {self.commit} on {_endpoint()};"
+                    " check HF_ENDPOINT, or choose another data.source"
+                )
         if unknown:
             atomic_write(file, json.dumps(known, indent=1).encode())
         return {name: known[name] for name in names}
-
-    def _ask_about(self, names: list[str]) -> dict[str, dict[str, Any]]:
-        answers = self._ask("POST", f"paths-info/{self.commit}", json={"paths": names, "expand": False})
-        found = {}
-        for answer in answers if isinstance(answers, list) else []:
-            with contextlib.suppress(KeyError, TypeError):
-                found[answer["path"]] = {"size": int(answer["lfs"]["size"]), "sha256": answer["lfs"]["oid"]}
-        for name in names:
-            if name not in found:
-                raise DataError(
-                    f"{self.repo} has no {name} with a stated SHA-256 at commit {self.commit} on {_endpoint()};"
-                    " check HF_ENDPOINT, or choose another data.source"
-                )
-        return found
 
     def _ask(self, method: Any, question: str, **body: Any) -> Any:
         """The JSON that the hub answers to `question` about the dataset."""
@@ -245,17 +247,6 @@ class Hub:
             ) from None
 
     # ---- files
-
-    def _check_room(self, needed: int) -> None:
-        with storage_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
-        if needed and free < needed + FREE_BYTES:
-            raise StorageError(
-                f"{self.repo} needs {needed / 1e9:.1f} GB more on the disk of {self.folder}, which has"
-                f" {free / 1e9:.1f} GB free;"
-                " free some space or choose another --out"
-            )
 
     def _fetch(self, name: str, stated: dict[str, Any]) -> None:
         """Bring the shard here, whole and checked, or raise DataError with its name."""
@@ -314,7 +305,7 @@ class Hub:
             raise CancelledError
         with self._lock:
             self._done += count
-            self._progress(self._done, self._total)
+            self.progress(self._done, self._total)
 
 
 class _Bar(contextlib.nullcontext):

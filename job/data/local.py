@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from job.data.sources import Source, group
+from job.data.documents import Source, group
 from job.errors import DataError
 from job.store.sealed import sha256_file
 
@@ -60,11 +60,8 @@ def _files(path: Path) -> list[Path]:
     suffixes = ", ".join(READERS)
     with readable(path):
         if path.is_dir():
-            inside = sorted(
-                file
-                for file in path.iterdir()
-                if file.suffix in READERS and file.is_file() and not file.name.startswith(".")
-            )
+            seen = (file for file in path.iterdir() if not file.name.startswith("."))
+            inside = sorted(file for file in seen if file.suffix in READERS and file.is_file())
             if not inside:
                 raise DataError(
                     f"{path} has no {suffixes} file in it; point --data to a folder or to files that hold text"
@@ -122,7 +119,7 @@ def parquet_text_bytes(file: Path) -> int:
 
 def read_jsonl(file: Path) -> Iterator[str | None]:
     """The value of "text" of each line; null is a skipped document, anything else than a string an error."""
-    for number, _, line in _lines(file):
+    for number, line in _lines(file):
         if line.isspace():
             continue
         try:
@@ -132,9 +129,8 @@ def read_jsonl(file: Path) -> Iterator[str | None]:
         if not isinstance(value, dict) or not isinstance(value.get("text", 0), str | None):
             raise DataError(f'{file}:{number} is not an object with a string under "text"; repair or remove the line')
         if value["text"] is not None:
-            _decoded(
-                value["text"].encode, f"{file}:{number}"
-            )  # half of a surrogate pair can be written in JSON, not in UTF-8
+            # half of a surrogate pair can be written in JSON, not in UTF-8
+            _decoded(value["text"].encode, f"{file}:{number}")
         yield value["text"]
 
 
@@ -142,7 +138,7 @@ def read_txt(file: Path) -> Iterator[str | None]:
     """Pieces of at least TXT_CHARS characters, cut at blank lines."""
     piece: list[str] = []
     characters = 0
-    for _, _, line in _lines(file):
+    for _, line in _lines(file):
         piece.append(line)
         characters += len(line)
         if characters >= (TXT_CHARS if line.isspace() else 2 * TXT_CHARS):
@@ -151,12 +147,12 @@ def read_txt(file: Path) -> Iterator[str | None]:
     yield "".join(piece) or None
 
 
-def _lines(file: Path) -> Iterator[tuple[int, int, str]]:
-    """Each line with its number (from 1) and the offset of its first byte."""
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Each line with its number, from 1."""
     offset = 0
     with open(file, "rb") as handle:
         for number, line in enumerate(handle, 1):
-            yield number, offset, _decoded(line.decode, f"{file}, line {number}", offset)
+            yield number, _decoded(line.decode, f"{file}, line {number}", offset)
             offset += len(line)
 
 

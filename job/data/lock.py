@@ -1,4 +1,4 @@
-"""Who prepares a set: one process of a machine at a time."""
+"""Who prepares a set: one process of a machine at a time (sealing a folder sweeps what other writers left of it)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from job.errors import StorageError
 from job.reporter import Reporter
@@ -18,10 +18,16 @@ LOCK_SECONDS = 0.2
 
 @contextlib.contextmanager
 def alone(root: Path, reporter: Reporter) -> Iterator[None]:
-    """Hold the set's lock: two processes that prepare the same set do so one after the other."""
-    with open(_lock(root), "ab") as handle:
+    """Make the folder `root` and hold its lock: processes that prepare the same set do so one after the other."""
+    try:
+        with storage_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        there = next(path for path in (root, *root.parents) if path.is_file())
+        raise StorageError(f"{root} cannot be made: {there} is a file, not a folder; choose another --out") from error
+    with _lock_file(root) as file:
         waited, said = LOCK_SECONDS, 0.0
-        while not _locked(handle):
+        while not _locked(file):
             if waited >= 2 * said:  # a log has a line for each, and a wait can be long
                 reporter.progress(f"waiting for the process that prepares {root.name}", waited, waited, "s")
                 said = max(waited, 1.0)
@@ -30,29 +36,18 @@ def alone(root: Path, reporter: Reporter) -> Iterator[None]:
         yield
 
 
-def make_folder(root: Path) -> None:
-    """Where the set is made; StorageError when that cannot be."""
-    try:
-        with storage_errors(root):
-            root.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        file = next(path for path in (root, *root.parents) if path.is_file())
-        raise StorageError(f"{root} cannot be made: {file} is a file, not a folder; choose another --out") from error
-
-
 def is_being_made(root: Path) -> bool:
     """Whether some process of this machine is preparing the set."""
-    with open(_lock(root), "ab") as handle:
-        return not _locked(handle)
+    with _lock_file(root) as file:
+        return not _locked(file)
 
 
-def _lock(root: Path) -> Path:
-    return root.with_name(f"{root.name}.lock")
+def _lock_file(root: Path) -> IO[bytes]:
+    return open(root.with_name(f"{root.name}.lock"), "ab")
 
 
-def _locked(handle: Any) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _locked(file: IO[bytes]) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False

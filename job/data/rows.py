@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from job.data.lock import is_being_made
-from job.data.permutation import permutation
+from job.data.pack import permutation
 from job.data.prepare import Prepared
 from job.errors import DataError
 from job.reporter import Reporter
@@ -25,45 +25,44 @@ from job.store.sealed import is_sealed
 CHUNK_ROWS = 8192
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 60.0
-"""how long nobody may be making a row that is waited for (a feeder needs a moment to start)"""
+"""how long nobody may be making a row that is waited for (the process that does needs a moment to start)"""
 
 
 class Rows:
     """Random access to the endless sequence of rows of a prepared set; `len` is the rows of one epoch, or those that
     have come so far.
 
-    While a row is waited for, `check()` is called now and then, and `reporter` told.
+    `reporter` is told while a row is waited for.
     """
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        seed: int,
-        *,
-        check: Callable[[], None] = lambda: None,
-        reporter: Reporter | None = None,
-    ) -> None:
-        self._prepared, self._check, self._reporter = prepared, check, reporter or Reporter()
-        self._seed = seed
+    def __init__(self, prepared: Prepared, seed: int, reporter: Reporter | None = None) -> None:
+        self._prepared, self._seed, self._reporter = prepared, seed, reporter or Reporter()
         self.row_tokens = prepared.seq_len + 1
         self._open()
         self._plan = functools.lru_cache(maxsize=2)(self._files_of_epoch)
-        self._within = functools.lru_cache(maxsize=4)(self._rows_of_file)
+        self._within = functools.lru_cache(maxsize=4)(
+            lambda epoch, file: permutation(len(self._files[file]), seed, "rows", epoch, file)
+        )
 
     def _open(self) -> None:
         """Map the row files that are there."""
         self._is_whole = self._prepared.is_whole
-        self._files = [np.asarray(np.load(path, mmap_mode="r")) for path in self._prepared.row_files]
+        maps = (np.load(path, mmap_mode="r") for path in self._prepared.row_files)
+        self._files = list(map(np.asarray, maps))  # each (n, T+1) uint16
 
     def __len__(self) -> int:
         return sum(len(file) for file in self._files)
 
     def order(self, epoch: int, index: int) -> tuple[int, int]:
         """(file, row within the stored file) of the `index`-th row of `epoch`."""
+        file, offset = self._find(epoch, index)
+        return file, offset if epoch == 0 else int(self._within(epoch, file)[offset])
+
+    def _find(self, epoch: int, index: int) -> tuple[int, int]:
+        """(file, position in the file's order of that epoch) of the `index`-th row of `epoch`."""
         files, starts = self._plan(epoch)
         slot = int(np.searchsorted(starts, index, side="right")) - 1
-        offset = index - int(starts[slot])
-        return int(files[slot]), offset if epoch == 0 else int(self._within(epoch, int(files[slot]))[offset])
+        return int(files[slot]), index - int(starts[slot])
 
     def take(self, start: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
         """(count, T+1) uint16: rows start..start+count-1 of the run, into `out` when given."""
@@ -71,7 +70,16 @@ class Rows:
         self._wait_for(start + count)
         done = 0
         while done < count:
-            done += self._copy(start + done, out[done:count])
+            epoch, index = divmod(start + done, len(self))
+            file, offset = self._find(epoch, index)
+            rows = self._files[file]  # (n, T+1)
+            part = out[done : min(count, done + len(rows) - offset)]  # to the end of the file at most
+            if epoch == 0:
+                part[:] = rows[offset : offset + len(part)]
+            else:
+                stored = self._within(epoch, file)[offset : offset + len(part)]
+                np.take(rows, stored, axis=0, out=part, mode="clip")
+            done += len(part)
         return out
 
     def chunks(self, consumed: int) -> Iterator[np.ndarray]:
@@ -87,7 +95,6 @@ class Rows:
         while not self._is_whole and len(self) < rows:
             if self._has_grown():
                 continue
-            self._check()
             self._reporter.progress("waiting for rows", len(self), rows, "rows")
             time.sleep(POLL_SECONDS)
             waited += POLL_SECONDS
@@ -109,32 +116,9 @@ class Rows:
         self._plan.cache_clear()
         return before != (len(self._files), self._is_whole)
 
-    def _copy(self, start: int, out: np.ndarray) -> int:
-        """Copy rows from `start` on as far as their file goes; how many."""
-        epoch, index = divmod(start, len(self))
-        files, starts = self._plan(epoch)
-        slot = int(np.searchsorted(starts, index, side="right")) - 1
-        file = self._files[files[slot]]
-        offset = index - int(starts[slot])
-        count = min(len(out), len(file) - offset)
-        if epoch == 0:
-            out[:count] = file[offset : offset + count]
-        else:
-            np.take(
-                file,
-                self._within(epoch, int(files[slot]))[offset : offset + count],
-                axis=0,
-                out=out[:count],
-                mode="clip",
-            )
-        return count
-
     def _files_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The files in the epoch's order, and the index of each one's first row."""
+        """(files,) the files in the epoch's order, and (files,) the index of each one's first row."""
         count = len(self._files)
         files = np.arange(count) if epoch == 0 else permutation(count, self._seed, "files", epoch)
         lengths = np.array([len(self._files[file]) for file in files])
         return files, np.cumsum(lengths) - lengths
-
-    def _rows_of_file(self, epoch: int, file: int) -> np.ndarray:
-        return permutation(len(self._files[file]), self._seed, "rows", epoch, file)

@@ -26,8 +26,10 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from job.data.sources import batches
-from job.errors import DataError
+from job.data.documents import batches
+from job.errors import DataError, OutOfMemoryError
+from job.machine import host
+from job.reporter import Reporter
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -68,8 +70,7 @@ class Tokenizer:
 
     @cached_property
     def _bulk(self) -> fastokens.Tokenizer:
-        """One thread: a machine's cores have a shard each. (The library's threads are counted at its first use; rustbpe
-        has its own.)"""
+        """Encodes many texts in one thread: a machine's cores have a shard each."""
         os.environ.setdefault("RAYON_NUM_THREADS", "1")
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
             file.write(_ranks_file(self._ids.items()))
@@ -82,8 +83,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """(V,) int32: bytes of text that each id stands for, exact for ids that are not valid UTF-8 alone; specials
-        0."""
+        """(V,) int32: bytes of text of each id, exact for ids that are not valid UTF-8 alone; specials 0."""
         return np.array([len(token) for token in self.ranks] + [0] * len(self.specials), dtype=np.int32)
 
     def encode(self, text: str) -> list[int]:
@@ -94,8 +94,7 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """(n,) uint16 for each text: the ids of `encode`, several times as fast for many texts. Reads ahead by
-        BATCH_CHARS of text."""
+        """(n,) uint16 for each text: the ids of `encode`, several times as fast. Reads ahead by BATCH_CHARS of text."""
         for batch in batches(texts, BATCH_CHARS):
             if max(map(len, batch)) > 2 * BATCH_CHARS:
                 yield from (
@@ -106,7 +105,8 @@ class Tokenizer:
 
     def _encode_together(self, texts: Sequence[str]) -> list[np.ndarray]:
         ids, offsets = self._bulk.encode_batch_flat(texts)
-        flat, edges = np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").tolist()
+        flat = np.frombuffer(ids, "<u4")  # (ids of all texts,)
+        edges = np.frombuffer(offsets, "<u8").tolist()  # texts + 1 of them
         return [
             np.array(self.encode(text) if VOWEL_SEPARATOR in text else flat[start:end], np.uint16)
             for text, (start, end) in zip(texts, itertools.pairwise(edges), strict=True)
@@ -130,8 +130,7 @@ class Tokenizer:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A long text in parts of about BATCH_CHARS whose ids, joined, are its own: encoding takes a dozen bytes of memory
-    for each of its own."""
+    """Parts of about BATCH_CHARS whose ids, joined, are the text's: encoding takes a dozen times a part's memory."""
     start = 0
     while len(text) - start > 2 * BATCH_CHARS and (cut := BETWEEN_WORDS.search(text, start + BATCH_CHARS)):
         yield text[start : cut.start()]
@@ -154,37 +153,52 @@ def train_tokenizer(
     The same documents give the same ranks on any number of threads. Raises DataError when the text has too few pairs to
     merge.
     """
-    count = [0]
+    count = 0
+
+    def sample() -> Iterator[str]:
+        nonlocal count
+        for document in documents:
+            text = document[: min(document_chars, max_chars - count)]
+            count += len(text)
+            yield text
+            if count >= max_chars:
+                return
+
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(
-        _sample(documents, max_chars, document_chars, count), vocab_size - len(SPECIALS), pattern=SPLIT_PATTERN
-    )
+    trainer.train_from_iterator(sample(), vocab_size - len(SPECIALS), pattern=SPLIT_PATTERN)
     ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
     wanted, found = vocab_size - len(SPECIALS) - BYTES, len(ranks) - BYTES
     if found < wanted:
+        most = found + BYTES + len(SPECIALS)
         raise DataError(
-            f"the training text ({count[0]} characters) is too small for data.vocab_size={vocab_size}: only {found}"
-            f" of {wanted}"
-            f" merges are possible; give more text or a vocabulary of at most {found + BYTES + len(SPECIALS)}"
+            f"the training text ({count} characters) is too small for data.vocab_size={vocab_size}: only {found}"
+            f" of {wanted} merges are possible; give more text or a vocabulary of at most {most}"
         )
-    return Tokenizer(ranks), count[0]
+    return Tokenizer(ranks), count
 
 
-def _sample(documents: Iterable[str], max_chars: int, document_chars: int, count: list[int]) -> Iterator[str]:
-    """The text that the trainer sees; `count[0]` grows by its characters."""
-    for document in documents:
-        text = document[: min(document_chars, max_chars - count[0])]
-        count[0] += len(text)
-        yield text
-        if count[0] >= max_chars:
-            return
+def training_bytes(characters: int) -> int:
+    """Estimated memory of training on so many characters, beyond what the process has.
+
+    It goes with the number of different words, which grows slower than the text (Heaps' law): measured 62, 96 and
+    109 MB for 15, 30 and 60 MB of English (tests/bench/bench_data.py), an exponent of 0.41; text of the web has more
+    rare words, so 0.7 is assumed.
+    """
+    return int(40e6 + 110e6 * (characters / 60e6) ** 0.7)
+
+
+def check_memory(characters: int, reporter: Reporter) -> None:
+    """Report how much memory the training will take; OutOfMemoryError when that is more than there is."""
+    needed, available = training_bytes(characters), host.available_memory()
+    reporter.emit("prepare.memory", stage="tokenizer", estimated_bytes=needed, available_bytes=available)
+    if available is not None and needed > available:
+        raise OutOfMemoryError(
+            f"training the tokenizer on {characters:,} characters takes about {needed / 1e9:.1f} GB of memory and"
+            f" {available / 1e9:.1f} GB are free; lower data.tokenizer_chars or take a machine with more memory"
+        )
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> float:
     """Of the first SAMPLE_CHARS characters of `texts`."""
-    sample: list[str] = []
-    characters = 0
-    while characters < SAMPLE_CHARS and (text := next(texts, None)) is not None:
-        sample.append(text)
-        characters += len(text)
+    sample = next(batches(texts, SAMPLE_CHARS))
     return sum(len(text.encode()) for text in sample) / sum(map(len, tokenizer.encode_documents(sample)))

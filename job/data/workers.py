@@ -1,9 +1,8 @@
-"""One process per task: results as they come, errors as they were raised, nobody left behind.
+"""Tasks in a pool of processes: results as they come, errors as they were raised, nobody left behind.
 
-A task is a picklable object with `run(advance)`; `advance(n)` reports n more units of work. Each task gets a fresh
-spawned process, so that its memory goes back to the system when it is done. A child ignores Ctrl-C: its parent ends it,
-by SIGTERM, upon which it unwinds and removes what it had half written. It does the same when its parent is gone, so
-that a killed `prepare` leaves no packers running.
+A task is a picklable object with `run(advance)`; `advance(n)` reports n more units of work. Workers ignore Ctrl-C,
+which is their parent's to act on. On SIGTERM, and when their parent is gone, they unwind, remove what they had half
+written, and end.
 """
 
 from __future__ import annotations
@@ -15,20 +14,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol, cast
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
 
-from job.errors import ExitCode, InterruptedRun, OutOfMemoryError, SpeedrunError
+from job.errors import ChildDied, ExitCode, InterruptedRun
 
-GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
-"""between two looks whether a task that waits for its text is ready"""
+"""between two looks at the work done, and whether a task that waits for its text is ready"""
 
 
 class Task(Protocol):
-    @property
-    def name(self) -> str: ...
-
     def run(self, advance: Callable[[int], None]) -> Any: ...
 
 
@@ -42,89 +39,75 @@ def run_tasks(
 
     Tasks start in order, each when `is_ready(task)`. With one worker or one task everything runs in this process.
     """
-    if workers == 1 or len(tasks) == 1:
+    if workers == 1 or len(tasks) <= 1:
         for index, task in enumerate(tasks):
             while not is_ready(task):
                 time.sleep(POLL_SECONDS)
             yield index, task.run(advance)
         return
     context = multiprocessing.get_context("spawn")
-    pending = list(enumerate(tasks))[::-1]
-    running: dict[Connection, tuple[int, Any]] = {}
+    done, told = context.Value("q", 0), 0
+    others, processes = set(multiprocessing.active_children()), set[BaseProcess]()
+    running: dict[Future[Any], int] = {}
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _begin, (done,))
+    waiting = list(range(len(tasks)))
     try:
-        while pending or running:
-            while pending and len(running) < workers and is_ready(pending[-1][1]):
-                index, task = pending.pop()
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(task, sender), name=task.name)
-                process.start()
-                sender.close()
-                running[receiver] = index, process
-            room = pending and len(running) < workers
+        while waiting or running:
+            while waiting and is_ready(tasks[waiting[0]]):
+                index = waiting.pop(0)
+                running[pool.submit(_run, tasks[index])] = index
+                processes |= set(multiprocessing.active_children()) - others
             if not running:
                 time.sleep(POLL_SECONDS)
-            for ready in wait(list(running), POLL_SECONDS if room else None):
-                receiver = cast(Connection, ready)
-                index, process = running[receiver]
-                kind, value = _receive(receiver, process)
-                if kind == "advance":
-                    advance(value)
-                elif kind == "failed":
-                    raise value
-                else:
-                    process.join()
-                    receiver.close()
-                    del running[receiver]
-                    yield index, value
+            ended = wait(running, POLL_SECONDS, FIRST_COMPLETED).done
+            if done.value > told:
+                advance(done.value - told)
+                told = done.value
+            for future in ended:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise _death(processes) from None
     finally:
-        _end([process for _, process in running.values()])
+        for process in processes:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
-def _receive(receiver: Connection, process: Any) -> tuple[str, Any]:
-    """The child's next message; an error when it ended without its result."""
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-    if process.exitcode == ExitCode.RESUME:
-        raise InterruptedRun(
-            f"the process packing {process.name} was told to stop; run the same command again to go on"
-        )
-    if process.exitcode < 0:
-        name = signal.Signals(-process.exitcode).name
-        raise OutOfMemoryError(
-            f"the process packing {process.name} was ended by {name}, usually for lack of memory;"
-            " run the same command again with fewer workers"
-        )
-    raise RuntimeError(f"the process packing {process.name} failed; its traceback stands above")
-
-
-def _end(processes: list[Any]) -> None:
-    """Stop processes: politely, and after GRACE_SECONDS for certain."""
+def _death(processes: set[BaseProcess]) -> Exception:
+    """What the end of one of `processes` means; the pool has ended the others by SIGTERM."""
     for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
         process.join()
+        number = -(process.exitcode or 0)
+        if number > 0 and number != signal.SIGTERM:
+            return ChildDied("a process that packs", signal.Signals(number).name)
+    return InterruptedRun("a process that packs was told to stop; run the same command again to go on")
 
 
-def _child(task: Task, sender: Connection) -> None:
+_done: Any = None
+"""in a worker: the units of work that all workers have done"""
+
+
+def _begin(done: Any) -> None:
+    global _done
+    _done = done
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.RESUME))
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        result = task.run(lambda amount: sender.send(("advance", amount)))
-    except SpeedrunError as error:
-        sender.send(("failed", error))
-    else:
-        sender.send(("done", result))
 
 
-def end_with_parent() -> None:
-    """In a thread of a child: SIGTERM to itself when its parent is gone."""
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+    assert parent
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(task: Task) -> Any:
+    def advance(amount: int) -> None:
+        with _done.get_lock():
+            _done.value += amount
+
+    try:
+        return task.run(advance)
+    except SystemExit:  # of SIGTERM: the pool would pass it on as the task's error, and the worker go on
+        os._exit(ExitCode.RESUME)

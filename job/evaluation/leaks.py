@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from job.data.documents import ByHash, ByShard, Counts, Shard, Split, batches, documents
+from job.data.hub import HubSource
 from job.data.prepare import Prepared
-from job.data.sources import ByHash, ByShard, Counts, Shard, Split, batches, documents, open_source
+from job.data.sources import open_source
 from job.data.workers import run_tasks
 from job.errors import DataError
 from job.evaluation.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, Bundle, Task
@@ -161,7 +163,7 @@ def seal_leaks(
     text, where the rows were pulled.
     """
     path = prepared.path / f"leaks-{bundle.id}"
-    files = len(prepared.facts["files"])
+    files = len(prepared.metadata["files"])
     made_from = {"prepared": prepared.id, "bundle": bundle.id, "files": files}
     if is_sealed(path) and open_sealed(path, kind="leaks").made_from != made_from:
         shutil.rmtree(path)
@@ -174,9 +176,9 @@ def seal_leaks(
         source = open_source(data, Path(out))
         split = ByShard(prepared.path / "split" / "hashes.npy") if source.val else ByHash(data.val_fraction)
         shards = source.shards[:files]
-        if source.hub:
+        if isinstance(source, HubSource):
             source.hub.close()
-            if not all(source.hub.has(shard.name) for shard in shards):
+            if not all((source.hub.folder / shard.name).is_file() for shard in shards):
                 text = "leaks were not counted: the rows were pulled, and their text is not here"
                 reporter.emit("warning", text=text)
                 return None

@@ -43,6 +43,16 @@ def memory_limit() -> int | None:
     return int(text) if text != "max" and int(text) < NO_LIMIT else None
 
 
+def memory_left() -> int | None:
+    """Bytes that this group may still take, files that the kernel would drop from its cache among them; None without a
+    limit."""
+    limit, used = memory_limit(), read("memory", "memory.current", "memory.usage_in_bytes")
+    if limit is None or used is None:
+        return None
+    stat = dict(line.split() for line in (read("memory", "memory.stat", "memory.stat") or "").splitlines())
+    return limit - int(used) + int(stat.get("inactive_file", 0))
+
+
 def cpu_quota() -> float | None:
     """Processors' worth of time that this group may use; None without a limit."""
     text = read("cpu", "cpu.max", "cpu.cfs_quota_us")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -28,6 +29,16 @@ def memory_bytes() -> int:
     """The machine's memory, or what this control group may use of it if that is less."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(whole, cgroup.memory_limit() or whole)
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take: the machine's, or its control group's if that is less; None where nobody
+    says."""
+    found = [cgroup.memory_left()]
+    with contextlib.suppress(OSError, KeyError):
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    return min((left for left in found if left is not None), default=None)
 
 
 @dataclasses.dataclass(frozen=True)

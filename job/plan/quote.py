@@ -15,7 +15,7 @@ import dataclasses
 import math
 from typing import Any
 
-from job.data.hub import DATASETS, Dataset
+from job.data.hub import CROP_SHARE, DATASETS, Dataset
 from job.errors import UsageError
 from job.machine.gpus import GPU, PRICE_SOURCE, check_count, check_price, find_gpu
 from job.plan import money, published_runs
@@ -26,8 +26,6 @@ from job.recipe.derive import Derived, derive, micro_steps
 from job.recipe.leaderboard import UNTIMED_STEPS
 from model.kernels import BF16_TIME
 
-CROP_SHARE = 0.346
-"""tokens that packing drops, published for FineWeb-Edu in rows of 2048; ClimbMix's was never published"""
 CHARS_PER_TOKEN = 4.11
 """characters a token, from Run 6's 147 shards for its 8.9e9 tokens, vocabulary 32,768"""
 TRAINING = "training, timed"

@@ -105,7 +105,7 @@ class Bucket:
         """UsageError for a store that cannot be used, StorageError for one that does not answer."""
         store = open_store(url)
         store.prepare()
-        os.environ[VARIABLE] = url  # for the children: prepare and the feeder pull prepared sets from there
+        os.environ[VARIABLE] = url  # for the children: they pull prepared sets from there
         return cls(store, wait)
 
     def recipe(self, run_id: str) -> bytes | None:

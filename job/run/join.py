@@ -127,8 +127,17 @@ def _run_ranks(
     try:
         with parts or contextlib.nullcontext():
             ranks = caches.node.start(spec)
-            console.say(f"{spec.stage}: {len(ranks)} of its ranks start here")
-            supervise(spec.stage, ranks, reporter=caches, console=console, interrupts=interrupts, meanwhile=meanwhile)
+            console.say(f"{spec.stage}: {len(ranks)} of its processes start here")
+            supervise(
+                spec.stage,
+                ranks,
+                reporter=caches,
+                console=console,
+                interrupts=interrupts,
+                meanwhile=meanwhile,
+                silence=recipe.train.silence_seconds,
+                alone=False,
+            )
     finally:
         caches.end(interrupted=interrupts.count > 0)
 

@@ -37,7 +37,7 @@ from job.recipe.config import Recipe, preset_header
 from job.run.processes import PACKAGES, LocalRank, start_ranks
 from job.store.checkpoint_folder import folder_of
 from job.store.fence import Fenced, run_key
-from job.store.sealed import content_id, sha256_file
+from job.store.sealed import content_id, is_sealed, sha256_file
 from job.store.stores import FolderStore, Store
 
 PORT = 29461
@@ -175,8 +175,9 @@ class NodeContext:
         trains = spec.stage == "pretrain"
         resume = "" if spec.resume is None else str(folder_of(self.run, spec.resume))
         document = self.asked or self.run / "recipe.json"
-        return start_ranks(
-            [spec.stage, str(self.out), str(document), str(self.run), str(spec.attempt), resume, spec.prepared],
+        arguments = [str(self.out), str(document), str(self.run), str(spec.attempt), resume, spec.prepared]
+        ranks = start_ranks(
+            [spec.stage, *arguments],
             world_size=nodes.world_size if trains else local,
             threads=self.threads,
             environment=self.environment,
@@ -186,6 +187,21 @@ class NodeContext:
             node=nodes.number if split else None,
             master=(nodes.addresses[0], spec.port) if split and trains else None,
         )
+        prepared = self.out / "prepared" / spec.prepared
+        if trains and is_sealed(prepared / "begun") and not is_sealed(prepared / "set"):
+            ranks.append(self.start_background(arguments, spec.attempt))
+        return ranks
+
+    def start_background(self, arguments: list[str], attempt: int) -> LocalRank:
+        """The process that makes the rest of the prepared set while training consumes its beginning."""
+        nodes = self.nodes
+        log = f"{attempt}.background.log" if nodes.count == 1 else f"{attempt}.background.node{nodes.number}.log"
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(nodes.ranks + 1)}
+        environment = {**os.environ, **alone, "PYTHONUNBUFFERED": "1"}
+        name = "the process that prepares rows" + ("" if nodes.count == 1 else f" on node {nodes.number}")
+        process = LocalRank(name, ["background", *arguments], environment, self.run / "logs" / log)
+        process.apart = True
+        return process
 
 
 def nodes_here(ranks: int | None, run_id: str, preset: str = "") -> Nodes:

@@ -25,24 +25,28 @@ from job.train.context import RankContext
 
 def main(context: RankContext) -> None:
     """The prepare stage, in one process that starts its own packers."""
-    recipe, rows = context.recipe(), context.rows_of_the_run()
-    nothing_follows = context.run is None or is_sealed(
-        folder_of(context.run, rows)
-    )  # no training that would make the rest
-    prepared = data.prepare(
-        context.out,
-        recipe.data,
-        recipe.model.seq_len,
-        context.reporter,
-        workers=host.usable_cores(),
-        rows=rows,
-        whole=nothing_follows,
-        store=store_of_environment(),
-    )
+    recipe = context.recipe()
+    trains = context.run is not None and not is_sealed(folder_of(context.run, context.rows_of_the_run()))
+    prepared = prepare_rows(context, whole=not trains)
     seal_smoke_bundle(prepared, recipe.data.seed)
     seal_eval_items(context.out, recipe, prepared, context.reporter)
     if prepared.is_whole:
         count_leaks(context.out, recipe, prepared, context.reporter, from_text=context.run is None)
+
+
+def prepare_rows(context: RankContext, *, whole: bool) -> Prepared:
+    """The rows of the recipe on the cores that the stage's ranks leave; not `whole`: as far as training can start."""
+    recipe = context.recipe()
+    return data.prepare(
+        context.out,
+        recipe.data,
+        recipe.model.seq_len,
+        context.reporter,
+        max(1, host.usable_cores() - context.local_world_size + 1),
+        rows=context.rows_of_the_run(),
+        whole=whole,
+        store=store_of_environment(),
+    )
 
 
 def count_leaks(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporter, *, from_text: bool = True) -> None:

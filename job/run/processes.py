@@ -68,8 +68,10 @@ class LocalRank:
         self.error: tuple[int, str] | None = None
         self.failed = float("inf")
         """when it said so"""
-        self.broken: tuple[str, str] | None = None
-        """whose device it says is broken, and how"""
+        self.broken: tuple[str, str, bool] | None = None
+        """what it says has died, of what, and whether that is a device"""
+        self.apart = False
+        """whether it does not wait for the others of its stage, nor they for what it is at"""
         self.steps_to_stop: int | None = None
         """from the stop signal to the step before which all ranks stop; None until training has begun"""
         self.step_seconds = 0.0

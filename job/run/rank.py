@@ -22,13 +22,14 @@ import signal
 import sys
 from pathlib import Path
 
-from job.errors import ExitCode, OddReplica, SpeedrunError
+from job.errors import ChildDied, ExitCode, OddReplica, SpeedrunError
 from job.reporter import RankReporter
 from job.train.context import RankContext, StopSignal
 
 STAGES = {
     "prepare": "job.run.prepare",
     "pretrain": "job.train.loop",
+    "background": "job.run.background",
     "evaluate": "job.evaluation.stage",
     "evaluate_hf": "job.evaluation.hf_stage",
 }
@@ -75,14 +76,17 @@ def main(
     except OddReplica as error:
         node = " on node {}" if context.local_world_size < context.world_size else ""
         names = [f"rank {rank}" + node.format(rank // context.local_world_size) for rank in error.ranks]
-        reporter.send({"broken": str(error), "rank": " and ".join(names)})
+        reporter.send({"broken": str(error), "who": " and ".join(names), "device": True})
+        raise
+    except ChildDied as error:
+        reporter.send({"broken": error.signal, "who": error.name, "device": False})
         raise
     except (MemoryError, RuntimeError) as error:
         if lacks_memory(error):
             reporter.send({"error": [int(ExitCode.OUT_OF_MEMORY), memory_sentence(stage, error)]})
             return int(ExitCode.OUT_OF_MEMORY)
         if found := BROKEN_DEVICE.search(str(error)):
-            reporter.send({"broken": found[0]})
+            reporter.send({"broken": found[0], "device": True})
         raise
     return 0
 

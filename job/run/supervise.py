@@ -56,7 +56,8 @@ def supervise(
     for rank in ranks:
         selector.register(rank.pipe, selectors.EVENT_READ, rank)
     control = _Control(stage, ranks[0], interrupts, console, manager)
-    clock = SilenceClock(stage, ranks, silence, console, alone=alone)
+    groups = [[rank for rank in ranks if not rank.apart], *([rank] for rank in ranks if rank.apart)]
+    clocks = [SilenceClock(stage, group, silence, console, alone=alone) for group in groups]
 
     def listen() -> None:
         for key, _ in selector.select(timeout=0.2):
@@ -74,7 +75,8 @@ def supervise(
             if any(time.monotonic() - rank.failed > GRACE for rank in ranks):  # it said an error, and does not end
                 break
             control.advance()
-            clock.check(listen)
+            for clock in clocks:
+                clock.check(listen)
             meanwhile()
         codes = [rank.ended() for rank in ranks]
     finally:
@@ -134,8 +136,8 @@ def _take(
             console.progress(stage, done, total, unit)
         case {"error": [code, text]}:
             rank.error, rank.failed = (code, text), time.monotonic()
-        case {"broken": text, **named}:
-            rank.broken, rank.failed = (named.get("rank", rank.name), text), time.monotonic()
+        case {"broken": text, "device": device, **named}:
+            rank.broken, rank.failed = (named.get("who", rank.name), text, device), time.monotonic()
         case {"training": _, "steps_to_stop": steps}:
             rank.steps_to_stop = steps
             if manager:
@@ -186,7 +188,7 @@ def _raise_failure(stage: str, ranks: Sequence[LocalRank], codes: list[int | Non
     for rank in ranks:
         if rank.error:
             raise error_for(*rank.error)
-    deaths = [(Death(stage, *rank.broken, device=True), rank.log) for rank in ranks if rank.broken]
+    deaths = [(Death(stage, *rank.broken), rank.log) for rank in ranks if rank.broken]
     deaths += [
         (Death(stage, rank.name, signal.Signals(-code).name), rank.log)
         for rank, code in zip(ranks, codes, strict=True)

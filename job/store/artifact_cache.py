@@ -1,18 +1,18 @@
 """What others have prepared already: sealed artifacts of a set, taken from the store instead of made.
 
-An artifact's key is its path below `--out`, with the set's id in it, so that what is found there is what would be
-made here. It is verified byte for byte and must have been made from the same inputs. The store is a short cut and
-never a condition: what it lacks, gives damaged or does not give is made here, with a warning where something was wrong.
+An artifact's key is its path below `--out`, and the set's id stands in it, so that what is found there is what would be
+made here. It is verified byte for byte and must have been made from the same inputs. The store is a short cut and never
+a condition: what it lacks, gives damaged or does not give is made here, with a warning where something was wrong.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Artifact:
 
     path: Path
     kind: str
-    made_from: dict[str, Any]
+    inputs: dict[str, Any]
 
 
 class ArtifactCache:
@@ -39,12 +39,11 @@ class ArtifactCache:
 
     def __init__(self, store: Store | None, root: Path, reporter: Reporter) -> None:
         self._store, self._root, self._reporter = store, root, reporter
-        self._sealed: dict[str, int] | None = None
 
     def pull(self, artifacts: Iterable[Artifact]) -> Iterator[tuple[Sealed, float]]:
-        """Take those of `artifacts` that are not here and are there, some at once; each with its seconds, in order."""
+        """Take those that are in the store and not here, some at once; each with its seconds, in order."""
         wanted = [artifact for artifact in artifacts if not is_sealed(artifact.path) and self.has(artifact)]
-        done, total = 0, sum(self.size(artifact) for artifact in wanted)
+        done, total = 0, sum(map(self.size, wanted))
         with ThreadPoolExecutor(AT_ONCE) as threads:
             for artifact, pulled in zip(wanted, threads.map(self._pull, wanted), strict=True):
                 done += self.size(artifact)
@@ -53,40 +52,35 @@ class ArtifactCache:
                     yield pulled
 
     def has(self, artifact: Artifact) -> bool:
-        """Whether the store has `artifact`, sealed, and nothing was wrong with it."""
-        return f"{self._key(artifact)}/{MANIFEST}" in self._listed()
+        """Whether the store has it, sealed, and nothing was wrong with it."""
+        return f"{self._key(artifact)}/{MANIFEST}" in self._listed
 
     def size(self, artifact: Artifact) -> int:
-        """Bytes of the files of `artifact` in the store, its manifest apart."""
+        """Bytes of its files in the store, the manifest apart."""
         inside = f"{self._key(artifact)}/"
-        return sum(size for key, size in self._listed().items() if key.startswith(inside) and key != inside + MANIFEST)
+        return sum(size for key, size in self._listed.items() if key.startswith(inside) and key != inside + MANIFEST)
 
+    @cached_property
     def _listed(self) -> dict[str, int]:
-        if self._sealed is None:
-            self._sealed = {}
-            if self._store:
-                with self._or_make_it("what is prepared there cannot be listed"):
-                    self._sealed = self._store.list(f"prepared/{self._root.name}")
-        return self._sealed
+        try:
+            return self._store.list(f"prepared/{self._root.name}") if self._store else {}
+        except (DataError, StorageError) as error:
+            self._reporter.emit("warning", text=f"{error}; what is prepared there cannot be listed")
+            return {}
 
     def _pull(self, artifact: Artifact) -> tuple[Sealed, float] | None:
-        started, store = time.perf_counter(), self._store
+        started, store, key = time.perf_counter(), self._store, self._key(artifact)
         assert store
-        with self._or_make_it(f"{self._key(artifact)} is made here instead"):
-            sealed = pull_sealed(store, self._key(artifact), artifact.path, kind=artifact.kind)
-            if sealed.made_from == artifact.made_from:
+        try:
+            sealed = pull_sealed(store, key, artifact.path, kind=artifact.kind)
+            if sealed.made_from == artifact.inputs:
                 return sealed, time.perf_counter() - started
             shutil.rmtree(artifact.path)
-            raise DataError(f"{store.url}/{self._key(artifact)} was made from something else")
-        del self._listed()[f"{self._key(artifact)}/{MANIFEST}"]
+            raise DataError(f"{store.url}/{key} was made from something else")
+        except (DataError, StorageError) as error:
+            self._reporter.emit("warning", text=f"{error}; {key} is made here instead")
+        del self._listed[f"{key}/{MANIFEST}"]
         return None
 
     def _key(self, artifact: Artifact) -> str:
         return f"prepared/{self._root.name}/{artifact.path.relative_to(self._root).as_posix()}"
-
-    @contextlib.contextmanager
-    def _or_make_it(self, consequence: str) -> Iterator[None]:
-        try:
-            yield
-        except (DataError, StorageError) as error:
-            self._reporter.emit("warning", text=f"{error}; {consequence}")

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from job.data.feed import Job, training_rows
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import DivergedError, InterruptedRun, UsageError
@@ -33,7 +32,6 @@ from job.machine import host
 from job.recipe.config import Recipe
 from job.recipe.derive import Derived
 from job.reporter import LONG
-from job.run.prepare import count_leaks
 from job.store import checkpoint_folder
 from job.train import checkpoint, compile_cache
 from job.train.context import RankContext
@@ -297,30 +295,21 @@ def main(context: RankContext) -> None:
     device = device_of(context)
     if context.world_size > 1:
         join_ranks(context, recipe, device)
-    workers = max(1, host.usable_cores() - context.local_world_size)
-    job = Job(
-        context.out,
-        recipe.data,
-        recipe.model.seq_len,
-        workers,
-        derived.rows,
-        functools.partial(count_leaks, context.out, recipe),
-    )
     kernels = choose_kernels(recipe, machine_of(device), context.world_size, prove_on=device)
-    with training_rows(prepared, job, context.reporter, feeds=context.local_rank == 0) as rows:
-        run = build(context, recipe, derived, prepared, rows, device)
-        if device.type == "cuda":
-            with compile_cache.warming(context):
-                warm_up(run)
-        if dist.is_initialized():  # nothing is compiled any more
-            _set_pg_timeout(datetime.timedelta(seconds=LONG * recipe.train.silence_seconds))
-        gc.collect()
-        gc.freeze()  # what is alive now stays: no later collection looks at it
-        if context.rank == 0:
-            announce(run, kernels)
-        if context.local_rank == 0:
-            context.reporter.send({"training": run.step, "steps_to_stop": 2 * run.metrics.lag + 2})
-        train(run)
+    rows = Rows(prepared, recipe.data.seed, context.reporter if context.local_rank == 0 else None)
+    run = build(context, recipe, derived, prepared, rows, device)
+    if device.type == "cuda":
+        with compile_cache.warming(context):
+            warm_up(run)
+    if dist.is_initialized():  # nothing is compiled any more
+        _set_pg_timeout(datetime.timedelta(seconds=LONG * recipe.train.silence_seconds))
+    gc.collect()
+    gc.freeze()  # what is alive now stays: no later collection looks at it
+    if context.rank == 0:
+        announce(run, kernels)
+    if context.local_rank == 0:
+        context.reporter.send({"training": run.step, "steps_to_stop": 2 * run.metrics.lag + 2})
+    train(run)
     if dist.is_initialized():  # not after a failure: with a collective in flight it would wait for ranks that are gone
         dist.destroy_process_group()
 

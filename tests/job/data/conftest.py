@@ -71,7 +71,7 @@ def corpus(tmp_path_factory, prose) -> Path:
 @pytest.fixture
 def one_file_shards(monkeypatch) -> None:
     """Every file a shard of its own, however small."""
-    monkeypatch.setattr("job.data.sources.SHARD_BYTES", 1)
+    monkeypatch.setattr("job.data.documents.SHARD_BYTES", 1)
 
 
 def config(*paths: Path, **changes) -> DataConfig:

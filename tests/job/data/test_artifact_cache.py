@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.data.feed import Job, training_rows
-from job.data.hub import DATASETS, Dataset
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import StorageError
@@ -21,7 +19,6 @@ from job.evaluation.leaks import seal_leaks
 from job.evaluation.smoke_bundle import write_smoke_bundle
 from job.recipe.config import resolve
 from job.run import prepare as stage
-from job.store import VARIABLE
 from job.store.artifact_cache import ArtifactCache
 from job.store.sealed import MANIFEST
 from job.store.stores import FolderStore, push_sealed
@@ -61,7 +58,7 @@ def make_first(hub, folder: Path, helpers, data) -> Prepared:
     store = FolderStore(folder / "store")
     prepared = helpers.small_prepare(folder / "first", data, rows=ROWS, store=store)
     push_all(store, folder / "first", prepared)
-    assert len(prepared.facts["files"]) == 3
+    assert len(prepared.metadata["files"]) == 3
     hub.requests.clear()
     return prepared
 
@@ -145,23 +142,14 @@ def test_every_machine_with_the_store_uses_its_commit(first, store, hub, tmp_pat
     )
 
 
-def test_a_feeder_pulls_and_goes_on_with_the_whole_set(hub, tmp_path, helpers, data, monkeypatch):
-    """The feeder is a process of its own: it knows the dataset as it really is, and the store by its environment."""
-    monkeypatch.setitem(DATASETS, "climbmix", Dataset("karpathy/climbmix-400b-shuffle", 6543))
-    hub.serve(SHARD(6542), hub.files[SHARD(5)])
+def test_the_rest_of_a_begun_set_is_pulled(hub, tmp_path, helpers, data):
     first, out, store = make_first(hub, tmp_path, helpers, data), tmp_path / "second", FolderStore(tmp_path / "store")
-    monkeypatch.setenv(VARIABLE, str(store.root))
-    recorder = helpers.Recorder()
     begun = helpers.small_prepare(out, data, rows=first.train_rows, whole=False, store=store)
-    with training_rows(begun, Job(out, data, 32, 1, first.train_rows, count_files), recorder, feeds=True) as rows:
-        taken = rows.take(0, first.train_rows)
-    assert np.array_equal(taken, Rows(first, 1).take(0, first.train_rows)) and hub.requests == []
-    assert pulled(recorder) == [SHARD(1), SHARD(2)]
-    assert ("counted", {"files": 3}) in recorder.events
-
-
-def count_files(prepared, reporter) -> None:
-    reporter.emit("counted", files=len(prepared.facts["files"]))
+    recorder = helpers.Recorder()
+    whole = helpers.small_prepare(out, data, rows=first.train_rows, store=store, reporter=recorder)
+    rows = Rows(first, 1).take(0, first.train_rows)
+    assert np.array_equal(Rows(begun, 1).take(0, first.train_rows), rows) and hub.requests == []
+    assert pulled(recorder) == [SHARD(1), SHARD(2)] and contents(whole.path / "set") == contents(first.path / "set")
 
 
 def test_items_are_pulled(prepared, tmp_path, prose, helpers):

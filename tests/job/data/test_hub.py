@@ -39,9 +39,9 @@ def test_the_whole_dataset(hub, tmp_path, helpers, prose, monkeypatch):
     prepared = helpers.small_prepare(tmp_path, helpers.of_the_hub(), reporter=reporter)
     assert hub.fetched() == [NAMES[-1], *NAMES[:-1]]
     assert [len(file) for file in map(np.load, prepared.row_files)] == [
-        file["rows"] for file in prepared.facts["files"]
+        file["rows"] for file in prepared.metadata["files"]
     ]
-    assert prepared.facts["documents"] == 147 and len(prepared.facts["files"]) == 5 and prepared.is_whole
+    assert prepared.metadata["documents"] == 147 and len(prepared.metadata["files"]) == 5 and prepared.is_whole
     assert prepared.held_out_documents() == prose[150:170] + prose[:3]
     assert {path.name for path in text_folder(tmp_path).iterdir()} == {*NAMES, "files.json"}
     _, done, total, unit = [shown for shown in reporter.shown if shown[0] == "fetch"][-1]
@@ -50,12 +50,14 @@ def test_the_whole_dataset(hub, tmp_path, helpers, prose, monkeypatch):
 
 def test_only_the_shards_that_the_run_needs_by_name(hub, tmp_path, helpers):
     whole = helpers.small_prepare(tmp_path / "whole", helpers.of_the_hub(tokenizer_chars=20_000))
-    files = [file["rows"] for file in whole.facts["files"]]
+    files = [file["rows"] for file in whole.metadata["files"]]
     hub.requests.clear()
     data, out = helpers.of_the_hub(tokenizer_chars=20_000), tmp_path / "out"
     short = helpers.small_prepare(out, data, rows=files[0] + 1)
     assert (
-        short.id == whole.id and short.facts["files"] == whole.facts["files"][:2] and short.train_rows == sum(files[:2])
+        short.id == whole.id
+        and short.metadata["files"] == whole.metadata["files"][:2]
+        and short.train_rows == sum(files[:2])
     )
     assert set(hub.fetched()) <= {NAMES[-1], *NAMES[:3]}
     asked = [path for method, path, _ in hub.requests if method == "GET"]
@@ -75,10 +77,10 @@ def test_the_commit_is_resolved_once_and_the_stated_hashes_are_kept(hub, tmp_pat
     hub.requests.clear()
     second = helpers.small_prepare(tmp_path, helpers.of_the_hub(vocab_size=401))
     assert hub.requests == [] and second.id != first.id
-    assert first.made_from["text"] == {
+    assert first.inputs["text"] == {
         "source": "climbmix",
         "repo": "karpathy/climbmix-400b-shuffle",
-        "commit": second.made_from["text"]["commit"],
+        "commit": second.inputs["text"]["commit"],
     }
 
 

@@ -71,7 +71,7 @@ def test_the_manifest_counts_training_documents_by_task(bundle, prose, tmp_path,
     prepared = helpers.small_prepare(tmp_path, data)
     assert seal_leaks(prepared, tmp_path, data, bundle, recorder, 0) is None and recorder.events == []
     sealed = seal_leaks(prepared, tmp_path, data, bundle, recorder, workers)
-    assert sealed.facts["documents"] == prepared.facts["documents"] and set(sealed.facts["by_task"]) == {
+    assert sealed.facts["documents"] == prepared.metadata["documents"] and set(sealed.facts["by_task"]) == {
         t.label for t in bundle.tasks
     }
     of_items = {run for task in bundle.tasks for text in item_texts(task) for run in plain_runs(text)}
@@ -87,8 +87,8 @@ def test_of_a_named_dataset(bundle, hub, tmp_path, helpers):
     data = helpers.of_the_hub()
     prepared = helpers.small_prepare(tmp_path, data, rows=400)
     sealed = seal_leaks(prepared, tmp_path, data, bundle, helpers.Recorder(), 1)
-    assert sealed.facts["documents"] == prepared.facts["documents"] and sealed.made_from["files"] == len(
-        prepared.facts["files"]
+    assert sealed.facts["documents"] == prepared.metadata["documents"] and sealed.made_from["files"] == len(
+        prepared.metadata["files"]
     )
 
 

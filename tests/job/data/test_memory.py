@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from job.data import memory
-from job.data.memory import available_bytes, check_training, training_bytes
+from job.data.tokenizer import check_memory, training_bytes
 from job.errors import OutOfMemoryError
+from job.machine import cgroup
+from job.machine.host import available_memory
 
 
 def test_the_estimate_covers_what_was_measured():
@@ -17,25 +18,29 @@ def test_the_estimate_covers_what_was_measured():
 
 def test_it_is_said_and_what_cannot_fit_is_refused(helpers):
     recorder = helpers.Recorder()
-    check_training(10**6, recorder)
+    check_memory(10**6, recorder)
     ((kind, fields),) = recorder.events
     assert (
         kind == "prepare.memory"
         and fields["estimated_bytes"] == training_bytes(10**6)
-        and fields["available_bytes"] == pytest.approx(available_bytes(), rel=0.5)
+        and fields["available_bytes"] == pytest.approx(available_memory(), rel=0.5)
     )
     with pytest.raises(
         OutOfMemoryError,
         match=r"on 1,000,000,000,000,000 characters takes about \d+\.\d GB of memory and .* are free; "
         "lower data.tokenizer_chars",
     ):
-        check_training(10**15, recorder)
+        check_memory(10**15, recorder)
 
 
 def test_a_control_group_limits_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("3000\n")
-    (tmp_path / "memory.current").write_text("1000\n")
-    assert available_bytes() == 2000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes() > 2000
+    (tmp_path / "own").write_text("0::/a\n")
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(cgroup.read, "__defaults__", (tmp_path, tmp_path / "own"))
+    (tmp_path / "a" / "memory.max").write_text("3000\n")
+    (tmp_path / "a" / "memory.current").write_text("1000\n")
+    assert available_memory() == 2000
+    (tmp_path / "a" / "memory.stat").write_text("anon 200\ninactive_file 500\n")
+    assert available_memory() == 2500
+    (tmp_path / "a" / "memory.max").write_text("max\n")
+    assert available_memory() > 3000

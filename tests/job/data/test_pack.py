@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.data.pack import PackCounts, pack, write_rows
-from job.data.permutation import permutation
+from job.data.pack import PackCounts, pack, permutation, write_rows
 
 BOS = 60_000
 

@@ -47,8 +47,7 @@ def decoded_documents(prepared, rows) -> list[str]:
 
 def test_what_is_made(prepared):
     assert {path.name for path in prepared.path.iterdir()} == {"tokenizer", "val", "rows", "set"}
-    rows = Rows(prepared, seed=1)
-    facts = prepared.facts
+    rows, facts = Rows(prepared, seed=1), prepared.metadata
     assert len(rows) == prepared.train_rows == facts["train_rows"] > 500
     assert rows.take(0, len(rows)).shape == (len(rows), 33) and prepared.seq_len == 32
     assert prepared.val.shape == (facts["val_rows"], 33) and prepared.val.dtype == np.uint16
@@ -57,7 +56,7 @@ def test_what_is_made(prepared):
     assert (rows.take(0, len(rows))[:, 0] == prepared.tokenizer.bos_id).all()
     assert (prepared.val[:, 0] == prepared.tokenizer.bos_id).all()
     again = Prepared.open(prepared.path, verify=True)
-    assert (again.id, again.facts, again.made_from) == (prepared.id, prepared.facts, prepared.made_from)
+    assert (again.id, again.metadata, again.inputs) == (prepared.id, prepared.metadata, prepared.inputs)
 
 
 @settings(max_examples=10, deadline=None, phases=[Phase.generate])
@@ -136,7 +135,8 @@ def test_duplicates_fall_on_one_side(tmp_path, prose, helpers):
     helpers.write_jsonl(tmp_path / "b.jsonl", prose[:100][::-1])
     prepared = helpers.small_prepare(tmp_path / "out", helpers.config(tmp_path, val_fraction=0.3))
     held_out = prepared.held_out_documents()
-    assert held_out and len(held_out) == 2 * len(set(held_out)) and prepared.facts["documents"] == 200 - len(held_out)
+    assert held_out and len(held_out) == 2 * len(set(held_out))
+    assert prepared.metadata["documents"] == 200 - len(held_out)
 
 
 def test_special_tokens_in_a_document_stay_text(tmp_path, prose, helpers):
@@ -144,9 +144,9 @@ def test_special_tokens_in_a_document_stay_text(tmp_path, prose, helpers):
     helpers.write_jsonl(tmp_path / "a.jsonl", [*texts, None, "", "  \n"])
     prepared = helpers.small_prepare(tmp_path / "out", helpers.config(tmp_path))
     specials = set(prepared.tokenizer.special_ids.values()) - {prepared.tokenizer.bos_id}
-    rows = Rows(prepared, 1).take(0, prepared.train_rows)
-    assert not specials & set(np.unique(rows).tolist()) and prepared.facts["skipped"] == 3
-    assert int((rows == prepared.tokenizer.bos_id).sum()) <= prepared.facts["documents"] + prepared.facts["split_bos"]
+    rows, metadata = Rows(prepared, 1).take(0, prepared.train_rows), prepared.metadata
+    assert not specials & set(np.unique(rows).tolist()) and metadata["skipped"] == 3
+    assert int((rows == prepared.tokenizer.bos_id).sum()) <= metadata["documents"] + metadata["split_bos"]
     assert "<|bos|> 7 <|user_start|>" in " ".join([*decoded_documents(prepared, rows), *prepared.held_out_documents()])
 
 
@@ -155,7 +155,7 @@ def test_special_tokens_in_a_document_stay_text(tmp_path, prose, helpers):
 SCRIPT = """
 import pathlib, sys, time
 from job.recipe.config import DataConfig
-from job.data import sources
+from job.data import documents
 from job.data.prepare import prepare
 from job.reporter import Reporter
 
@@ -171,7 +171,7 @@ class Stopping(Reporter):
     def progress(self, stage, done, total, unit):
         self.count()
 
-sources.SHARD_BYTES = 1
+documents.SHARD_BYTES = 1
 settings = dict(vocab_size=400, tokenizer_chars=200_000, val_fraction=0.1, split_long=True)
 data = DataConfig(source="local", paths=(sys.argv[1],), **settings)
 prepare(pathlib.Path(sys.argv[2]), data, 32, Stopping(), int(sys.argv[3]))
@@ -339,7 +339,7 @@ settings = dict(vocab_size=400, tokenizer_chars=200_000, val_fraction=0.01, spli
 data = DataConfig(source="local", paths=(sys.argv[1],), **settings)
 prepared = prepare(pathlib.Path(sys.argv[2]), data, 256, Reporter(), 1)
 status = pathlib.Path("/proc/self/status").read_text()
-print(prepared.facts["documents"], prepared.train_rows, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) // 1024)
+print(prepared.metadata["documents"], prepared.train_rows, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) // 1024)
 """
 
 
@@ -392,6 +392,6 @@ def test_real_parquet_shards(tmp_path, helpers):
     prepared = helpers.small_prepare(
         tmp_path, helpers.config(REAL_CORPUS, vocab_size=1000, max_chars=1_000_000), seq_len=256
     )
-    assert prepared.train_rows > 1000 and prepared.facts["crop_share"] < 0.001
+    assert prepared.train_rows > 1000 and prepared.metadata["crop_share"] < 0.001
     texts = "".join(decoded_documents(prepared, Rows(prepared, 0).take(0, 50)))
     assert " the " in texts and "�" not in texts[:100]

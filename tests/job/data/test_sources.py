@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.data import embedded, local
-from job.data.sources import ByHash, Counts, documents, group, open_source
+from job.data.documents import ByHash, Counts, documents, group
+from job.data.sources import open_source
 from job.errors import DataError
 from job.recipe.config import DataConfig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from job.data.workers import run_tasks
-from job.errors import DataError, InterruptedRun, OutOfMemoryError
+from job.errors import ChildDied, DataError, InterruptedRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def test_every_result_comes_once_with_its_index(workers):
     results = dict(run_tasks(squares(3, 4, 5), workers, amounts.append))
     assert {index: value for index, (value, _) in results.items()} == {0: 9, 1: 16, 2: 25} and sum(amounts) == 12
     pids = {pid for _, pid in results.values()}
-    assert pids == {os.getpid()} if workers == 1 else len(pids) == 3
+    assert pids == {os.getpid()} if workers == 1 else os.getpid() not in pids and len(pids) <= 2
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -57,26 +57,24 @@ def test_an_expected_failure_arrives_as_it_was_raised(workers):
         list(run_tasks(squares(1, 13), workers, lambda _: None))
 
 
-def test_a_process_that_was_killed_is_named():
-    with pytest.raises(
-        OutOfMemoryError, match=r"packing 99 was ended by SIGKILL, usually for lack of memory; .* fewer workers"
-    ):
+def test_a_process_that_was_killed_is_one_sentence():
+    with pytest.raises(ChildDied, match="a process that packs was ended by SIGKILL"):
         list(run_tasks(squares(1, 99), 2, lambda _: None))
 
 
 def test_a_bug_is_not_a_sentence():
-    with pytest.raises(RuntimeError, match="packing 77 failed"):
+    with pytest.raises(ZeroDivisionError):
         list(run_tasks(squares(1, 77), 2, lambda _: None))
 
 
 def test_a_process_that_was_told_to_stop_can_be_resumed():
-    with pytest.raises(InterruptedRun, match="packing 55 was told to stop; run the same command again"):
+    with pytest.raises(InterruptedRun, match="that packs was told to stop; run the same command again"):
         list(run_tasks(squares(1, 55), 2, lambda _: None))
 
 
 def test_the_others_clean_up_when_the_work_is_given_up(tmp_path):
     def advance(amount):
-        if amount == 1000:
+        if amount >= 1000:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

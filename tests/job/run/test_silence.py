@@ -54,7 +54,7 @@ for word in sys.argv[1:]:
             os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(60)
         case ["breaks"]:
-            reporter.send({"broken": "its weights before step 40 differ", "rank": "rank 7"})
+            reporter.send({"broken": "its weights before step 40 differ", "who": "rank 7", "device": True})
             raise RuntimeError
         case ["fails"]:
             reporter.send({"error": [11, "bad rows"]})

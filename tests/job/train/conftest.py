@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from job.data import prepare, sources
+from job.data import documents, prepare
 from job.recipe.config import Recipe
 from job.reporter import Reporter
 from tiny_training import STEPS, recipe_of
@@ -21,7 +21,7 @@ def material(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> tu
         (out / "texts" / file.name).write_text(file.read_text()[:160])
     recipe = recipe_of(out / "texts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "SHARD_BYTES", 1500)
+        patch.setattr(documents, "SHARD_BYTES", 1500)
         prepared = prepare.prepare(out, recipe.data, recipe.model.seq_len, Reporter(), workers=1)
     assert len(prepared.row_files) > 1
     assert prepared.train_rows < STEPS * 8

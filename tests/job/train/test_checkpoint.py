@@ -117,7 +117,7 @@ def test_the_borders_that_resume_has_to_cross_are_in_the_run(material: tuple[Rec
     recipe, prepared = material
     derived, opened = derive(recipe), Prepared.open(prepared)
     assert derived.rows > opened.train_rows, "an epoch border"
-    assert opened.facts["files"][0]["rows"] < opened.train_rows, "a row-file border"
+    assert opened.metadata["files"][0]["rows"] < opened.train_rows, "a row-file border"
     assert derived.rows_per_step > recipe.train.device_batch_size, "an accumulation border"
     falling = derive(of_generation(recipe, "feb")).schedule
     phases = [falling.at(step).lr_mult for step in range(STEPS)]
