@@ -33,7 +33,6 @@ from job.store.sealed import canonical_json
 MULTIPLE_CHOICE = "multiple_choice"
 SCHEMA = "schema"
 LANGUAGE_MODELING = "language_modeling"
-OPTIONS_KEY = {MULTIPLE_CHOICE: "choices", SCHEMA: "context_options"}
 
 TOP_FOLDER = "eval_bundle/"
 MAX_UNPACKED_BYTES = 2 << 30
@@ -54,6 +53,14 @@ class Task:
     file: str
     examples: tuple[dict[str, Any], ...] = dataclasses.field(repr=False)
     origin: str = ""
+
+    def options(self, example: dict[str, Any]) -> list[tuple[str, str]]:
+        """(context, continuation) of each option of `example`; language_modeling has one."""
+        if self.kind == LANGUAGE_MODELING:
+            return [(example["context"], example["continuation"])]
+        if self.kind == SCHEMA:
+            return [(context, example["continuation"]) for context in example["context_options"]]
+        return [(example["query"], choice) for choice in example["choices"]]
 
     def where(self, index: int) -> str:
         """How messages name example `index`: the bundle, the file, the line."""

@@ -24,7 +24,7 @@ from job.data.prepare import Prepared
 from job.data.sources import ByHash, ByShard, Counts, Shard, Split, batches, documents, open_source
 from job.data.workers import run_tasks
 from job.errors import DataError
-from job.evaluation.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, Bundle, Task
+from job.evaluation.bundle import Bundle, Task
 from job.recipe.config import DataConfig
 from job.reporter import Reporter
 from job.store.artifact_cache import Artifact, ArtifactCache
@@ -77,12 +77,7 @@ def _hash_words(letters: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.n
 def item_texts(task: Task) -> Iterator[str]:
     """Every example of `task` as the texts that training might have seen: the question with each answer."""
     for example in task.examples:
-        if task.kind == LANGUAGE_MODELING:
-            yield f"{example['context']} {example['continuation']}"
-        elif task.kind == MULTIPLE_CHOICE:
-            yield from (f"{example['query']} {choice}" for choice in example["choices"])
-        else:
-            yield from (f"{option} {example['continuation']}" for option in example["context_options"])
+        yield from map(" ".join, task.options(example))
 
 
 def index_of(bundle: Bundle) -> tuple[np.ndarray, np.ndarray, list[int]]:
