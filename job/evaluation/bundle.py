@@ -159,7 +159,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
             return _read_tar_zst(path)
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        _check_size(path, sum(member.file_size for member in members))
+        check_size(path, sum(member.file_size for member in members))
         return {member.filename: archive.read(member) for member in members}
 
 
@@ -170,12 +170,13 @@ def _read_tar_zst(path: Path) -> dict[str, bytes]:
     with pa.CompressedInputStream(path, "zstd") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             total += member.size
-            _check_size(path, total)
+            check_size(path, total)
             if member.isfile() and (content := archive.extractfile(member)):
                 files[member.name.removeprefix("./")] = content.read()
     return files
 
 
-def _check_size(path: Path, total: int) -> None:
+def check_size(source: Path | str, total: int, verb: str = "unpacks to") -> None:
+    """DataError where `source` has more bytes than any bundle."""
     if total > MAX_UNPACKED_BYTES:
-        raise DataError(f"{path} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB; this is not an evaluation bundle")
+        raise DataError(f"{source} {verb} more than {MAX_UNPACKED_BYTES >> 30} GiB; this is not an evaluation bundle")

@@ -116,8 +116,8 @@ class Finder:
         same = self._runs[at] == runs if len(self._runs) else np.zeros(0, bool)
         tasks = np.zeros(len(texts), np.uint64)
         np.bitwise_or.at(tasks, text[same], self._tasks[at[same]])
-        for index in range(len(self.by_task)):
-            self.by_task[index] += np.count_nonzero(tasks >> np.uint64(index) & np.uint64(1))
+        bits = np.uint64(1) << np.arange(len(self.by_task), dtype=np.uint64)
+        self.by_task += np.count_nonzero(tasks[:, None] & bits, axis=0)
         self.any += int(np.count_nonzero(tasks))
         self.documents += len(texts)
 

@@ -162,10 +162,9 @@ def make_examples(recipe: Recipe, text: Text, rng: random.Random) -> list[dict[s
         places = text.frequent_places(recipe.continuation)
     else:
         places = rng.sample(text.places, min(len(text.places), TRIES))
-    make = _language_modeling if recipe.kind == LANGUAGE_MODELING else _choice
     examples = []
     for place in places:
-        example = make(recipe, text, place, rng)
+        example = _example(recipe, text, place, rng)
         if example is not None:
             examples.append(example)
         if len(examples) == ITEMS:
@@ -177,11 +176,15 @@ def make_examples(recipe: Recipe, text: Text, rng: random.Random) -> list[dict[s
     )
 
 
-def _choice(recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random) -> dict[str, object] | None:
-    """A multiple_choice example, whose options are continuations, or a schema example, whose options are contexts."""
+def _example(recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random) -> dict[str, object] | None:
+    """The example at `place`, None where the passage gives none; the options of schema are contexts."""
     context, continuation = text.before(place, recipe.context), text.after(place, recipe.continuation)
     if continuation is None:
         return None
+    if recipe.kind == LANGUAGE_MODELING:
+        if recipe.source == REPEAT:
+            context = f"{context} {continuation} {context}"
+        return {"context": context, "continuation": continuation}
     if recipe.kind == SCHEMA:
         options = _wrong(recipe, context, place, text, rng, lambda other: text.before(other, recipe.context))
     else:
@@ -193,17 +196,6 @@ def _choice(recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Rand
     if recipe.kind == SCHEMA:
         return {"context_options": options, "continuation": continuation, "gold": gold}
     return {"query": context, "choices": options, "gold": gold}
-
-
-def _language_modeling(
-    recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random
-) -> dict[str, object] | None:
-    context, continuation = text.before(place, recipe.context), text.after(place, recipe.continuation)
-    if continuation is None:
-        return None
-    if recipe.source == REPEAT:
-        context = f"{context} {continuation} {context}"
-    return {"context": context, "continuation": continuation}
 
 
 def _wrong(
