@@ -89,10 +89,6 @@ class Bundle:
         """The score's name: "core" for CORE's own files, "smoke_score" for anything else."""
         return "core" if self.is_core else "smoke_score"
 
-    @property
-    def baselines(self) -> dict[str, float]:
-        return {task.label: task.baseline for task in self.tasks}
-
 
 def open_bundle(path: Path | str, *, only_core: bool = False) -> Bundle:
     """Read a whole bundle; DataError for a missing, damaged or (with `only_core`) other file than CORE's."""

@@ -36,16 +36,12 @@ def eval_bundle(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporte
     return open_bundle(prepared.path / SMOKE_BUNDLE)
 
 
-def is_address(where: str) -> bool:
-    return where.startswith(("http://", "https://"))
-
-
 def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
     """CORE itself, from the folder, archive or http(s) address `where`; a fetched archive is kept in `cache`.
 
     Raises DataError when it cannot be had, is damaged, or is another bundle than CORE.
     """
-    if not is_address(where):
+    if not where.startswith(("http://", "https://")):
         return open_bundle(where, only_core=True)
     name = PurePosixPath(urlsplit(where).path).name or "bundle"
     file = cache / hashlib.sha256(where.encode()).hexdigest()[:16] / name
