@@ -33,7 +33,6 @@ from job.store.sealed import canonical_json
 MULTIPLE_CHOICE = "multiple_choice"
 SCHEMA = "schema"
 LANGUAGE_MODELING = "language_modeling"
-OPTIONS_KEY = {MULTIPLE_CHOICE: "choices", SCHEMA: "context_options"}
 
 TOP_FOLDER = "eval_bundle/"
 MAX_UNPACKED_BYTES = 2 << 30
@@ -54,6 +53,14 @@ class Task:
     file: str
     examples: tuple[dict[str, Any], ...] = dataclasses.field(repr=False)
     origin: str = ""
+
+    def options(self, example: dict[str, Any]) -> list[tuple[str, str]]:
+        """(context, continuation) of each option of `example`; language_modeling has one."""
+        if self.kind == LANGUAGE_MODELING:
+            return [(example["context"], example["continuation"])]
+        if self.kind == SCHEMA:
+            return [(context, example["continuation"]) for context in example["context_options"]]
+        return [(example["query"], choice) for choice in example["choices"]]
 
     def where(self, index: int) -> str:
         """How messages name example `index`: the bundle, the file, the line."""
@@ -81,10 +88,6 @@ class Bundle:
     def metric_name(self) -> str:
         """The score's name: "core" for CORE's own files, "smoke_score" for anything else."""
         return "core" if self.is_core else "smoke_score"
-
-    @property
-    def baselines(self) -> dict[str, float]:
-        return {task.label: task.baseline for task in self.tasks}
 
 
 def open_bundle(path: Path | str, *, only_core: bool = False) -> Bundle:
@@ -152,7 +155,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
             return _read_tar_zst(path)
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        _check_size(path, sum(member.file_size for member in members))
+        check_size(path, sum(member.file_size for member in members))
         return {member.filename: archive.read(member) for member in members}
 
 
@@ -163,12 +166,13 @@ def _read_tar_zst(path: Path) -> dict[str, bytes]:
     with pa.CompressedInputStream(path, "zstd") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             total += member.size
-            _check_size(path, total)
+            check_size(path, total)
             if member.isfile() and (content := archive.extractfile(member)):
                 files[member.name.removeprefix("./")] = content.read()
     return files
 
 
-def _check_size(path: Path, total: int) -> None:
+def check_size(source: Path | str, total: int, verb: str = "unpacks to") -> None:
+    """DataError where `source` has more bytes than any bundle."""
     if total > MAX_UNPACKED_BYTES:
-        raise DataError(f"{path} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB; this is not an evaluation bundle")
+        raise DataError(f"{source} {verb} more than {MAX_UNPACKED_BYTES >> 30} GiB; this is not an evaluation bundle")

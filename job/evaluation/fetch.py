@@ -12,13 +12,12 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from job.data.prepare import Prepared
 from job.errors import DataError
-from job.evaluation.bundle import MAX_UNPACKED_BYTES, Bundle, open_bundle
+from job.evaluation.bundle import Bundle, check_size, open_bundle
 from job.evaluation.core_v1 import PUBLISHED_URL, ZIP_SHA256
 from job.recipe.config import Recipe
 from job.reporter import Reporter
@@ -37,16 +36,12 @@ def eval_bundle(out: Path, recipe: Recipe, prepared: Prepared, reporter: Reporte
     return open_bundle(prepared.path / SMOKE_BUNDLE)
 
 
-def is_address(where: str) -> bool:
-    return where.startswith(("http://", "https://"))
-
-
 def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
     """CORE itself, from the folder, archive or http(s) address `where`; a fetched archive is kept in `cache`.
 
     Raises DataError when it cannot be had, is damaged, or is another bundle than CORE.
     """
-    if not is_address(where):
+    if not where.startswith(("http://", "https://")):
         return open_bundle(where, only_core=True)
     name = PurePosixPath(urlsplit(where).path).name or "bundle"
     file = cache / hashlib.sha256(where.encode()).hexdigest()[:16] / name
@@ -77,10 +72,7 @@ def _download(url: str, part: Path, reporter: Reporter) -> None:
         if attempt:
             time.sleep(2.0 ** (attempt - 1))
         try:
-            with open(part, "wb") as file:
-                for piece in _pieces(url, reporter):
-                    file.write(piece)
-            return
+            return _copy(url, part, reporter)
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code}"
             if error.code < 500 and error.code not in (408, 429):
@@ -91,16 +83,14 @@ def _download(url: str, part: Path, reporter: Reporter) -> None:
     raise DataError(f"the CORE bundle cannot be fetched from {url} ({problem}); {remedy}")
 
 
-def _pieces(url: str, reporter: Reporter) -> Iterator[bytes]:
-    """The answer's body; ConnectionError when it ends before the length that the server stated."""
-    with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as answer:
-        total, done = int(answer.headers.get("Content-Length") or 0), 0
+def _copy(url: str, part: Path, reporter: Reporter) -> None:
+    """One attempt; ConnectionError when the answer ends before the length that the server stated."""
+    with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as answer, open(part, "wb") as file:
+        total = int(answer.headers.get("Content-Length") or 0)
         while piece := answer.read(CHUNK):
-            done += len(piece)
-            if done > MAX_UNPACKED_BYTES:
-                limit = f"{MAX_UNPACKED_BYTES >> 30} GiB"
-                raise DataError(f"{url} gives more than {limit}; this is not an evaluation bundle")
-            yield piece
+            file.write(piece)
+            done = file.tell()
+            check_size(url, done, "gives")
             reporter.progress("fetch", done, max(total, done), "bytes")
-        if done < total:
-            raise ConnectionError(f"the answer ended after {done} of {total} bytes")
+        if file.tell() < total:
+            raise ConnectionError(f"the answer ended after {file.tell()} of {total} bytes")

@@ -52,7 +52,7 @@ class CausalLM:
         return str(self._model.dtype).removeprefix("torch.")
 
     def hidden(self, idx: Tensor, shared: Any = None, positions: Tensor | None = None) -> Tensor:
-        """(B, T) -> the places `positions` of it, (N, D), or the logits themselves, (N, V); without `positions`, of
+        """(B, T) -> the states at `positions`, (N, D), or the logits themselves, (N, V); without `positions`, at
         all, (B, T, ...).
 
         Columns beyond the model's positions, all padding, are zeros.

@@ -33,7 +33,7 @@ def main(context: RankContext) -> None:
         bundle = open_core(asked["core_bundle"], cache, Reporter())
         model, tokenizer = hf.load(folder, device)
         evaluate(
-            Forward(model, forks=False, reporter=context.reporter),
+            Forward(model, share_prefix=False, reporter=context.reporter),
             tokenizer,
             bundle,
             context.run,

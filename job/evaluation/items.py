@@ -1,8 +1,8 @@
 """A bundle's items as tokens, sealed by task: made once, before a GPU is needed, and shared by all ranks and runs.
 
-    <folder>/<label>/tokens.npy    each item's prefix, then its tails: uint16, or int32 for vocabularies above 65,536
+    <folder>/<label>/tokens.npy    each item's prefix, then its suffixes: uint16, or int32 for vocabularies above 65,536
     <folder>/<label>/items.npy     (n, 4) int64: line, gold, number of options, tokens of the prefix
-    <folder>/<label>/rows.npy      (options of all items, 2) int64: tokens of the tail, start of the scored tokens
+    <folder>/<label>/rows.npy      (options of all items, 2) int64: tokens of the suffix, start of the scored tokens
 
 The prompts of one item differ in their last few tokens only, so a shared prefix is stored once; tokens are read
 through a memory map. A folder is another bundle's, tokenizer's or cap's when its id says so, and is then made again.
@@ -45,8 +45,8 @@ class TaskItems(Sequence[Item]):
         self._items = np.load(folder / "items.npy")
         self._rows = np.load(folder / "rows.npy")
         self._first_row = np.concatenate([[0], np.cumsum(self._items[:, 2])])
-        tails = np.concatenate([[0], np.cumsum(self._rows[:, 0])])
-        self._first_token = np.concatenate([[0], np.cumsum(self._items[:, 3])]) + tails[self._first_row]
+        suffixes = np.concatenate([[0], np.cumsum(self._rows[:, 0])])
+        self._first_token = np.concatenate([[0], np.cumsum(self._items[:, 3])]) + suffixes[self._first_row]
 
     def __len__(self) -> int:
         return len(self._items)
@@ -57,17 +57,17 @@ class TaskItems(Sequence[Item]):
         line, gold, _, shared = (int(value) for value in self._items[i])
         rows = self._rows[self._first_row[i] : self._first_row[i + 1]]
         tokens = np.array(self._tokens[self._first_token[i] : self._first_token[i + 1]], dtype=np.int32)
-        tails = np.split(tokens[shared:], np.cumsum(rows[:-1, 0]))
-        return Item(line, gold, tokens[:shared], tuple(tails), tuple(int(start) for start in rows[:, 1]))
+        suffixes = np.split(tokens[shared:], np.cumsum(rows[:-1, 0]))
+        return Item(line, gold, tokens[:shared], tuple(suffixes), tuple(int(start) for start in rows[:, 1]))
 
 
 def save_items(items: Iterable[Item], folder: Path) -> None:
     """Write the three files of `TaskItems` into `folder`."""
     heads, rows, tokens = [], [], []
     for item in items:
-        heads.append((item.line, item.gold, len(item.tails), len(item.prefix)))
-        rows += [(len(tail), start) for tail, start in zip(item.tails, item.starts, strict=True)]
-        tokens += [item.prefix, *item.tails]
+        heads.append((item.line, item.gold, len(item.suffixes), len(item.prefix)))
+        rows += [(len(suffix), start) for suffix, start in zip(item.suffixes, item.starts, strict=True)]
+        tokens += [item.prefix, *item.suffixes]
     flat = np.concatenate(tokens)
     np.save(folder / "tokens.npy", flat.astype(np.uint16 if flat.max() < 1 << 16 else np.int32))
     np.save(folder / "items.npy", np.array(heads, dtype=np.int64))

@@ -26,7 +26,7 @@ from job.data.prepare import Prepared
 from job.data.sources import open_source
 from job.data.workers import run_tasks
 from job.errors import DataError
-from job.evaluation.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, Bundle, Task
+from job.evaluation.bundle import Bundle, Task
 from job.recipe.config import DataConfig
 from job.reporter import Reporter
 from job.store.artifact_cache import Artifact, ArtifactCache
@@ -79,12 +79,7 @@ def _hash_words(letters: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.n
 def item_texts(task: Task) -> Iterator[str]:
     """Every example of `task` as the texts that training might have seen: the question with each answer."""
     for example in task.examples:
-        if task.kind == LANGUAGE_MODELING:
-            yield f"{example['context']} {example['continuation']}"
-        elif task.kind == MULTIPLE_CHOICE:
-            yield from (f"{example['query']} {choice}" for choice in example["choices"])
-        else:
-            yield from (f"{option} {example['continuation']}" for option in example["context_options"])
+        yield from map(" ".join, task.options(example))
 
 
 def index_of(bundle: Bundle) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -123,8 +118,8 @@ class Finder:
         same = self._runs[at] == runs if len(self._runs) else np.zeros(0, bool)
         tasks = np.zeros(len(texts), np.uint64)
         np.bitwise_or.at(tasks, text[same], self._tasks[at[same]])
-        for index in range(len(self.by_task)):
-            self.by_task[index] += np.count_nonzero(tasks >> np.uint64(index) & np.uint64(1))
+        bits = np.uint64(1) << np.arange(len(self.by_task), dtype=np.uint64)
+        self.by_task += np.count_nonzero(tasks[:, None] & bits, axis=0)
         self.any += int(np.count_nonzero(tasks))
         self.documents += len(texts)
 

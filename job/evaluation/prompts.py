@@ -5,7 +5,7 @@ function):
 
 - a task's examples are shuffled by Random(1337), then cut to `cap`; the cut list is also the pool of the few-shot
   draws;
-- the shots of example i (its place in that list) are drawn by Random(1234 + i) from all other places, anew for every
+- the shots of example i (counted in that list) are drawn by Random(1234 + i) from all the others, anew for every
   example;
 - a shot is query + delimiter + gold, shots and item are joined by blank lines, and BOS comes first;
 - multiple_choice scores each row after the tokens that all choices have in common, schema scores the tokens at the
@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from job.errors import DataError, UsageError
-from job.evaluation.bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, OPTIONS_KEY, SCHEMA, Bundle, Task
+from job.evaluation.bundle import LANGUAGE_MODELING, SCHEMA, Bundle, Task
 
 SHUFFLE_SEED = 1337
 SHOTS_SEED = 1234
@@ -48,16 +48,16 @@ class Encoder(Protocol):
 class Item:
     """One example as token rows, one per option (language_modeling: one row).
 
-    Row r is `prefix` followed by `tails[r]`, and its tokens from `starts[r]` on are scored, each predicted from what
+    Row r is `prefix` followed by `suffixes[r]`, and its tokens from `starts[r]` on are scored, each predicted from what
     stands before it. The prefix is what all rows share, short of the last token before the first scored one: what a
-    model computes for the prefix serves all rows, and every prediction that is scored is made from a tail. `line` is
+    model computes for the prefix serves all rows, and every prediction that is scored is made from a suffix. `line` is
     the example's line in the task's file, counted from 1; `gold` the right option (language_modeling: 0).
     """
 
     line: int
     gold: int
     prefix: np.ndarray
-    tails: tuple[np.ndarray, ...]
+    suffixes: tuple[np.ndarray, ...]
     starts: tuple[int, ...]
 
     @classmethod
@@ -68,61 +68,56 @@ class Item:
 
     @property
     def rows(self) -> list[np.ndarray]:
-        return [np.concatenate([self.prefix, tail]) for tail in self.tails]
+        return [np.concatenate([self.prefix, suffix]) for suffix in self.suffixes]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return len(self.prefix) + max(len(tail) for tail in self.tails)
+        return len(self.prefix) + max(len(suffix) for suffix in self.suffixes)
 
     @property
     def scored(self) -> list[int]:
         """How many tokens of each row are scored; 0 is possible."""
-        return [len(self.prefix) + len(tail) - start for tail, start in zip(self.tails, self.starts, strict=True)]
+        return [
+            len(self.prefix) + len(suffix) - start for suffix, start in zip(self.suffixes, self.starts, strict=True)
+        ]
 
 
 def check_cap(bundle: Bundle, cap: int | None) -> None:
     """UsageError unless every task has more examples under the cap than shots."""
     worst = max(bundle.tasks, key=lambda task: task.shots)
-    shots = worst.shots
-    if cap is not None and cap <= shots:
-        few = f"a cap of {cap} examples per task leaves too few for the {shots} shots of {worst.label}"
-        raise UsageError(f"{few}; use more than {shots}")
+    if cap is not None and cap <= worst.shots:
+        few = f"a cap of {cap} examples per task leaves too few for the {worst.shots} shots of {worst.label}"
+        raise UsageError(f"{few}; use more than {worst.shots}")
 
 
 def order(count: int, cap: int | None) -> list[int]:
-    """The examples to score, as places in the file, in the order that the few-shot seeds count."""
-    places = list(range(count))
-    random.Random(SHUFFLE_SEED).shuffle(places)
-    return places[:cap]
+    """The examples to score, by index into the file, in the order that the few-shot seeds count."""
+    indices = list(range(count))
+    random.Random(SHUFFLE_SEED).shuffle(indices)
+    return indices[:cap]
 
 
-def draw_shots(place: int, count: int, shots: int) -> list[int]:
-    """The places of the few-shot examples for `place` out of `count`.
+def draw_shots(i: int, count: int, shots: int) -> list[int]:
+    """The few-shot examples for example `i` of `count`, all counted in scoring order.
 
-    The other places are sampled by index: Random.sample depends on the population's length alone.
+    The others are sampled by number: Random.sample depends on the population's length alone.
     """
-    drawn = random.Random(SHOTS_SEED + place).sample(range(count - 1), shots) if shots else []
-    return [other + (other >= place) for other in drawn]
+    drawn = random.Random(SHOTS_SEED + i).sample(range(count - 1), shots) if shots else []
+    return [other + (other >= i) for other in drawn]
 
 
 def render(task: Task, example: dict[str, Any], shots: Sequence[dict[str, Any]]) -> list[str]:
     """The prompts of one example: one per option; for language_modeling without and with the continuation."""
-    opening = "".join(_ask(task.kind, shot, task.delimiter) + "\n\n" for shot in shots)
     if task.kind == LANGUAGE_MODELING:
-        whole = opening + example["context"].strip() + task.delimiter
-        return [whole.strip(), whole + example["continuation"]]
-    if task.kind == SCHEMA:
-        return [opening + context + task.delimiter + example["continuation"] for context in example["context_options"]]
-    return [opening + example["query"] + task.delimiter + choice for choice in example["choices"]]
-
-
-def _ask(kind: str, shot: dict[str, Any], delimiter: str) -> str:
-    """A shot: the question with its right answer."""
-    if kind == LANGUAGE_MODELING:
-        return shot["context"].strip() + delimiter + shot["continuation"]
-    option = shot[OPTIONS_KEY[kind]][shot["gold"]]
-    return shot["query"] + delimiter + option if kind == MULTIPLE_CHOICE else option + delimiter + shot["continuation"]
+        *asked, (context, continuation) = [(e["context"].strip(), e["continuation"]) for e in (*shots, example)]
+    else:
+        asked = [task.options(shot)[shot["gold"]] for shot in shots]
+    opening = "".join(task.delimiter.join(shot) + "\n\n" for shot in asked)
+    if task.kind == LANGUAGE_MODELING:
+        without = opening + context + task.delimiter
+        return [without.strip(), without + continuation]
+    return [opening + task.delimiter.join(option) for option in task.options(example)]
 
 
 def common_prefix(rows: Sequence[np.ndarray]) -> int:
@@ -186,8 +181,8 @@ def items_of(task: Task, tokenizer: Encoder, cap: int | None, max_tokens: int | 
     if tokenizer.bos_id is None:
         needed = "the tokenizer has no BOS token, and every CORE prompt begins with one"
         raise DataError(f"{needed}; use the tokenizer the model was trained with")
-    places = order(len(task.examples), cap)
-    count = len(places)
+    indices = order(len(task.examples), cap)
+    count = len(indices)
     if count <= task.shots:
         few = f"{count} lines, too few for the {task.shots} shots of {task.label}"
         raise DataError(f"{task.origin}: {task.file} has {few}")
@@ -195,11 +190,11 @@ def items_of(task: Task, tokenizer: Encoder, cap: int | None, max_tokens: int | 
         chunk = range(begin, min(begin + ENCODE_CHUNK, count))
         prompts = []
         for i in chunk:
-            shots = [task.examples[places[j]] for j in draw_shots(i, count, task.shots)]
-            prompts.append(render(task, task.examples[places[i]], shots))
+            shots = [task.examples[indices[j]] for j in draw_shots(i, count, task.shots)]
+            prompts.append(render(task, task.examples[indices[i]], shots))
         encoded = iter(tokenizer.encode_batch([text for texts in prompts for text in texts]))
         for i, texts in zip(chunk, prompts, strict=True):
-            index = places[i]
+            index = indices[i]
             whole = [np.array([tokenizer.bos_id, *next(encoded)], dtype=np.int32) for _ in texts]
             rows, starts = crop(task, index, *scored_spans(task, index, whole), max_tokens)
             yield Item.of_rows(index + 1, task.examples[index].get("gold", 0), rows, starts)

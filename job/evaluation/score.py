@@ -48,7 +48,7 @@ VERSION = 1
 
 
 class Model(Protocol):
-    """The part of a model in use: hidden states at N places, (B, T) -> (N, D), and fp32 logits, (N, D) -> (N, V)."""
+    """The part of a model in use: hidden states at N positions, (B, T) -> (N, D), and fp32 logits, (N, D) -> (N, V)."""
 
     def hidden(self, idx: Tensor, shared: SharedPrefix | None = None, positions: Tensor | None = None) -> Tensor: ...
 
@@ -57,24 +57,24 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """A model as the scorer sees it; `forks` says whether its `hidden` takes a fork."""
+    """A model as the scorer sees it; `share_prefix` says whether its `hidden` takes a `SharedPrefix`."""
 
     model: Model
-    forks: bool = True
+    share_prefix: bool = True
     reporter: Reporter = dataclasses.field(default_factory=Reporter)
 
     @torch.no_grad()
     def __call__(
-        self, ids: Tensor, places: Tensor, words: Tensor, fork: SharedPrefix | None = None
+        self, ids: Tensor, positions: Tensor, targets: Tensor, shared: SharedPrefix | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """ids (B, T), places and words (N,), as of `tensors_of` -> nll, greedy, lead, each (N,).
+        """ids (B, T), positions and targets (N,), as of `tensors_of` -> nll, greedy, lead, each (N,).
 
-        nll in nats, fp32; greedy True where the word is the token of highest logit; lead the word's logit minus the
-        best other.
+        nll in nats, fp32; greedy True where the target is the token of highest logit; lead its logit minus the best
+        other.
         """
         self.reporter.beat(f"a batch of {ids.shape[0]} rows of {ids.shape[1]} tokens")
-        hidden = self.model.hidden(ids, fork, places)
-        chunks = zip(hidden.split(HEAD_ROWS), words.split(HEAD_ROWS), strict=True)
+        hidden = self.model.hidden(ids, shared, positions)
+        chunks = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
         nll, greedy, lead = zip(*(compare(self.model.lm_head(states), right) for states, right in chunks), strict=True)
         return torch.cat(nll), torch.cat(greedy), torch.cat(lead)
 
@@ -228,7 +228,7 @@ def _score_task(
     """All answers in scoring order, and the seconds of the slowest rank."""
     began = time.perf_counter()
     fine = torch.device(device).type == "cpu"
-    mine = share(plan_batches(items, token_budget, forward.forks, fine), ranks.size)[ranks.rank]
+    mine = share(plan_batches(items, token_budget, forward.share_prefix, fine), ranks.size)[ranks.rank]
     parts = ranks.all_gather((score_items(forward, task.kind, items, mine, device), time.perf_counter() - began))
     answers = {i: answer for part, _ in parts for i, answer in part.items()}
     return [answers[i] for i in range(len(items))], max(seconds for _, seconds in parts)

@@ -42,7 +42,7 @@ PHRASE, REPEAT = "frequent phrase", "repeat"
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class SmokeTask:
     """One task: lengths in words, and the `source` of the wrong options (for language_modeling, of the passages)."""
 
     label: str
@@ -54,29 +54,29 @@ class Recipe:
     shots: int = 0
 
 
-RECIPES = (
-    Recipe("continue_2", MULTIPLE_CHOICE, OTHER, context=24, continuation=8),
-    Recipe("continue_4", MULTIPLE_CHOICE, OTHER, context=24, continuation=8, options=4),
-    Recipe("continue_long_context", MULTIPLE_CHOICE, OTHER, context=80, continuation=8, options=4),
-    Recipe("continue_long", MULTIPLE_CHOICE, OTHER, context=24, continuation=24),
-    Recipe("continue_shots", MULTIPLE_CHOICE, OTHER, context=12, continuation=6, shots=2),
-    Recipe("word_order_2", MULTIPLE_CHOICE, ORDER, context=16, continuation=8),
-    Recipe("word_order_4", MULTIPLE_CHOICE, ORDER, context=16, continuation=8, options=4),
-    Recipe("word_order_shots", MULTIPLE_CHOICE, ORDER, context=12, continuation=6, shots=2),
-    Recipe("letters_2", MULTIPLE_CHOICE, LETTERS, context=16, continuation=4),
-    Recipe("letters_4", MULTIPLE_CHOICE, LETTERS, context=16, continuation=4, options=4),
-    Recipe("letters_shots", MULTIPLE_CHOICE, LETTERS, context=8, continuation=4, shots=3),
-    Recipe("context_short", SCHEMA, OTHER, context=6, continuation=8),
-    Recipe("context_long", SCHEMA, OTHER, context=40, continuation=12),
-    Recipe("context_shots", SCHEMA, OTHER, context=8, continuation=8, shots=2),
-    Recipe("context_order", SCHEMA, ORDER, context=8, continuation=8),
-    Recipe("context_letters", SCHEMA, LETTERS, context=6, continuation=8),
-    Recipe("phrase_short_context", LANGUAGE_MODELING, PHRASE, context=6, continuation=1),
-    Recipe("phrase", LANGUAGE_MODELING, PHRASE, context=20, continuation=1),
-    Recipe("phrase_long_context", LANGUAGE_MODELING, PHRASE, context=60, continuation=1),
-    Recipe("phrase_shots", LANGUAGE_MODELING, PHRASE, context=8, continuation=1, shots=2),
-    Recipe("phrase_two_words", LANGUAGE_MODELING, PHRASE, context=20, continuation=2),
-    Recipe("repeat", LANGUAGE_MODELING, REPEAT, context=10, continuation=1),
+SMOKE_TASKS = (
+    SmokeTask("continue_2", MULTIPLE_CHOICE, OTHER, context=24, continuation=8),
+    SmokeTask("continue_4", MULTIPLE_CHOICE, OTHER, context=24, continuation=8, options=4),
+    SmokeTask("continue_long_context", MULTIPLE_CHOICE, OTHER, context=80, continuation=8, options=4),
+    SmokeTask("continue_long", MULTIPLE_CHOICE, OTHER, context=24, continuation=24),
+    SmokeTask("continue_shots", MULTIPLE_CHOICE, OTHER, context=12, continuation=6, shots=2),
+    SmokeTask("word_order_2", MULTIPLE_CHOICE, ORDER, context=16, continuation=8),
+    SmokeTask("word_order_4", MULTIPLE_CHOICE, ORDER, context=16, continuation=8, options=4),
+    SmokeTask("word_order_shots", MULTIPLE_CHOICE, ORDER, context=12, continuation=6, shots=2),
+    SmokeTask("letters_2", MULTIPLE_CHOICE, LETTERS, context=16, continuation=4),
+    SmokeTask("letters_4", MULTIPLE_CHOICE, LETTERS, context=16, continuation=4, options=4),
+    SmokeTask("letters_shots", MULTIPLE_CHOICE, LETTERS, context=8, continuation=4, shots=3),
+    SmokeTask("context_short", SCHEMA, OTHER, context=6, continuation=8),
+    SmokeTask("context_long", SCHEMA, OTHER, context=40, continuation=12),
+    SmokeTask("context_shots", SCHEMA, OTHER, context=8, continuation=8, shots=2),
+    SmokeTask("context_order", SCHEMA, ORDER, context=8, continuation=8),
+    SmokeTask("context_letters", SCHEMA, LETTERS, context=6, continuation=8),
+    SmokeTask("phrase_short_context", LANGUAGE_MODELING, PHRASE, context=6, continuation=1),
+    SmokeTask("phrase", LANGUAGE_MODELING, PHRASE, context=20, continuation=1),
+    SmokeTask("phrase_long_context", LANGUAGE_MODELING, PHRASE, context=60, continuation=1),
+    SmokeTask("phrase_shots", LANGUAGE_MODELING, PHRASE, context=8, continuation=1, shots=2),
+    SmokeTask("phrase_two_words", LANGUAGE_MODELING, PHRASE, context=20, continuation=2),
+    SmokeTask("repeat", LANGUAGE_MODELING, REPEAT, context=10, continuation=1),
 )
 
 
@@ -88,23 +88,28 @@ def write_smoke_bundle(documents: Sequence[str], folder: Path, seed: int) -> Non
     """
     text = Text(documents)
     (folder / "eval_data").mkdir()
-    for recipe in RECIPES:
-        examples = make_examples(recipe, text, random.Random(f"{seed} {recipe.label}"))
+    for task in SMOKE_TASKS:
+        examples = make_examples(task, text, random.Random(f"{seed} {task.label}"))
         lines = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-        (folder / "eval_data" / f"{recipe.label}.jsonl").write_text(lines, encoding="utf-8", newline="")
+        (folder / "eval_data" / f"{task.label}.jsonl").write_text(lines, encoding="utf-8", newline="")
     tasks = [
-        {"label": r.label, "dataset_uri": f"{r.label}.jsonl", "num_fewshot": [r.shots], "icl_task_type": r.kind}
-        for r in RECIPES
+        {
+            "label": task.label,
+            "dataset_uri": f"{task.label}.jsonl",
+            "num_fewshot": [task.shots],
+            "icl_task_type": task.kind,
+        }
+        for task in SMOKE_TASKS
     ]
     core = yaml.safe_dump({"icl_tasks": tasks}, sort_keys=False)
     (folder / "core.yaml").write_text(core, encoding="utf-8", newline="")
     with open(folder / "eval_meta_data.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(META_COLUMNS)
-        for r in RECIPES:
-            baseline = 0 if r.kind == LANGUAGE_MODELING else 100 / r.options
-            kind, source = r.kind.replace("_", " "), f"held-out text: {r.source}"
-            writer.writerow([r.label, "smoke", kind, r.shots, ITEMS, baseline, source])
+        for task in SMOKE_TASKS:
+            baseline = 0 if task.kind == LANGUAGE_MODELING else 100 / task.options
+            kind, source = task.kind.replace("_", " "), f"held-out text: {task.source}"
+            writer.writerow([task.label, "smoke", kind, task.shots, ITEMS, baseline, source])
 
 
 # ---- passages
@@ -156,58 +161,50 @@ class Text:
         return self._frequent[count]
 
 
-def make_examples(recipe: Recipe, text: Text, rng: random.Random) -> list[dict[str, object]]:
+def make_examples(task: SmokeTask, text: Text, rng: random.Random) -> list[dict[str, object]]:
     """ITEMS examples of the task, no two of one place."""
-    if recipe.source == PHRASE:
-        places = text.frequent_places(recipe.continuation)
+    if task.source == PHRASE:
+        places = text.frequent_places(task.continuation)
     else:
         places = rng.sample(text.places, min(len(text.places), TRIES))
-    make = _language_modeling if recipe.kind == LANGUAGE_MODELING else _choice
     examples = []
     for place in places:
-        example = make(recipe, text, place, rng)
+        example = _example(task, text, place, rng)
         if example is not None:
             examples.append(example)
         if len(examples) == ITEMS:
             rng.shuffle(examples)
             return examples
     raise DataError(
-        f"the held-out text gives {len(examples)} of the {ITEMS} items of the smoke task {recipe.label};"
+        f"the held-out text gives {len(examples)} of the {ITEMS} items of the smoke task {task.label};"
         " give more text or hold more of it out (data.val_fraction)"
     )
 
 
-def _choice(recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random) -> dict[str, object] | None:
-    """A multiple_choice example, whose options are continuations, or a schema example, whose options are contexts."""
-    context, continuation = text.before(place, recipe.context), text.after(place, recipe.continuation)
+def _example(task: SmokeTask, text: Text, place: tuple[int, int], rng: random.Random) -> dict[str, object] | None:
+    """The example at `place`, None where the passage gives none; the options of schema are contexts."""
+    context, continuation = text.before(place, task.context), text.after(place, task.continuation)
     if continuation is None:
         return None
-    if recipe.kind == SCHEMA:
-        options = _wrong(recipe, context, place, text, rng, lambda other: text.before(other, recipe.context))
+    if task.kind == LANGUAGE_MODELING:
+        if task.source == REPEAT:
+            context = f"{context} {continuation} {context}"
+        return {"context": context, "continuation": continuation}
+    if task.kind == SCHEMA:
+        options = _wrong(task, context, place, text, rng, lambda other: text.before(other, task.context))
     else:
-        options = _wrong(recipe, continuation, place, text, rng, lambda other: text.after(other, recipe.continuation))
+        options = _wrong(task, continuation, place, text, rng, lambda other: text.after(other, task.continuation))
     if options is None:
         return None
     gold = rng.randrange(len(options) + 1)
-    options.insert(gold, context if recipe.kind == SCHEMA else continuation)
-    if recipe.kind == SCHEMA:
+    options.insert(gold, context if task.kind == SCHEMA else continuation)
+    if task.kind == SCHEMA:
         return {"context_options": options, "continuation": continuation, "gold": gold}
     return {"query": context, "choices": options, "gold": gold}
 
 
-def _language_modeling(
-    recipe: Recipe, text: Text, place: tuple[int, int], rng: random.Random
-) -> dict[str, object] | None:
-    context, continuation = text.before(place, recipe.context), text.after(place, recipe.continuation)
-    if continuation is None:
-        return None
-    if recipe.source == REPEAT:
-        context = f"{context} {continuation} {context}"
-    return {"context": context, "continuation": continuation}
-
-
 def _wrong(
-    recipe: Recipe,
+    task: SmokeTask,
     right: str,
     place: tuple[int, int],
     text: Text,
@@ -216,15 +213,15 @@ def _wrong(
 ) -> list[str] | None:
     """`options - 1` different wrong options for `right`, or None when this passage does not give so many."""
     wrong: list[str] = []
-    for _ in range(20 * recipe.options):
-        if recipe.source == OTHER:
+    for _ in range(20 * task.options):
+        if task.source == OTHER:
             other = rng.choice(text.places)
             option = at(other) if other[0] != place[0] or text.is_one_document else None
         else:
-            option = _disordered(right, rng, words=recipe.source == ORDER)
+            option = _disordered(right, rng, words=task.source == ORDER)
         if option is not None and option != right and option not in wrong:
             wrong.append(option)
-        if len(wrong) == recipe.options - 1:
+        if len(wrong) == task.options - 1:
             return wrong
     return None
 

@@ -76,9 +76,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = {f.__name__: f for f in (words.number, words.count, words.short, words.duration, words.percent)}
-    environment.filters |= filters
-    environment.filters |= {"code": code, "breakable": breakable, "css": lambda share: f"{100 * share:.2f}%"}
+    filters = (words.number, words.count, words.short, words.duration, words.percent, code, breakable)
+    environment.filters |= {f.__name__: f for f in filters} | {"css": lambda share: f"{100 * share:.2f}%"}
     return environment
 
 

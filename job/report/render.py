@@ -42,13 +42,11 @@ def report_files(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
     record = results.present(fold(run))
     result = results.result_of(run, recipe, record)
     context = describe(run, recipe, record, result)
-    document = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    texts = {
-        "result.json": document + "\n",
+    return result, {
+        "result.json": json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": page.markdown(context),
         "report.html": page.html(context, record),
     }
-    return result, texts
 
 
 def input_hashes(run: Path) -> dict[str, str]:

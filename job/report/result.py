@@ -101,17 +101,11 @@ def present(record: Record) -> Record:
     if not record.train:
         return record
     start, since = record.train["rows"], record.train["t"]
-
-    def kept(events: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        return {key: e for key, e in sorted(events.items()) if e["rows"] <= start or e["t"] > since}
-
-    return dataclasses.replace(
-        record,
-        steps=kept(record.steps),
-        validations=kept(record.validations),
-        slow_ranks=kept(record.slow_ranks),
-        checkpoints=kept(record.checkpoints),
-    )
+    kept: dict[str, Any] = {
+        name: {key: e for key, e in sorted(getattr(record, name).items()) if e["rows"] <= start or e["t"] > since}
+        for name in ("steps", "validations", "slow_ranks", "checkpoints")
+    }
+    return dataclasses.replace(record, **kept)
 
 
 def finite(value: float | None) -> float | None:

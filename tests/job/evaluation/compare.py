@@ -154,7 +154,7 @@ def _answers(model: GPT, task: Task, tokenizer: Tokenizer, cap: int) -> tuple[li
     items = list(items_of(task, tokenizer, cap))
     began = time.process_time()
     answers = score_items(
-        Forward(model), task.kind, items, plan_batches(items, CPU_TOKEN_BUDGET, forks=True, fine=True)
+        Forward(model), task.kind, items, plan_batches(items, CPU_TOKEN_BUDGET, share_prefix=True, fine=True)
     )
     return [answers[i] for i in range(len(items))], time.process_time() - began
 

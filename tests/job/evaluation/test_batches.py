@@ -12,9 +12,9 @@ from job.evaluation.prompts import Item
 SIZES = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 600), st.integers(2, 40)), min_size=1, max_size=40)
 
 
-def an_item(line: int, options: int, shared: int, tail: int) -> Item:
+def an_item(line: int, options: int, shared: int, suffix: int) -> Item:
     """`options` rows that share BOS and `shared` tokens and then differ."""
-    rows = [np.concatenate([np.arange(shared + 1), 1000 * (r + 1) + np.arange(tail + r)]) for r in range(options)]
+    rows = [np.concatenate([np.arange(shared + 1), 1000 * (r + 1) + np.arange(suffix + r)]) for r in range(options)]
     return Item.of_rows(line, 0, rows, [shared + 1] * options)
 
 
@@ -34,17 +34,17 @@ def test_a_fine_grid_wastes_less_than_eight_tokens(tokens):
 
 
 @given(SIZES, st.integers(1, 5000), st.booleans(), st.booleans())
-def test_batches_hold_every_item_once_within_the_budget(sizes, budget, forks, fine):
+def test_batches_hold_every_item_once_within_the_budget(sizes, budget, share_prefix, fine):
     items = [an_item(i, *size) for i, size in enumerate(sizes)]
-    planned = batches.plan_batches(items, budget, forks, fine)
+    planned = batches.plan_batches(items, budget, share_prefix, fine)
     assert sorted(i for batch in planned for i in batch.items) == list(range(len(items)))
     for batch in planned:
         assert batch.cost <= budget or len(batch.items) == 1
-        shapes = [(batches.fork_shape if batch.prefix else batches.plain_shape)(items[i]) for i in batch.items]
+        shapes = [(batches.shared_shape if batch.prefix else batches.plain_shape)(items[i]) for i in batch.items]
         assert batch.rows == sum(rows for rows, _, _ in shapes)
         assert batch.prefix == batches.padded_length(max(prefix for _, prefix, _ in shapes), fine)
-        assert batch.tails == batches.padded_length(max(tails for _, _, tails in shapes), fine)
-    assert forks or not any(batch.prefix for batch in planned)
+        assert batch.suffixes == batches.padded_length(max(suffixes for _, _, suffixes in shapes), fine)
+    assert share_prefix or not any(batch.prefix for batch in planned)
 
 
 @given(SIZES, st.integers(1, 8))
@@ -56,35 +56,37 @@ def test_ranks_share_all_batches_and_none_has_more_than_one_batch_too_much(sizes
     assert max(loads) - min(loads) <= max(b.cost for b in planned)
 
 
-def test_a_fork_is_taken_where_it_saves_a_quarter_of_the_tokens():
+def test_a_prefix_is_shared_where_it_saves_a_quarter_of_the_tokens():
     long, short, single = an_item(0, 4, 100, 5), an_item(1, 2, 2, 20), an_item(2, 1, 100, 5)
-    assert batches.shape_of(long, forks=True) == batches.fork_shape(long) and batches.fork_shape(long)[:2] == (1, 100)
-    assert batches.shape_of(long, forks=False) == batches.plain_shape(long)
-    assert batches.shape_of(short, forks=True) == batches.plain_shape(short)
-    assert batches.shape_of(single, forks=True) == batches.plain_shape(single)
+    assert batches.shape_of(long, share_prefix=True) == batches.shared_shape(long) and batches.shared_shape(long)[
+        :2
+    ] == (1, 100)
+    assert batches.shape_of(long, share_prefix=False) == batches.plain_shape(long)
+    assert batches.shape_of(short, share_prefix=True) == batches.plain_shape(short)
+    assert batches.shape_of(single, share_prefix=True) == batches.plain_shape(single)
 
 
 def test_plain_rows_hold_each_options_scored_targets_and_nothing_else():
     item = Item.of_rows(1, 0, [np.array([9, 1, 2, 3]), np.array([9, 5, 6])], [2, 3])
-    ids, places, words, fork = batches.tensors_of([item], batches.Batch((0,), 2, 0, 5))
-    assert fork is None
+    ids, positions, targets, shared = batches.tensors_of([item], batches.Batch((0,), 2, 0, 5))
+    assert shared is None
     assert ids.tolist() == [[9, 1, 2, 0, 0], [9, 5, 0, 0, 0]]
-    assert (places.tolist(), words.tolist()) == ([1, 2], [2, 3])
+    assert (positions.tolist(), targets.tolist()) == ([1, 2], [2, 3])
 
 
-def test_a_forked_row_holds_the_prefix_once_and_knows_every_tokens_place():
+def test_a_shared_row_holds_the_prefix_once_and_knows_every_tokens_position():
     item = Item.of_rows(1, 0, [np.array([9, 8, 7, 1, 2]), np.array([9, 8, 7, 3]), np.array([9, 8, 7])], [3, 3, 3])
-    ids, places, words, fork = batches.tensors_of([item], batches.Batch((0,), 1, 4, 5))
+    ids, positions, targets, shared = batches.tensors_of([item], batches.Batch((0,), 1, 4, 5))
     assert ids.tolist() == [[9, 8, 0, 0, 7, 1, 7, 0, 0]]
-    assert (places.tolist(), words.tolist()) == ([4, 5, 6], [1, 2, 3])
-    assert fork.prefix == 4
-    assert fork.suffix.tolist() == [[0, 0, -1, -1, 1, 1, 2, -1, -1]]
-    assert fork.position[0, [0, 1, 4, 5, 6]].tolist() == [0, 1, 2, 3, 2]
-    assert fork.previous[0, [1, 4, 5, 6]].tolist() == [0, 1, 4, 1]
+    assert (positions.tolist(), targets.tolist()) == ([4, 5, 6], [1, 2, 3])
+    assert shared.prefix == 4
+    assert shared.suffix.tolist() == [[0, 0, -1, -1, 1, 1, 2, -1, -1]]
+    assert shared.position[0, [0, 1, 4, 5, 6]].tolist() == [0, 1, 2, 3, 2]
+    assert shared.previous[0, [1, 4, 5, 6]].tolist() == [0, 1, 4, 1]
 
 
 @pytest.mark.parametrize("generation", ["head", "feb"])
-def test_a_fork_gives_each_branch_the_hidden_states_of_a_row_of_its_own(generation):
+def test_a_shared_prefix_gives_each_suffix_the_hidden_states_of_a_row_of_its_own(generation):
     from model.config import GPTConfig
     from model.gpt import GPT
 
@@ -99,19 +101,19 @@ def test_a_fork_gives_each_branch_the_hidden_states_of_a_row_of_its_own(generati
         prefix = rng.integers(1, 300, shared)
         rows = [np.concatenate([prefix, rng.integers(1, 300, n)]) for n in (5, 30, 2)]
         items.append(Item.of_rows(line, 0, rows, [shared] * 3))
-    shapes = [batches.fork_shape(item) for item in items]
+    shapes = [batches.shared_shape(item) for item in items]
     batch = batches.Batch(
         (0, 1, 2, 3), 4, *(batches.padded_length(max(column)) for column in list(zip(*shapes, strict=True))[1:])
     )
-    ids, places, words, fork = batches.tensors_of(items, batch)
-    hidden = model.hidden(ids, fork)
+    ids, positions, targets, shared = batches.tensors_of(items, batch)
+    hidden = model.hidden(ids, shared)
     assert hidden.isfinite().all()
     for b, item in enumerate(items):
         at = batch.prefix
-        for row, tail in zip(item.rows, item.tails, strict=True):
+        for row, suffix in zip(item.rows, item.suffixes, strict=True):
             alone = model.hidden(torch.from_numpy(row[None, :-1].astype(np.int64)))[0]
-            torch.testing.assert_close(hidden[b, at : at + len(tail) - 1], alone[len(item.prefix) :])
+            torch.testing.assert_close(hidden[b, at : at + len(suffix) - 1], alone[len(item.prefix) :])
             torch.testing.assert_close(hidden[b, : len(item.prefix)], alone[: len(item.prefix)])
-            at += len(tail) - 1
-    assert len(places) == len(words) == sum(sum(item.scored) for item in items)
-    torch.testing.assert_close(model.hidden(ids, fork, places), hidden.flatten(0, 1)[places])
+            at += len(suffix) - 1
+    assert len(positions) == len(targets) == sum(sum(item.scored) for item in items)
+    torch.testing.assert_close(model.hidden(ids, shared, positions), hidden.flatten(0, 1)[positions])

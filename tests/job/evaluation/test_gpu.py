@@ -50,15 +50,15 @@ def items_of_length(rng: np.random.Generator, count: int, options: int, shared: 
 
 
 @pytest.mark.parametrize(
-    ("options", "shared", "forked"), [(4, 2700, True), (1, 2700, False), (2, 2, False), (4, 90, True)]
+    ("options", "shared", "sharing"), [(4, 2700, True), (1, 2700, False), (2, 2, False), (4, 90, True)]
 )
-def test_a_d24_scores_long_and_short_items_on_its_device_without_waiting(options, shared, forked):
+def test_a_d24_scores_long_and_short_items_on_its_device_without_waiting(options, shared, sharing):
     with torch.device("meta"):
         model = GPT(GPTConfig.for_depth(24, VOCAB, 2048), compute_dtype=torch.bfloat16)
     model.freeze()
     items = items_of_length(np.random.default_rng(1), 40, options, shared)
-    (batch, *_) = plan_batches(items, score.GPU_TOKEN_BUDGET, forks=True)
-    assert (batch.prefix > 0) == forked and batch.cost <= score.GPU_TOKEN_BUDGET
+    (batch, *_) = plan_batches(items, score.GPU_TOKEN_BUDGET, share_prefix=True)
+    assert (batch.prefix > 0) == sharing and batch.cost <= score.GPU_TOKEN_BUDGET
     tensors = tensors_of([items[i] for i in batch.items], batch, "meta")
     with OnDevice() as seen:
         found = score.Forward(model)(*tensors)

@@ -74,7 +74,7 @@ def test_every_answer_equals_the_references(make_bundle, tmp_path, gpt2, loaded,
         "max_tokens": model.max_positions,
         "token_budget": 500,
     }
-    score.evaluate(score.Forward(model, forks=False), tokenizer, bundle, tmp_path / "eval", **options)
+    score.evaluate(score.Forward(model, share_prefix=False), tokenizer, bundle, tmp_path / "eval", **options)
     whole = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
     cropped = 0
     for task in bundle.tasks:
@@ -113,12 +113,12 @@ def test_a_model_that_does_more_to_its_logits_is_run_whole(loaded):
     inner = loaded[0]._model
     ids, targets = torch.arange(24).view(2, 12), torch.arange(1, 25).view(2, 12)
     everywhere = torch.arange(24), targets.flatten()
-    halved = score.Forward(hf.CausalLM(Capped(inner)), forks=False)(ids, *everywhere)[0]
+    halved = score.Forward(hf.CausalLM(Capped(inner)), share_prefix=False)(ids, *everywhere)[0]
     expected = torch.nn.functional.cross_entropy(
         inner(ids).logits.flatten(0, 1) / 2, targets.flatten(), reduction="none"
     )
     torch.testing.assert_close(halved, expected.detach())
-    direct = score.Forward(loaded[0], forks=False)(ids, *everywhere)[0]
+    direct = score.Forward(loaded[0], share_prefix=False)(ids, *everywhere)[0]
     expected = torch.nn.functional.cross_entropy(inner(ids).logits.flatten(0, 1), targets.flatten(), reduction="none")
     torch.testing.assert_close(direct, expected.detach())
 

@@ -13,7 +13,7 @@ from job.reporter import Reporter
 
 
 def same(a: Item, b: Item) -> bool:
-    tokens = all(np.array_equal(x, y) for x, y in zip([a.prefix, *a.tails], [b.prefix, *b.tails], strict=True))
+    tokens = all(np.array_equal(x, y) for x, y in zip([a.prefix, *a.suffixes], [b.prefix, *b.suffixes], strict=True))
     return tokens and (a.line, a.gold, a.starts) == (b.line, b.gold, b.starts)
 
 

@@ -61,14 +61,16 @@ def test_the_lowest_mean_wins_and_an_empty_option_only_in_first_place(means, gol
     assert chosen == reference_choice and gap >= 0
 
 
-@pytest.mark.parametrize("forks", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_every_answer_of_the_real_bundle_equals_the_references(core_bundle, reference, tiny_gpt, tokenizer, forks):
+@pytest.mark.parametrize("share_prefix", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_every_answer_of_the_real_bundle_equals_the_references(
+    core_bundle, reference, tiny_gpt, tokenizer, share_prefix
+):
     """All 22 tasks under a cap of 12; four items of each are also scored one by one, with all logits."""
     forward = score.Forward(tiny_gpt)
     seen = set()
     for task in core_bundle.tasks:
         items = list(items_of(task, tokenizer, 12))
-        answers = score.score_items(forward, task.kind, items, plan_batches(items, 8000, forks))
+        answers = score.score_items(forward, task.kind, items, plan_batches(items, 8000, share_prefix))
         pool = reference.pool_of(list(task.examples), 12)
         for i in range(0, 12, 3):
             rows, starts = reference.rows_of(task.kind, pool, i, task.shots, task.delimiter, tokenizer.encode, 0)
@@ -100,15 +102,15 @@ def test_answers_do_not_depend_on_the_budget_even_where_options_nearly_tie(
     assert any(abs(answer.margin) < 0.02 for answer in runs[0].values())
 
 
-@pytest.mark.parametrize("forks", [True, False])
-def test_padding_forks_and_company_change_nothing(tiny_gpt, forks):
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_padding_shared_prefixes_and_company_change_nothing(tiny_gpt, share_prefix):
     generator = np.random.default_rng(0)
     items = [
         Item.of_rows(i, 0, [generator.integers(0, 512, n) for n in (m, m + 3)], [m // 2] * 2)
         for i, m in enumerate(range(4, 90, 7))
     ]
     forward = score.Forward(tiny_gpt)
-    together = score.score_items(forward, "multiple_choice", items, plan_batches(items, 100_000, forks))
+    together = score.score_items(forward, "multiple_choice", items, plan_batches(items, 100_000, share_prefix))
     for i, item in enumerate(items):
         alone = score.score_items(forward, "multiple_choice", [item], plan_batches([item], 1))[0]
         assert (alone.chosen, alone.right) == (together[i].chosen, together[i].right)
