@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from typing import IO, Any
+
+EVENTS_FD = "SPEEDRUN_EVENTS_FD"
+"""the environment variable with the number of a child's end of the pipe"""
 
 
 class Reporter:
@@ -23,6 +27,11 @@ class RankReporter(Reporter):
     def __init__(self, pipe: IO[str]) -> None:
         self._pipe = pipe
         self._lock = threading.Lock()
+
+    @classmethod
+    def of_child(cls) -> RankReporter:
+        """To the supervisor that started this process (job/run/processes.py)."""
+        return cls(os.fdopen(int(os.environ[EVENTS_FD]), "w", encoding="utf-8"))
 
     def send(self, message: dict[str, Any]) -> None:
         with self._lock:
