@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from typing import IO, Any, NamedTuple
@@ -21,6 +22,10 @@ class Doing(NamedTuple):
     """for other ranks: whoever does not wait, while others do, is the one that holds them up"""
     long: bool = True
     """known to take long (compiling, training a tokenizer): silence is allowed for longer"""
+
+
+EVENTS_FD = "SPEEDRUN_EVENTS_FD"
+"""the environment variable with the number of a child's end of the pipe"""
 
 
 class Reporter:
@@ -46,6 +51,11 @@ class RankReporter(Reporter):
         self._pipe = pipe
         self._lock = threading.Lock()
         self._doing = Doing()
+
+    @classmethod
+    def of_child(cls) -> RankReporter:
+        """To the supervisor that started this process (job/run/processes.py)."""
+        return cls(os.fdopen(int(os.environ[EVENTS_FD]), "w", encoding="utf-8"))
 
     def send(self, message: dict[str, Any]) -> None:
         with self._lock:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ from job.evaluation.bundle import Bundle, check_size, open_bundle
 from job.evaluation.core_v1 import PUBLISHED_URL, ZIP_SHA256
 from job.recipe.config import Recipe
 from job.reporter import Reporter
+from job.retry import attempts
 from job.store.sealed import sha256_file, storage_errors
 
 ATTEMPTS = 4
@@ -68,9 +68,7 @@ def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
 def _download(url: str, part: Path, reporter: Reporter) -> None:
     """Write what `url` gives to `part`, whole; DataError after ATTEMPTS or where another one is no use."""
     problem = ""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(2.0 ** (attempt - 1))
+    for _ in attempts(ATTEMPTS):
         try:
             return _copy(url, part, reporter)
         except urllib.error.HTTPError as error:

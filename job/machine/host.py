@@ -64,19 +64,19 @@ def gpu_count() -> int:
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """The processor's feature flags as Linux names them; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    return frozenset(_cpuinfo("flags").split())
 
 
 def cpu_name() -> str:
-    try:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first processor; empty elsewhere."""
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+    return ""
 
 
 def has_fast_bf16() -> bool:
@@ -106,9 +106,13 @@ def gpu_names() -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """Versions of Python and of those `packages` that are installed."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {"python": platform.python_version()} | {name: version(name) for name in packages if _installed(name)}
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def describe() -> dict[str, Any]:
@@ -116,13 +120,3 @@ def describe() -> dict[str, Any]:
     cpu = {"model": cpu_name(), "cores": usable_cores(), "bf16": has_fast_bf16()}
     known = versions("torch", "torchao", "numpy", "rustbpe", "tiktoken", "gpt2-speedrun")
     return {"host": platform.node(), "versions": known, "cpu": cpu}
-
-
-def _installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True

@@ -34,6 +34,7 @@ from job.plan.memory import host_memory
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from job.run.processes import python_environment
+from job.train.kernels import choose_kernels, machine_of
 
 COMPILER_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
@@ -66,8 +67,6 @@ def check(
 
     machine, memory (bytes): this one's unless given.
     """
-    from job.train.kernels import choose_kernels
-
     machine = machine or this_machine()
     if not machine.gpus:
         if strict:
@@ -129,7 +128,5 @@ def _no_gpu() -> str:
 
 if __name__ == "__main__":
     import torch
-
-    from job.train.kernels import machine_of
 
     print(json.dumps(dataclasses.asdict(machine_of(torch.device("cuda", 0)))))

@@ -11,13 +11,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from job.machine.host import usable_cores
-from job.reporter import Doing
+from job.reporter import EVENTS_FD, Doing
 
 GRACE = 15.0
 """seconds that ranks have to stop between two steps and seal a checkpoint (the table allows 20 in all)"""
@@ -57,10 +57,18 @@ def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class LocalRank:
-    """A child process (of `module`) in a session of its own: its pipes, its log, and what it last said."""
+    """A child process (of `module`, unless Python is given a `program`) in a session of its own: its pipes, its log,
+    and what it last said."""
 
     def __init__(
-        self, name: str, arguments: list[str], environment: Mapping[str, str], log: Path, module: str = "job.run.rank"
+        self,
+        name: str,
+        arguments: list[str],
+        environment: Mapping[str, str],
+        log: Path,
+        module: str = "job.run.rank",
+        program: Sequence[str] = (),
+        folder: Path | None = None,
     ) -> None:
         read_end, write_end = os.pipe()
         self.name, self.log = name, str(log)
@@ -84,11 +92,12 @@ class LocalRank:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [sys.executable, *(program or ("-m", module)), *arguments],
+                cwd=folder,
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**python_environment(environment), "SPEEDRUN_EVENTS_FD": str(write_end)},
+                env={**python_environment(environment), EVENTS_FD: str(write_end)},
                 pass_fds=[write_end],
                 start_new_session=True,
             )
@@ -119,6 +128,12 @@ class LocalRank:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write((json.dumps(message) + "\n").encode())
             self.process.stdin.flush()
+
+    def hang_up(self) -> None:
+        """Nothing more will be told."""
+        assert self.process.stdin
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
 
     def signal(self, number: int) -> None:
         """Send a signal to the process and its children; nothing where it is gone."""

@@ -46,8 +46,7 @@ def _leave_signals_to_the_supervisor() -> None:
 def main(
     stage: str, out: str, recipe_file: str, run: str, attempt: str = "0", resume: str = "", prepared: str = ""
 ) -> int:
-    pipe = os.fdopen(int(os.environ["SPEEDRUN_EVENTS_FD"]), "w", encoding="utf-8")
-    reporter = RankReporter(pipe)
+    reporter = RankReporter.of_child()
     stop_signal = StopSignal(reporter.send_beat)
     reporter.send_beats()
     faulthandler.enable()

@@ -35,6 +35,7 @@ from job.errors import ExitCode, SpeedrunError
 from job.report import postmortem
 from job.report.render import report_files
 from job.reporter import RankReporter, Reporter
+from job.retry import backoff
 from job.store import open_store
 from job.store.attempt import newest_attempt
 from job.store.checkpoint_folder import KEEP, folder_of, folders
@@ -75,7 +76,8 @@ class Mirror:
         self.prepared: set[str] = set()
         self._known: dict[str, str] = {}
         self._done: dict[str, tuple[int, int]] = {}
-        self._failed: dict[str, tuple[float, float]] = {}
+        self._pauses: dict[str, Iterator[float]] = {}
+        self._next_try: dict[str, float] = {}
 
     def pending(self) -> list[str]:
         """Paths below `out`, which are keys, of all that is to be uploaded, the most urgent first."""
@@ -85,7 +87,7 @@ class Mirror:
     def next(self) -> str | None:
         """The most urgent that is not waiting for its next try."""
         now = time.monotonic()
-        return next((key for key in self.pending() if self._failed.get(key, (0.0, 0.0))[0] <= now), None)
+        return next((key for key in self.pending() if self._next_try.get(key, 0.0) <= now), None)
 
     def upload(self, key: str) -> None:
         """Upload one of `pending`. Raises TakenOver; any other failure is an event, and a later try."""
@@ -96,12 +98,10 @@ class Mirror:
         except TakenOver:
             raise
         except Exception as error:
-            if (
-                mark and _mark(path) == mark
-            ):  # else it was removed or sealed anew meanwhile: the next look finds what is there now
+            if mark and _mark(path) == mark:  # else it was removed or sealed anew: the next look finds what is there
                 self._fail(key, error)
             return
-        self._failed.pop(key, None)
+        self._pauses.pop(key, None)
         if mark:
             self._done[key] = mark
         if size:
@@ -119,8 +119,8 @@ class Mirror:
         return size
 
     def _fail(self, key: str, error: Exception) -> None:
-        wait = min(RETRY_MOST, 2 * self._failed[key][1]) if key in self._failed else RETRY_FIRST
-        self._failed[key] = (time.monotonic() + wait, wait)
+        wait = next(self._pauses.setdefault(key, backoff(RETRY_FIRST, RETRY_MOST)))
+        self._next_try[key] = time.monotonic() + wait
         self.reporter.emit("upload.failed", folder=key, why=reason(error), next_try=wait)
 
     def _wanted(self) -> Iterator[Path]:
@@ -319,7 +319,7 @@ def _mark(path: Path) -> tuple[int, int] | None:
 
 def main(url: str, out: str, run: str, attempt: str, final_rows: str) -> None:
     os.nice(10)
-    reporter = RankReporter(os.fdopen(int(os.environ["SPEEDRUN_EVENTS_FD"]), "w", encoding="utf-8"))
+    reporter = RankReporter.of_child()
     store, live = open_store(url), None
     if run:
         store = Fenced(store, Path(run).name, int(attempt))

@@ -75,13 +75,8 @@ class BucketUploads(Uploads):
         console: Console,
         interrupts: Interrupts,
     ) -> None:
-        self._bucket, self._place, self._reporter, self._console, self._interrupts = (
-            bucket,
-            place,
-            reporter,
-            console,
-            interrupts,
-        )
+        self._bucket, self._place, self._reporter = bucket, place, reporter
+        self._console, self._interrupts = console, interrupts
         self._arguments, self._log = [bucket.store.url, *arguments], log
         self._orders: list[dict[str, Any]] = []
         self._said: set[str] = set()
@@ -177,7 +172,7 @@ class BucketUploads(Uploads):
                 if after is None:
                     raise
                 self._console.say(f"warning: {error}")
-                return None
+                return
 
     def _give_up(self, waited: float, after: BaseException | None, *, interrupted: bool) -> None:
         self.stop()

@@ -1,7 +1,7 @@
 """Logging to wandb: a process beside the run sends its folded events, and the run can lose that process without harm.
 
     supervisor --(stdin: one JSON object, then the end)--> process     {"exit_code": 0, "seconds": 20}
-    process --(stdout: one JSON object a line)--> supervisor           {"said": ".."}  {"lost": ".."}
+    process --(the pipe: one JSON object a line)--> supervisor           {"said": ".."}  {"lost": ".."}
 
 wandb has threads, signal handlers, prompts and a network of its own. None of it may touch the process that owns the
 exit code, so job/run/wandb_process.py is a process in a session of its own, at a low priority, that reads only the
@@ -12,22 +12,18 @@ waits no longer than `FINISH` seconds for it, then kills it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from job.console import Console
 from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
-from job.run.processes import python_environment
+from job.run.processes import LocalRank
 from job.store.attempt import Attempt, fold
 
-COMMAND = [sys.executable, "-m", "job.run.wandb_process"]
+COMMAND = ["-m", "job.run.wandb_process"]
 FINISH = 20.0
 """seconds that wandb has for the rest once the stages have ended"""
 FINISH_INTERRUPTED = 3.0
@@ -90,36 +86,22 @@ class WandbClient:
 
     def __init__(self, run: Path, attempt: int, console: Console) -> None:
         self._log = run / "logs" / (f"{attempt}.wandb.log" if attempt else "wandb-sync.log")
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "ab") as output:
-            self._process = subprocess.Popen(
-                [*COMMAND, str(run.resolve()), str(attempt)],
-                cwd=run,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                env=python_environment(os.environ),
-                start_new_session=True,
-            )
-        assert self._process.stdin and self._process.stdout
-        self._stdin = self._process.stdin
+        arguments = [str(run.resolve()), str(attempt)]
+        self.child = LocalRank("wandb", arguments, os.environ, self._log, program=COMMAND, folder=run)
+        os.set_blocking(self.child.pipe, True)
         self._console, self._lost, self._ending = console, "", False
-        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def finish(self, exit_code: int, seconds: float) -> str | None:
         """Let the process send the rest for so long at most; a sentence where wandb does not have everything."""
         self._ending = True
-        with contextlib.suppress(OSError):
-            self._stdin.write(json.dumps({"exit_code": exit_code, "seconds": seconds}).encode() + b"\n")
-        with contextlib.suppress(OSError):
-            self._stdin.close()
+        self.child.tell({"exit_code": exit_code, "seconds": seconds})
+        self.child.hang_up()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
+            self.child.process.wait(seconds)
         code = self.exit_code
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self.child.kill()
         self._listener.join(1)
         if code == 0:
             return None
@@ -130,15 +112,16 @@ class WandbClient:
     @property
     def exit_code(self) -> int | None:
         """None while the process works."""
-        return self._process.poll()
+        return self.child.poll()
 
-    def _listen(self, output: IO[bytes]) -> None:
-        with contextlib.suppress(ValueError, OSError):
-            for line in output:
-                message = json.loads(line)
-                if "lost" in message:
-                    self._lost = message["lost"]
-                    if not self._ending:
-                        self._console.say(f"warning: {self._lost}; the run goes on without")
-                else:
-                    self._console.say(message["said"])
+    def _listen(self) -> None:
+        with contextlib.suppress(ValueError, EOFError):
+            while True:
+                for message in self.child.messages():
+                    if "lost" in message:
+                        self._lost = message["lost"]
+                        if not self._ending:
+                            self._console.say(f"warning: {self._lost}; the run goes on without")
+                    else:
+                        self._console.say(message["said"])
+        os.close(self.child.pipe)

@@ -27,12 +27,13 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from job.errors import ExitCode
 from job.recipe.leaderboard import UNTIMED_STEPS
-from job.store.attempt import Record, fold_event, newest_attempt
+from job.reporter import RankReporter
+from job.store.attempt import Record, event_files, events_in, fold_event, newest_attempt
 
 POLL = 1.0
 """seconds between two looks at the event files"""
@@ -47,22 +48,19 @@ class Events:
     """The run's events, folded as they are written."""
 
     def __init__(self, run: Path) -> None:
-        self._folder = run / "events"
-        self._read: dict[int, int] = {}
+        self._run = run
+        self._read: dict[Path, int] = {}
         self.record = Record()
 
     def advance(self) -> None:
         """Fold the whole lines that are new since the last call."""
-        for number in sorted(int(p.stem) for p in self._folder.glob("*.jsonl") if p.stem.isdigit()):
-            with open(self._folder / f"{number}.jsonl", "rb") as file:
-                file.seek(self._read.get(number, 0))
+        for path in event_files(self._run):
+            with open(path, "rb") as file:
+                file.seek(self._read.get(path, 0))
                 whole = file.read().rpartition(b"\n")[0]
-            self._read[number] = self._read.get(number, 0) + len(whole) + bool(whole)
-            for line in whole.splitlines():
-                with contextlib.suppress(ValueError):
-                    event = json.loads(line)
-                    if isinstance(event, dict) and "kind" in event:
-                        fold_event(self.record, event)
+            self._read[path] = self._read.get(path, 0) + len(whole) + bool(whole)
+            for event in events_in(whole.splitlines()):
+                fold_event(self.record, event)
 
     @property
     def worth_showing(self) -> bool:
@@ -167,16 +165,15 @@ class SupervisorWatch(threading.Thread):
 class WandbSender:
     """Sends the run in folder `run` to wandb during one attempt of it."""
 
-    def __init__(self, run: Path, attempt: int, messages: IO[str]) -> None:
-        self.run, self.attempt, self._messages = run, attempt, messages
+    def __init__(self, run: Path, attempt: int) -> None:
+        self.run, self.attempt, self._supervisor = run, attempt, RankReporter.of_child()
         self.events = Events(run)
         self.supervisor = SupervisorWatch(self)
         self._told = False
 
     def tell(self, **message: str) -> None:
         with contextlib.suppress(OSError):
-            self._messages.write(json.dumps(message) + "\n")
-            self._messages.flush()
+            self._supervisor.send(message)
 
     def work(self) -> int:
         """0 when wandb has everything, 1 when it has not."""
@@ -275,16 +272,12 @@ def main(run: str, attempt: str) -> int:
     os.nice(10)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
     if not int(attempt):
         os.environ.pop("WANDB_MODE", None)  # to sync is to be online
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ.setdefault(name, str(Path(run) / "wandb"))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    code = WandbSender(Path(run), int(attempt), messages).work()
-    messages.flush()
-    return code
+    return WandbSender(Path(run), int(attempt)).work()
 
 
 if __name__ == "__main__":

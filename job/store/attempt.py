@@ -19,7 +19,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +107,24 @@ def newest_attempt(run: Path) -> int:
 
 def read_events(run: Path) -> Iterator[dict[str, Any]]:
     """All events of all attempts in order; a line that a crash cut short is passed over."""
-    folder = run / "events"
-    numbers = sorted(int(p.stem) for p in folder.glob("*.jsonl") if p.stem.isdigit()) if folder.is_dir() else []
-    for number in numbers:
-        with open(folder / f"{number}.jsonl", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    event = json.loads(line)
-                    if isinstance(event, dict) and "kind" in event:
-                        yield event
+    for path in event_files(run):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            yield from events_in(file)
+
+
+def event_files(run: Path) -> list[Path]:
+    """One for each attempt, in order."""
+    files = (path for path in (run / "events").glob("*.jsonl") if path.stem.isdigit())
+    return sorted(files, key=lambda path: int(path.stem))
+
+
+def events_in(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+    """What `lines` say; one that a crash cut short is passed over."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and "kind" in event:
+                yield event
 
 
 @dataclasses.dataclass

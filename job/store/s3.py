@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
 
 from job.errors import DataError, StorageError, UsageError
+from job.retry import backoff
 from job.store.s3_faults import ABSENT, DENIED, EXPIRED, NETWORK, cause_of, code_of, reason_of, refusal
 from job.store.sealed import sha256_file, storage_errors
 from job.store.stores import PARALLEL, PATIENCE, S3_URL, Store, check_key, missing, probe
@@ -178,12 +179,8 @@ class S3Store(Store):
         return self._call("listing", prefix, attempt)
 
     def delete(self, keys: Iterable[str]) -> None:
-        def delete(key: str) -> None:
-            named = {"Bucket": self._bucket, "Key": self._key(key)}
-            self._call("deleting", key, lambda client: client.delete_object(**named))
-
         for key in keys:
-            delete(key)
+            self._call("deleting", key, methodcaller("delete_object", Bucket=self._bucket, Key=self._key(key)))
 
     def sweep(self, prefix: str, older_than: float = 0.0) -> int:
         folder = self._key(prefix) + "/"
@@ -223,8 +220,8 @@ class S3Store(Store):
 
         StorageError when patience is over, DataError when it has read wrong bytes for the last time.
         """
-        began, wrong = time.monotonic(), 0
-        for n in itertools.count():
+        began, wrong, pauses = time.monotonic(), 0, backoff(0.2, 10.0, spread=0.5)
+        while True:
             client = self._clients.get(kind)
             try:
                 return attempt(client)
@@ -244,18 +241,14 @@ class S3Store(Store):
             if passed >= self._patience and self._at_start:
                 raise StorageError(
                     f"{self.url} does not answer ({reason_of(cause, endpoint)}); check AWS_ENDPOINT_URL and the"
-                    " network,"
-                    " and run the same command again"
+                    " network, and run the same command again"
                 ) from cause
             if passed >= self._patience:
                 raise StorageError(
                     f"{doing} {key} in {self.url} failed for {passed:.0f} s ({reason_of(cause, endpoint)});"
                     f" {safe or 'everything sealed'} is safe on the local disk: run the same command again"
                 ) from cause
-            # with a random part, so that many clients do not come back at once
-            pause = min(10.0, 0.2 * 2 ** min(n, 6)) * random.uniform(0.5, 1.0)
-            time.sleep(min(pause, self._patience - passed))
-        raise AssertionError("itertools.count() never ends")
+            time.sleep(min(next(pauses), self._patience - passed))
 
     def _read(self, client: Any, key: str) -> bytes | None:
         try:

@@ -95,10 +95,11 @@ def atomic_write(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
 
-def fsync_folder(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Of a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,21 +141,19 @@ def sealing(path: Path, *, kind: str, made_from: Mapping[str, Any]) -> Iterator[
         try:
             folder = Unsealed(temporary)
             yield folder
-            _seal(folder, kind, made_from)
-            _replace_folder(temporary, path)
-            fsync_folder(path.parent)
+            seal_written(temporary, path, kind=kind, made_from=made_from, facts=folder.facts, files=_hashed(temporary))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _seal(folder: Unsealed, kind: str, made_from: Mapping[str, Any]) -> None:
+def _hashed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below `folder`, each fsynced."""
     files = {}
-    for file in sorted(p for p in folder.path.rglob("*") if p.is_file()):
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-        files[file.relative_to(folder.path).as_posix()] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
-    write_manifest(folder.path, kind=kind, made_from=made_from, facts=folder.facts, files=files)
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        fsync(file)
+        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
+    return files
 
 
 def write_manifest(
@@ -190,7 +189,7 @@ def seal_written(
     with storage_errors(path):
         write_manifest(written, kind=kind, made_from=made_from, facts=facts, files=files)
         _replace_folder(written, path)
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
 
 def _replace_folder(new: Path, old: Path) -> None:

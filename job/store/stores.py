@@ -30,7 +30,7 @@ from job.errors import DataError, SpeedrunError, StorageError, UsageError
 from job.store.sealed import (
     MANIFEST,
     Sealed,
-    fsync_folder,
+    fsync,
     open_sealed,
     seal_written,
     sha256_file,
@@ -128,7 +128,7 @@ class FolderStore(Store):
             fsync(temporary)
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)
-                fsync_folder(path.parent)
+                fsync(path.parent)
             return path.read_bytes() == data
 
     def put_file(self, key: str, path: Path, sha256: str) -> None:
@@ -201,7 +201,7 @@ class FolderStore(Store):
             yield temporary
             fsync(temporary)
             os.replace(temporary, path)
-            fsync_folder(path.parent)
+            fsync(path.parent)
 
     @contextlib.contextmanager
     def _beside(self, path: Path) -> Iterator[Path]:
@@ -212,11 +212,6 @@ class FolderStore(Store):
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def fsync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def probe(store: Store) -> None:

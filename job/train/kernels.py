@@ -1,18 +1,24 @@
 """Which attention kernel and which matrix products a process computes with: chosen, priced, and proven on its
-device."""
+device.
+
+Torch is imported only to prove: a supervisor that says what its ranks will choose does without it."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from job.errors import PreflightError, UsageError
 from job.machine.host import Machine
 from job.plan.quote import make_plan
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
-from model import attention, fp8, kernels
-from model.config import GPTConfig
-from model.gpt import GPT
+from model import kernels
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.config import GPTConfig
+    from model.gpt import GPT
 
 CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
 """CUDA's names of the GPUs that `speedrun plan` knows"""
@@ -20,6 +26,8 @@ CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A1
 
 def machine_of(device: torch.device) -> Machine:
     """As a rank sees its own device."""
+    import torch
+
     if device.type != "cuda":
         return Machine()
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -54,6 +62,8 @@ def choose_kernels(
         )
         kernels.activate(backend)
         if prove_on is not None:
+            from model import attention
+
             attention.prove(backend, prove_on, gradients=ranks is not None)
         in_fp8 = kernels.require_fp8(machine.capability, machine.name) if recipe.train.fp8 else "off"
         if recipe.train.fp8 and ranks is not None and prove_on is not None:
@@ -65,6 +75,8 @@ def choose_kernels(
 
 def _prove_fp8(recipe: Recipe, device: torch.device) -> str:
     """How well the products of the recipe's model agree with fp32 on `device`; Fp8Error where they do not."""
+    import torch
+
     from model import fp8_proof  # torchao takes seconds to import: only where there is fp8
 
     tokens = recipe.train.device_batch_size * recipe.model.seq_len
@@ -76,6 +88,11 @@ def _prove_fp8(recipe: Recipe, device: torch.device) -> str:
 
 def layers_in_fp8(config: GPTConfig, tokens: int, generation: str) -> GPT:
     """A model on the meta device, its large layers in fp8."""
+    import torch
+
+    from model import fp8
+    from model.gpt import GPT
+
     with torch.device("meta"):
         model = GPT(config)
     fp8.apply(model, tokens, generation)

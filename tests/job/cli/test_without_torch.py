@@ -17,6 +17,12 @@ try:
 except click.ClickException as error:
     print(error.message)
 import job.run.supervise
+from job.machine.host import Machine
+from job.recipe.config import resolve
+from job.run import preflight
+preflight.check(resolve("smoke"), 1, strict=False, allow_fa2=False, machine=Machine())
+on_gpus = Machine(8, "NVIDIA H100 80GB HBM3", (9, 0))
+preflight.check(resolve("run6", overrides=["train.attention=fa2"]), 8, strict=False, allow_fa2=True, machine=on_gpus)
 assert "torch" not in sys.modules
 """
 

@@ -62,7 +62,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("job.retry.time.sleep", lambda seconds: None)
     server = Server()
     server.silence = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -36,7 +36,7 @@ def test_the_wandb_process(trap: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """It is started in the run's folder."""
     (tmp_path / "job.py").write_text("raise SystemExit('job of the working folder')")
     monkeypatch.setenv("PYTHONPATH", "")
-    monkeypatch.setattr(wandb_client, "COMMAND", [*wandb_client.COMMAND[:2], "job.machine.health"])
+    monkeypatch.setattr(wandb_client, "COMMAND", ["-m", "job.machine.health"])
     assert wandb_client.WandbClient(tmp_path, 1, None).finish(0, 60) is None
     assert (tmp_path / "logs" / "1.wandb.log").read_text() == ""
 

@@ -179,7 +179,7 @@ def test_online_every_step_is_sent_once_though_the_process_was_killed(run: Path,
     watching = wandb_client.WandbClient(run, first.number, Console())
     train(first, 0, 9)
     wait_until(lambda: server.lines and len(server.steps) > 4)
-    os.killpg(watching._process.pid, signal.SIGKILL)
+    os.killpg(watching.child.process.pid, signal.SIGKILL)
     train(first, 10, 12)
     second = begin(run)
     with wandb_logging(run, second, Console()):
@@ -286,15 +286,15 @@ def test_a_process_whose_supervisor_vanished_ends_by_itself(run: Path, server) -
     train(attempt, 0, 3)
     wait_until(lambda: server.lines)
     server.hangs = True
-    watching._process.stdin.close()
-    watching._process.wait(timeout=20)
+    watching.child.process.stdin.close()
+    watching.child.process.wait(timeout=20)
     wait_until(lambda: not processes_of(run), seconds=20)
 
 
 @pytest.mark.slow
 def test_a_server_that_comes_back_gets_everything_once(run: Path, server, monkeypatch, capfd) -> None:
     hasty = "import sys, job.run.wandb_process as m; m.INIT_TIMEOUT = 3; m.RETRY = 0.1; sys.exit(m.main(*sys.argv[1:]))"
-    monkeypatch.setattr(wandb_client, "COMMAND", [sys.executable, "-c", hasty])
+    monkeypatch.setattr(wandb_client, "COMMAND", ["-c", hasty])
     server.hangs = True
     attempt, said = begin(run), ""
 

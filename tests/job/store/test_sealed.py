@@ -106,7 +106,7 @@ KILLED_WRITER = """
 """
 
 
-@pytest.mark.parametrize("moment", ["_seal", "sha256_file", "fsync_folder", "_replace_folder"])
+@pytest.mark.parametrize("moment", ["_hashed", "sha256_file", "fsync", "atomic_write", "_replace_folder"])
 def test_sigkill_at_any_moment_leaves_a_whole_folder_or_none(tmp_path: Path, moment: str) -> None:
     path = tmp_path / "x"
     script = textwrap.dedent(KILLED_WRITER)
