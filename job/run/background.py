@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 
-from job.errors import InterruptedRun
+from job.errors import InterruptedRun, SpeedrunError
 from job.run.prepare import count_leaks, prepare_rows
 from job.run.processes import GRACE
 from job.train.context import RankContext
@@ -26,7 +26,11 @@ def main(context: RankContext) -> None:
     os.nice(NICENESS)
     try:
         prepared = prepare_rows(context, whole=True)
-        count_leaks(context.out, context.recipe(), prepared, context.reporter)
+        context.reporter.send({"whole": prepared.id})  # the stage does not wait for what follows
+        try:
+            count_leaks(context.out, context.recipe(), prepared, context.reporter)
+        except SpeedrunError as error:
+            context.reporter.emit("warning", text=f"contaminated items were not counted: {error}")
     except InterruptedRun:
         time.sleep(GRACE)  # a scheduler signals the workers too: until then training saves, and this process is ended
         raise

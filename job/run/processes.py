@@ -80,6 +80,8 @@ class LocalRank:
         """what it says has died, of what, and whether that is a device"""
         self.apart = False
         """whether it does not wait for the others of its stage, nor they for what it is at"""
+        self.may_be_left = False
+        """whether the stage is over though it still runs"""
         self.steps_to_stop: int | None = None
         """from the stop signal to the step before which all ranks stop; None until training has begun"""
         self.step_seconds = 0.0

@@ -71,6 +71,8 @@ def supervise(
     kills = cgroup.oom_kills()
     try:
         while selector.get_map() and all(rank.poll() in (None, 0) for rank in ranks):
+            if all(rank.poll() == 0 or rank.may_be_left for rank in ranks):
+                break
             listen()
             if any(time.monotonic() - rank.failed > GRACE for rank in ranks):  # it said an error, and does not end
                 break
@@ -138,6 +140,8 @@ def _take(
             rank.error, rank.failed = (code, text), time.monotonic()
         case {"broken": text, "device": device, **named}:
             rank.broken, rank.failed = (named.get("who", rank.name), text, device), time.monotonic()
+        case {"whole": _}:
+            rank.may_be_left = True
         case {"training": _, "steps_to_stop": steps}:
             rank.steps_to_stop = steps
             if manager:

@@ -56,6 +56,8 @@ for word in sys.argv[1:]:
         case ["breaks"]:
             reporter.send({"broken": "its weights before step 40 differ", "who": "rank 7", "device": True})
             raise RuntimeError
+        case ["whole"]:
+            reporter.send({"whole": "a5"})
         case ["fails"]:
             reporter.send({"error": [11, "bad rows"]})
             time.sleep(60)
@@ -150,3 +152,9 @@ def test_a_killed_process_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     began = time.monotonic()
     rank.kill()
     assert rank.poll() == -signal.SIGKILL and time.monotonic() - began < 10
+
+
+def test_the_stage_does_not_wait_for_what_may_be_left(tmp_path: Path) -> None:
+    began = time.monotonic()
+    run_ranks(tmp_path, "works=0.5", "whole works=60", seconds=60)
+    assert time.monotonic() - began < 30
