@@ -334,9 +334,9 @@ def _run(
 
     container.check_temporary_folder()  # torch wants one as it is imported
     from job.run import launch, preflight
-    from job.run.interrupts import ignore_signals
     from job.run.join import join
     from job.run.nodes import nodes_here
+    from job.run.supervise import ignore_signals
 
     run_id = run_id or recipe.preset
     nodes = nodes_here(ranks, run_id, recipe.preset)

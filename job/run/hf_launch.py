@@ -20,10 +20,9 @@ from job.evaluation.ledger import Ledger
 from job.recipe.config import EvalConfig, resolve
 from job.reporter import Reporter
 from job.run.fruitless import RankDied, without_attempts
-from job.run.interrupts import Interrupts
 from job.run.launch import check_writable
 from job.run.processes import start_ranks
-from job.run.supervise import supervise
+from job.run.supervise import Interrupts, supervise
 from job.store.sealed import atomic_write
 
 USED = ("eval.cap", "eval.core_bundle")

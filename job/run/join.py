@@ -14,13 +14,13 @@ from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.run.bucket import Bucket
 from job.run.fruitless import GOES_ON
-from job.run.interrupts import Interrupts, Preemption
 from job.run.launch import open_run, run_folder
 from job.run.node_checkpoints import PartUploader, fetch
 from job.run.node_link import SILENCE, NodeLink, other_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
+from job.run.preemption import Preemption
 from job.run.processes import GRACE
-from job.run.supervise import supervise
+from job.run.supervise import Interrupts, supervise
 from job.store.fence import claim_key, newest_claimed
 from job.train.compile_cache import Caches
 

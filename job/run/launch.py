@@ -32,12 +32,12 @@ from job.report.render import write_report
 from job.reporter import Reporter
 from job.run.bucket import Bucket
 from job.run.fruitless import RankDied, judged, without_attempts
-from job.run.interrupts import Interrupts, Preemption
 from job.run.node_checkpoints import SplitCheckpointManager, fetch, share
 from job.run.node_link import NodeLink, first_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
+from job.run.preemption import Preemption
 from job.run.processes import GRACE, LocalRank, free_port, start_ranks
-from job.run.supervise import supervise
+from job.run.supervise import Interrupts, supervise
 from job.run.uploader_client import AnnouncingReporter, Uploads, uploading
 from job.run.wandb_client import wandb_logging
 from job.store.attempt import Attempt, fold

@@ -29,9 +29,9 @@ from typing import Any
 from job.console import Console
 from job.errors import ExitCode, InterruptedRun, SpeedrunError, UsageError, error_for
 from job.run.fruitless import GOES_ON, Death, RankDied
-from job.run.interrupts import Interrupts
 from job.run.nodes import Nodes
 from job.run.processes import GRACE
+from job.run.supervise import Interrupts
 
 SILENCE = 15.0
 """seconds after which a node that says nothing is lost"""

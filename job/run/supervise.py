@@ -6,7 +6,7 @@ alone), writes down what they report, and ends with an exit code of the table or
 A first SIGINT, SIGTERM or SIGHUP, or a cloud's announcement that it takes the machine back, ends training between two
 steps with a checkpoint (job/train/context.py) and any other stage, or training before its first step, at once: what is
 sealed stays, what is not is made again. How long the checkpoint is waited for follows from what it takes;
-where there is less time (job/run/interrupts.py), none is begun. After a second signal, or when that time is over,
+where there is less time (`stop_seconds`), none is begun. After a second signal, or when that time is over,
 ranks are killed and the checkpoint before is the one that counts. Both exit 75: the same command goes on.
 """
 
@@ -18,18 +18,83 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from job.console import Console
-from job.errors import InterruptedRun, OutOfMemoryError, error_for
+from job.errors import InterruptedRun, OutOfMemoryError, UsageError, error_for
 from job.machine import cgroup, container
 from job.reporter import Reporter
 from job.run.fruitless import GOES_ON, Death, RankDied
-from job.run.interrupts import Interrupts
 from job.run.processes import GRACE, LocalRank
 from job.run.silence import SECONDS, SilenceClock
 from job.store.checkpoint_folder import CheckpointManager
+
+STOP_SECONDS = 120.0
+"""that a signal gives, unless SPEEDRUN_STOP_SECONDS says otherwise: `docker stop` gives 10, Kubernetes and Slurm 30;
+what a stop needs is mostly less, and a kill in the middle of it costs no more than one at once"""
+
+
+def stop_seconds(environment: Mapping[str, str] = os.environ) -> float:
+    """Seconds that a signal gives; UsageError unless SPEEDRUN_STOP_SECONDS is a positive number."""
+    text = environment.get("SPEEDRUN_STOP_SECONDS", "")
+    with contextlib.suppress(ValueError):
+        if not text or float(text) > 0:
+            return float(text or STOP_SECONDS)
+    raise UsageError(f"SPEEDRUN_STOP_SECONDS={text} cannot be used: give a positive number of seconds")
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def ignore_signals() -> None:
+    """When all is sealed: what comes now stops nothing."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Interrupts:
+    """Counts SIGINT, SIGTERM and SIGHUP while it is in force.
+
+    One wish is one signal: that every node of a run gets it, or that `timeout` and a shell pass it on to the process
+    and again to its group, makes it no second one, which would end the run at once.
+    """
+
+    TOGETHER = 0.3
+    """seconds within which two signals are one"""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._last = float("-inf")
+        self.count = 0
+        self.seconds = stop_seconds()
+        """that there are until the machine or the process is gone"""
+
+    def __enter__(self) -> Interrupts:
+        handled = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # as nohup wants
+        self._previous = {s: signal.signal(s, self._note) for s in handled}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def check(self, stage: str) -> None:
+        """Between stages: InterruptedRun when a signal has come."""
+        if self.count:
+            raise InterruptedRun(f"{self.name} came before {stage}; {GOES_ON}")
+
+    def announce(self, name: str, seconds: float) -> None:
+        """As a first signal: the machine goes away in `seconds`."""
+        if not self.count:
+            self.name, self.seconds, self.count = name, min(self.seconds, seconds), 1
+
+    def _note(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if now - self._last > self.TOGETHER:
+            self.count += 1
+        self._last = now
+        self.name = signal.Signals(number).name
 
 
 def supervise(

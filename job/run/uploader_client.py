@@ -15,8 +15,8 @@ from job.console import Console
 from job.errors import ExitCode, InterruptedRun, SpeedrunError, StorageError, error_for
 from job.reporter import Reporter
 from job.run.bucket import Bucket
-from job.run.interrupts import Interrupts
 from job.run.processes import LocalRank
+from job.run.supervise import Interrupts
 from job.store.attempt import Attempt
 
 SIGNAL_WAIT = 90.0

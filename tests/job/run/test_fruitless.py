@@ -18,9 +18,8 @@ from job.console import Console
 from job.errors import ExitCode, InterruptedRun
 from job.reporter import Reporter
 from job.run.fruitless import GOES_ON, LIMIT, Death, RankDied, deaths_in_a_row, judged, ordinal
-from job.run.interrupts import Interrupts
 from job.run.processes import LocalRank
-from job.run.supervise import supervise
+from job.run.supervise import Interrupts, supervise
 from job.store.attempt import Attempt, read_events
 
 SEALED: dict[str, dict[str, Any]] = {

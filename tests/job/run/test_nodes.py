@@ -15,12 +15,12 @@ from torch.distributed import PrefixStore, TCPStore
 from job.console import Console
 from job.errors import DataError, ExitCode, InterruptedRun, SpeedrunError, StorageError, UsageError
 from job.run import node_link
-from job.run.interrupts import Interrupts
 from job.run.join import announced, current_attempt
 from job.run.node_checkpoints import PartUploader, SplitCheckpointManager, fetch
 from job.run.node_link import NodeLink, first_link, other_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes
 from job.run.processes import free_port
+from job.run.supervise import Interrupts
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import KIND, CheckpointManager, folders, parts_folder, write_part
 from job.store.sealed import MANIFEST, open_sealed, sha256_file

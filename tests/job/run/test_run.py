@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from helpers import command_line, events, ranks_of, result, wait_for, wait_for_event, weights
-from job.run.interrupts import Interrupts
+from job.run.supervise import Interrupts
 from job.store.attempt import fold, read_events
 
 

@@ -16,9 +16,8 @@ from job.errors import DataError
 from job.reporter import Reporter
 from job.run import silence
 from job.run.fruitless import RankDied
-from job.run.interrupts import Interrupts
 from job.run.processes import LocalRank
-from job.run.supervise import supervise
+from job.run.supervise import Interrupts, supervise
 
 RANK = """
 import json, os, signal, sys, threading, time

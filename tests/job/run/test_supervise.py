@@ -12,9 +12,8 @@ import pytest
 from job.console import Console
 from job.errors import InterruptedRun
 from job.reporter import Reporter
-from job.run.interrupts import Interrupts
 from job.run.processes import GRACE, LocalRank
-from job.run.supervise import supervise
+from job.run.supervise import Interrupts, supervise
 
 RANK = """
 import json, os, sys, time

@@ -12,8 +12,9 @@ from typing import ClassVar
 import pytest
 
 from job.errors import UsageError
-from job.run import interrupts
-from job.run.interrupts import Interrupts, Preemption, stop_seconds
+from job.run import preemption
+from job.run.preemption import Preemption
+from job.run.supervise import Interrupts, stop_seconds
 
 
 class Metadata(BaseHTTPRequestHandler):
@@ -64,7 +65,7 @@ NOWHERE = "127.0.0.1:9"
 def test_an_announcement_is_a_signal(
     metadata: str, monkeypatch: pytest.MonkeyPatch, cloud: str, seconds: float
 ) -> None:
-    monkeypatch.setattr(interrupts, "POLL", 0.05)
+    monkeypatch.setattr(preemption, "POLL", 0.05)
     addresses = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{metadata if cloud == 'AWS' else NOWHERE}"}
     addresses |= {"GCE_METADATA_HOST": metadata if cloud == "Google" else NOWHERE}
     monkeypatch.setenv("http_proxy", f"http://{NOWHERE}")
@@ -82,7 +83,7 @@ def test_an_announcement_is_a_signal(
 
 
 def test_where_no_cloud_answers_nobody_is_asked_again(metadata: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupts, "POLL", 0.02)
+    monkeypatch.setattr(preemption, "POLL", 0.02)
     wishes = Interrupts()
     watch = Preemption(wishes, {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{NOWHERE}", "GCE_METADATA_HOST": NOWHERE})
     watch._watch()
