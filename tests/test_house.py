@@ -181,13 +181,11 @@ ROOMS = (
 )
 """the rooms of job from the top to the bottom: each imports its own row and the rows below"""
 UPWARD = {
-    "job.train.compile_cache -> job.run.nodes",
     "job.train.loop -> job.run.prepare",
 }
 """imports that are still to be turned round"""
 CIRCLES = {
     frozenset({"job.data.embedded", "job.data.hub", "job.data.local", "job.data.sources"}),
-    frozenset({"model.fp8", "model.fp8_linear"}),
 }
 """circles that are still to be cut"""
 

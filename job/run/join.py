@@ -12,6 +12,7 @@ from job.errors import DataError, InterruptedRun, UsageError
 from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.run.bucket import Bucket
+from job.run.compile_cache import Caches
 from job.run.launch import open_run, run_folder
 from job.run.node_checkpoints import PartUploader, fetch
 from job.run.node_link import SILENCE, NodeLink, other_link
@@ -19,7 +20,6 @@ from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
 from job.run.processes import GRACE
 from job.run.supervise import GOES_ON, Interrupts, supervise
 from job.store.fence import claim_key, newest_claimed
-from job.train.compile_cache import Caches
 
 
 def join(
