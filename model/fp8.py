@@ -14,7 +14,7 @@ time:
 The product of two such tensors is accumulated in higher precision and divided by both scales: a dot product of
 thousands of terms averages the rounding errors of its operands away. One scale per row would be more exact and was
 slower (0.90 of bf16's speed, published); a scale of the previous step would save a pass over memory and needs a remedy
-for growing values. This module does what the published runs did.
+for growing values. `model/fp8_tensor.py` does what the published runs did.
 
 **A linear layer has three products**, and each operand is quantised where it is used:
 
@@ -41,45 +41,12 @@ runs 2-6.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-
+from model.fp8_tensor import MULTIPLE
 from model.kernels import Fp8Error
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-MULTIPLE = 16
 SMALLEST_SIDE = {"feb": 16, "head": 128}
-
-
-class Quantised(NamedTuple):
-    """An e4m3 weight for both products that read it: (V, D) by rows, its transpose (D, V) by rows, and 1 / scale, 0-d
-    fp32."""
-
-    rows: Tensor
-    transposed: Tensor
-    inverse_scale: Tensor
-
-
-def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x in fp8 with one scale for all of it, and 1 / scale (0-d fp32). A NaN or Inf in x makes all of it NaN."""
-    largest = torch.finfo(dtype).max
-    scale = largest / x.abs().amax().float().clamp(min=1e-12)
-    return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
-
-
-def matmul(
-    a: Tensor, a_inverse: Tensor, b: Tensor, b_inverse: Tensor, out_dtype: torch.dtype, fast: bool = False
-) -> Tensor:
-    """a (m, k) by rows times b (k, n) by columns, both fp8, with their inverse scales; `fast` as in the forward
-    pass."""
-    return torch._scaled_mm(a, b, a_inverse, b_inverse, out_dtype=out_dtype, use_fast_accum=fast)
-
-
-def transposed(x: Tensor) -> Tensor:
-    """x (m, k) in fp8 as a new tensor (k, m) by rows."""
-    return x.view(torch.uint8).t().contiguous().view(x.dtype)
 
 
 def layers(model: nn.Module, generation: str = "head") -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 from torchao.float8.float8_linear_utils import swap_linear_layers
 
-from model.fp8 import E4M3, Quantised, quantise
+from model.fp8_tensor import E4M3, Quantised, quantise
 
 
 class Float8Linear(TorchaoLinear):

@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.fp8 import E4M3, E5M2
 from model.fp8_linear import Float8Linear, convert_to_float8
+from model.fp8_tensor import E4M3, E5M2
 from model.gpt import GPT, Linear
 from model.kernels import Fp8Error
 from model.loss import cross_entropy

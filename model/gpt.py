@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from model.attention import attention
 from model.config import SMEAR_CHANNELS, GPTConfig
-from model.fp8 import Quantised
+from model.fp8_tensor import Quantised
 from model.loss import capped_logits, cross_entropy, token_losses
 from model.rotary import Rotary, rotate
 from model.shared_prefix import SharedPrefix

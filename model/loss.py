@@ -43,9 +43,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import fp8
+from model import fp8_tensor
 from model.config import LOSS_CHUNK_ELEMENTS
-from model.fp8 import Quantised
+from model.fp8_tensor import Quantised
 from model.kernels import Fp8Error
 
 CPU_CHUNK_ELEMENTS = 1 << 23
@@ -71,8 +71,10 @@ def cross_entropy(
     """
     vocab_size = vocab_size or weight.size(0)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        if quantised is not None and hidden.size(0) % fp8.MULTIPLE:
-            raise Fp8Error(f"{hidden.size(0)} tokens cannot be computed in fp8: give a multiple of {fp8.MULTIPLE}")
+        if quantised is not None and hidden.size(0) % fp8_tensor.MULTIPLE:
+            raise Fp8Error(
+                f"{hidden.size(0)} tokens cannot be computed in fp8: give a multiple of {fp8_tensor.MULTIPLE}"
+            )
         return _CrossEntropy.apply(hidden, weight, targets, softcap, vocab_size, quantised, compiled)
     return token_losses(hidden, weight, targets, softcap, vocab_size)[0].mean()
 
@@ -161,26 +163,30 @@ class _Products:
 class _Fp8Products:
     """The same in fp8; results in hidden's dtype."""
 
-    gradient_dtype = fp8.E5M2
+    gradient_dtype = fp8_tensor.E5M2
 
     def __init__(self, hidden: Tensor, weight: Quantised, compiled: bool) -> None:
         self.dtype, self.weight = hidden.dtype, weight
-        quantise, self.transposed = fp8.quantise, fp8.transposed
+        quantise, self.transposed = fp8_tensor.quantise, fp8_tensor.transposed
         if compiled:
             quantise, self.transposed = _fused(quantise), _fused(self.transposed)
-        self.hidden, self.inverse = quantise(hidden, fp8.E4M3)
+        self.hidden, self.inverse = quantise(hidden, fp8_tensor.E4M3)
         self.gradient_inverse = torch.full_like(self.inverse, 1 / GRADIENT_SCALE)
 
     def logits(self, rows: slice) -> Tensor:
         weight = self.weight
-        return fp8.matmul(self.hidden[rows], self.inverse, weight.rows.t(), weight.inverse_scale, self.dtype, fast=True)
+        return fp8_tensor.matmul(
+            self.hidden[rows], self.inverse, weight.rows.t(), weight.inverse_scale, self.dtype, fast=True
+        )
 
     def add_gradients(self, rows: slice, dz: Tensor, d_hidden: Tensor, d_weight: Tensor) -> None:
         """What the chunk's `dz`, in e5m2, says about its rows of hidden, and about weight."""
         inverse = self.gradient_inverse
-        d_hidden[rows] = fp8.matmul(dz, inverse, self.weight.transposed.t(), self.weight.inverse_scale, self.dtype)
+        d_hidden[rows] = fp8_tensor.matmul(
+            dz, inverse, self.weight.transposed.t(), self.weight.inverse_scale, self.dtype
+        )
         columns = self.transposed(self.hidden[rows]).t()
-        d_weight += fp8.matmul(self.transposed(dz), inverse, columns, self.inverse, self.dtype)
+        d_weight += fp8_tensor.matmul(self.transposed(dz), inverse, columns, self.inverse, self.dtype)
 
 
 def _loss_and_gradient(
@@ -204,7 +210,7 @@ def _loss_and_gradient(
         dz = torch.where(torch.arange(z.size(1), device=z.device) == right, right_dz, dz)
     else:
         dz.scatter_(1, right, right_dz)
-    return nll.sum(), (dz * GRADIENT_SCALE if dtype == fp8.E5M2 else dz).to(dtype)
+    return nll.sum(), (dz * GRADIENT_SCALE if dtype == fp8_tensor.E5M2 else dz).to(dtype)
 
 
 def _in_blocks(
@@ -235,7 +241,7 @@ def _nll(logp: Tensor, targets: Tensor) -> Tensor:
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Rows of each chunk: a multiple of 16, which fp8's products need, where a chunk has that many."""
     step = max(1, (CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else LOSS_CHUNK_ELEMENTS) // weight.size(0))
-    return _slices(hidden.size(0), step - step % fp8.MULTIPLE if step > fp8.MULTIPLE else step)
+    return _slices(hidden.size(0), step - step % fp8_tensor.MULTIPLE if step > fp8_tensor.MULTIPLE else step)
 
 
 def _slices(rows: int, step: int) -> list[slice]:

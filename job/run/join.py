@@ -13,6 +13,7 @@ from job.errors import DataError, InterruptedRun, UsageError
 from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.run.bucket import Bucket
+from job.run.compile_cache import Caches
 from job.run.fruitless import GOES_ON
 from job.run.launch import open_run, run_folder
 from job.run.node_checkpoints import PartUploader, fetch
@@ -22,7 +23,6 @@ from job.run.preemption import Preemption
 from job.run.processes import GRACE
 from job.run.supervise import Interrupts, supervise
 from job.store.fence import claim_key, newest_claimed
-from job.train.compile_cache import Caches
 
 
 def join(

@@ -31,6 +31,7 @@ from job.report import postmortem
 from job.report.render import write_report
 from job.reporter import Reporter
 from job.run.bucket import Bucket
+from job.run.compile_cache import Caches
 from job.run.fruitless import RankDied, judged, without_attempts
 from job.run.node_checkpoints import SplitCheckpointManager, fetch, share
 from job.run.node_link import NodeLink, first_link
@@ -44,7 +45,6 @@ from job.store.attempt import Attempt, fold
 from job.store.checkpoint_folder import CheckpointManager, drop_optimizer, folder_of, identity, newest_usable
 from job.store.sealed import MANIFEST, atomic_write, is_sealed
 from job.store.stores import Store
-from job.train.compile_cache import Caches
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

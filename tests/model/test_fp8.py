@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model import fp8
 from model.config import GPTConfig
-from model.fp8 import E4M3, E5M2, quantise
+from model.fp8_tensor import E4M3, E5M2, quantise
 from model.gpt import GPT, Linear
 from model.hyper import StepHyper
 from model.kernels import Fp8Error, require_fp8

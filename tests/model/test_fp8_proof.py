@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import fp8, fp8_proof
+from model import fp8, fp8_proof, fp8_tensor
 from model.config import GPTConfig
-from model.fp8 import E4M3, E5M2
 from model.fp8_proof import FEWEST_TOKENS, SPREAD, disagreement, measurements, prove, rounding, shapes
+from model.fp8_tensor import E4M3, E5M2
 from model.gpt import GPT
 from model.kernels import Fp8Error
 
@@ -53,7 +53,7 @@ def test_the_bound_is_what_rounding_does() -> None:
     """Numbers spread over many powers of two are off by less than `rounding` says, and not by much less."""
     x = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
     for dtype in (E4M3, E5M2):
-        rounded, inverse = fp8.quantise(x, dtype)
+        rounded, inverse = fp8_tensor.quantise(x, dtype)
         error = (rounded.float() * inverse - x).norm() / x.norm()
         assert 0.6 * rounding(dtype) < error < rounding(dtype)
 
@@ -116,7 +116,7 @@ def test_the_loss_finds_them_too(monkeypatch: pytest.MonkeyPatch, fault: str, ki
 
 def test_a_transposed_operand_is_found_where_shapes_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     def transposed(a: Tensor, b: Tensor, *rest, **options) -> Tensor:
-        return REAL_PRODUCT(a, fp8.transposed(b.t()).t() if b.size(0) == b.size(1) else b, *rest, **options)
+        return REAL_PRODUCT(a, fp8_tensor.transposed(b.t()).t() if b.size(0) == b.size(1) else b, *rest, **options)
 
     inject(monkeypatch, transposed, "forward")
     with pytest.raises(

@@ -13,7 +13,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 import model.loss
 from job.plan.memory import CHUNK_LOGIT
-from model.fp8 import E4M3, Quantised, quantise
+from model.fp8_tensor import E4M3, Quantised, quantise
 from model.loss import capped_logits, cross_entropy, token_losses
 from tensors import Largest
 

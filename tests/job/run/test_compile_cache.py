@@ -17,13 +17,13 @@ from helpers import Kept
 from job.console import Console
 from job.machine import host
 from job.recipe.config import FREE, Recipe, differing_keys, from_document, resolve
+from job.run.compile_cache import ARCHIVE, Caches
 from job.run.nodes import LaunchSpec, NodeContext, Nodes
 from job.run.uploader import Mirror
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import identity
 from job.store.sealed import MANIFEST
 from job.store.stores import FolderStore
-from job.train.compile_cache import ARCHIVE, Caches
 
 GPU = "NVIDIA H100 80GB HBM3, 9.0, 580.95.05"
 GROUP = "triton/KEY/__grp__kernel.json"
@@ -233,7 +233,7 @@ def test_one_that_ranks_did_not_survive_is_not_tried_twice(tmp_path: Path, kept:
 
 
 def test_too_much_is_not_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("job.train.compile_cache.LIMIT", 3)
+    monkeypatch.setattr("job.run.compile_cache.LIMIT", 3)
     start = Start(tmp_path, "out")
     compile_something(start)
     start.warm()
