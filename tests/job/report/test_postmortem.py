@@ -81,6 +81,7 @@ def test_a_checkpoint_that_is_nowhere_is_not_safe(tmp_path: Path, uploaded: bool
     assert (safe and safe["bucket"]) == (f"s3://b/runs/t/checkpoints/{8:015d}" if uploaded else None)
 
 
+@pytest.mark.slow
 def test_a_failed_attempt_leaves_one_and_a_good_one_takes_it_away(speedrun: Any, tmp_path: Path) -> None:
     out, run = tmp_path / "out", tmp_path / "out" / "runs" / "t"
     corpus = tmp_path / "corpus"

@@ -174,6 +174,7 @@ def test_the_mode_follows_the_key_and_wandbs_own_variable(tmp_path: Path, monkey
 # --- sent once, by the real client
 
 
+@pytest.mark.slow
 def test_online_every_step_is_sent_once_though_the_process_was_killed(run: Path, server, capfd) -> None:
     first = begin(run)
     watching = wandb_client.WandbClient(run, first.number, Console())

@@ -235,6 +235,7 @@ def own_server(tmp_path: Path) -> Iterator[Any]:
     server.kill()
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_server_in_mid_upload(own_server, folder: Path, tmp_path: Path, monkeypatch) -> None:
     with fault.Faults(own_server.s3.place()) as faults:
         faults.s3.enter(monkeypatch)
