@@ -192,7 +192,7 @@ def test_its_failure_ends_the_stage_as_it_was_raised(begun, make_rest, hub, help
 
 def test_one_that_is_killed_is_noticed_and_the_next_goes_on(begun, make_rest, helpers):
     def kill(process) -> None:
-        os.kill(process.process.pid, signal.SIGKILL)
+        process.signal(signal.SIGKILL)
 
     with pytest.raises(RankDied, match="the process that prepares rows of pretrain was killed by SIGKILL"):
         make_rest(helpers.Recorder(), kill)

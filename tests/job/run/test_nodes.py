@@ -241,6 +241,8 @@ def test_a_silent_node_is_lost_in_whatever_stage(tmp_path: Path, monkeypatch: py
             link.wait("the run ended", lambda record: False)
 
         def follow(self, node: NodeContext, link: NodeLink, attempt: int) -> None:
+            while link._written is not link._record:  # that it has joined
+                time.sleep(0.01)
             link._closed.set()  # as a machine that vanishes
             link._thread.join()
 
