@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner, Result
@@ -88,7 +89,8 @@ class Speedrun:
 
     def here(self, words: list[str], *, code: int = 0) -> Result:
         """The same without a process, for what ends before a stage begins."""
-        ended = CliRunner().invoke(main, words[len(self.command()) :], env=self.environment(), prog_name="speedrun")
+        with mock.patch.dict(os.environ):  # a bucket that a command was given goes into it, for the command's children
+            ended = CliRunner().invoke(main, words[len(self.command()) :], env=self.environment(), prog_name="speedrun")
         assert ended.exit_code == code, f"exit {ended.exit_code}\n{ended.output}\n{ended.exception!r}"
         return ended
 
