@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import socket
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,23 @@ class Kept(Reporter):
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["kind"] == kind]
+
+
+KEPT_RUNS = Path(__file__).parent / "data" / "kept_runs"
+
+
+def unpacked_run(name: str, folder: Path) -> Path:
+    """The kept run's folder, below `folder`/out; a file that its manifest has and the archive has not gets the right
+    size."""
+    with tarfile.open(KEPT_RUNS / f"{name}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    run = folder / "out" / "runs" / name
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        for file, entry in json.loads(manifest.read_text())["files"].items():
+            if not (path := manifest.parent / file).exists():
+                with path.open("wb") as sparse:
+                    sparse.truncate(entry["size"])
+    return run
 
 
 # --- processes

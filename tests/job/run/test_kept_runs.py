@@ -13,30 +13,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tarfile
 from pathlib import Path
 
 import pytest
 
-KEPT = Path(__file__).parents[2] / "data" / "kept_runs"
+from helpers import KEPT_RUNS, unpacked_run
+
 TOLERANCE = 1e-3
 """Of a step's loss. Torch's plain kernels instead of this CPU's gave losses that differ by at most 5e-7; with the first
 moments of the optimizer set to zero in the checkpoint the step after the first already differs by 7e-3 (both measured
 on this run)."""
-
-
-def unpacked(name: str, folder: Path) -> Path:
-    """The kept run's folder, below `folder`/out; a file that its manifest has and the archive has not gets the right
-    size."""
-    with tarfile.open(KEPT / f"{name}.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-    run = folder / "out" / "runs" / name
-    for manifest in run.glob("checkpoints/*/manifest.json"):
-        for file, entry in json.loads(manifest.read_text())["files"].items():
-            if not (path := manifest.parent / file).exists():
-                with path.open("wb") as sparse:
-                    sparse.truncate(entry["size"])
-    return run
 
 
 def result_of(run: Path) -> dict:
@@ -45,7 +31,7 @@ def result_of(run: Path) -> dict:
 
 @pytest.mark.parametrize("name", ["smoke", "ranks"])
 def test_a_finished_run_opens_with_report(tmp_path: Path, speedrun, name: str) -> None:
-    run = unpacked(name, tmp_path)
+    run = unpacked_run(name, tmp_path)
     kept = result_of(run)
     for path in (run / "report").iterdir():
         path.unlink()
@@ -61,8 +47,8 @@ def test_a_finished_run_opens_with_report(tmp_path: Path, speedrun, name: str) -
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, speedrun) -> None:
-    run = unpacked("interrupted", tmp_path)
-    undisturbed = json.loads((KEPT / "undisturbed.json").read_text())
+    run = unpacked_run("interrupted", tmp_path)
+    undisturbed = json.loads((KEPT_RUNS / "undisturbed.json").read_text())
     command = speedrun.command(*json.loads((run / "attempts" / "1").read_text())["argv"])
     ended = subprocess.run(
         command, cwd=tmp_path, env=speedrun.environment(), capture_output=True, text=True, timeout=300, check=False

@@ -1,0 +1,64 @@
+"""The rehearsal itself: it sees a difference; and whole ones, on a folder and on a real S3 server, in which nothing is
+lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import unpacked_run
+from job.console import Console
+from job.errors import UsageError
+from job.run.rehearse import Rehearsal, differences, processes_below
+
+
+def test_a_difference_is_seen(tmp_path: Path) -> None:
+    first, second = (unpacked_run("interrupted", tmp_path / name) for name in ("one", "other"))
+    assert differences(first, second) == []
+    (events,) = second.glob("events/*.jsonl")
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    step = next(line for line in lines if line["kind"] == "train.step")
+    step["loss"] += 1e-9
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (sentence,) = differences(first, second)
+    assert sentence.startswith("losses: {0: ")
+
+
+def test_the_processes_below_one() -> None:
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)', 'pretrain'])"
+    process = subprocess.Popen([sys.executable, "-c", child])
+    try:
+        while not (found := list(processes_below(process.pid))):
+            pass
+        assert [name for _, name in found] == ["pretrain"]
+    finally:
+        for pid, _ in processes_below(process.pid):
+            subprocess.run(["kill", "-9", str(pid)], check=True)
+        process.wait(10)
+
+
+def test_a_folder_that_is_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is not empty"):
+        Rehearsal(tmp_path, seed=0, ranks=1, bucket=None, console=Console(-1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["a folder, 30 kills, 1 rank", "S3, 10 kills, 2 ranks"])
+def test_nothing_is_lost(speedrun: Any, s3: Any, tmp_path: Path, where: str) -> None:
+    kills, ranks = (int(number) for number in re.findall(r"(\d+) (?:kills|rank)", where))
+    words = ["rehearse", "--kills", str(kills), "--seed", "17", "--ranks", str(ranks), "--out", str(tmp_path / "out")]
+    environment = speedrun.environment()
+    if where.startswith("S3"):
+        words += ["--bucket", s3.url]
+        environment |= s3.variables()
+    done = subprocess.run(speedrun.command(*words), env=environment, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "out" / "disturbed.log").read_text()[-4000:]
+    assert done.stdout.startswith(f"nothing was lost: {kills} kills, ")
+    assert len(re.findall(r"^ *\d+\. ", done.stderr, re.M)) == kills
