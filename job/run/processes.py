@@ -148,6 +148,12 @@ class LocalRank:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(KILL_SECONDS)
 
+    def is_stopped(self) -> bool:
+        """Whether it was stopped by a signal, where /proc says so."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return False
+
     def poll(self) -> int | None:
         """The exit code, None while it runs."""
         return self.process.poll()

@@ -7,7 +7,7 @@ collective, no synchronisation and no system call; a thread of the rank sends it
 When no rank has said anything for the stage's limit, all are asked where they are, which a thread of theirs answers
 also while a collective blocks:
 
-    does not answer                          a process that was stopped, or whose interpreter is held: named
+    does not answer                          a process that was stopped, else one whose interpreter is held: named
     answers, and waits for nobody            while others wait for it: named
     all wait                                 a collective that does not end: all are named, on several nodes only when
                                              no other node has named one
@@ -67,7 +67,8 @@ class SilenceClock:
         if silent <= limit:
             return
         mute = self._ask(running, listen)
-        late = mute or [rank for rank in running if not rank.doing.waits]
+        late = [rank for rank in mute if rank.is_stopped()] or mute
+        late = late or [rank for rank in running if not rank.doing.waits]
         if late or silent > limit + self._elsewhere:
             raise self._error(running, late or running, mute, silent)
 
