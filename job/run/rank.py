@@ -25,6 +25,7 @@ from pathlib import Path
 from job.errors import ChildDied, ExitCode, OddReplica, SpeedrunError
 from job.reporter import RankReporter
 from job.train.context import RankContext, StopSignal
+from job.train.flight_record import last_collectives
 
 STAGES = {
     "prepare": "job.run.prepare",
@@ -47,7 +48,12 @@ def main(
     stage: str, out: str, recipe_file: str, run: str, attempt: str = "0", resume: str = "", prepared: str = ""
 ) -> int:
     reporter = RankReporter.of_child()
-    stop_signal = StopSignal(reporter.send_beat)
+
+    def tell_where() -> None:
+        reporter.send_beat()
+        print(last_collectives(), file=sys.stderr, flush=True)
+
+    stop_signal = StopSignal(tell_where)
     reporter.send_beats()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -13,8 +13,9 @@ also while a collective blocks:
                                              no other node has named one
 
 The process that prepares rows beside training has a clock of its own: ranks that wait for rows say so, and are not
-silent. Each process writes the stack of its threads into its log. Then all are killed, and the run ends with 75 as
-after a death (job/run/fruitless.py): the third in a row that sealed nothing new ends with 15.
+silent. Each process writes into its log the stack of its threads, and a rank its last collectives. Then all are killed,
+and the run ends with 75 as after a death (job/run/fruitless.py): the third in a row that sealed nothing new ends with
+15.
 """
 
 from __future__ import annotations

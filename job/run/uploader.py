@@ -13,7 +13,7 @@ ranks go on, and when its time is over it is killed. It keeps no queue: sealed f
 upload, so what it holds in memory is the parts on their way. A failed upload is an event, and tried again; the files
 that arrived are not put again.
 
-    supervisor --(stdin)--> uploader     {"do": "prepared", "id": ..}  {"do": "flush"}  {"do": "last"}
+    supervisor --(stdin)--> uploader     {"do": "prepared", "id": ..}  {"do": "flush"}  {"do": "last"}  {"do": "beat"}
     uploader --(the pipe)--> supervisor  events  {"left": [..]}  {"flushed": true}  {"published": true}
                                          {"error": [2, ..]}
 
@@ -228,6 +228,8 @@ class Uploader:
             match json.loads(line):
                 case {"do": "prepared", "id": set_id}:
                     self.mirror.prepared |= {set_id}
+                case {"do": "beat"}:
+                    self.reporter.send_beat()
                 case {"do": "flush"}:
                     self.reporter.send({"left": self.mirror.pending()})
                     self._flush.set()

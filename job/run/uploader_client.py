@@ -26,6 +26,8 @@ LAST_WAIT = 60.0
 """seconds at most for the last line of the record"""
 RESTART_AFTER = 10.0
 """seconds between two starts of an uploader that ended by itself"""
+ASK_AFTER = 30.0
+"""seconds without a word after which the uploader is asked for one; twice as many until it is started again"""
 SPOKEN_AFTER = 2.0
 """seconds of waiting at the end that pass without a word"""
 
@@ -109,6 +111,13 @@ class BucketUploads(Uploads):
             if time.monotonic() - self._started > RESTART_AFTER:
                 self._start_child()
             return
+        silent = time.monotonic() - max(self._child.heard, self._started)
+        if silent > 2 * ASK_AFTER:  # a store may block its threads, but not that which answers
+            self._console.say(f"warning: the uploader does not answer for {silent:.0f} s and is started again")
+            self._end_child()
+            return
+        if silent > ASK_AFTER:
+            self._child.tell({"do": "beat"})
         try:
             for message in self._child.messages():
                 self._take(message)

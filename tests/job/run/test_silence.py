@@ -13,7 +13,7 @@ import pytest
 
 from job.console import Console
 from job.errors import DataError
-from job.reporter import Reporter
+from job.reporter import RankReporter, Reporter
 from job.run import silence
 from job.run.fruitless import RankDied
 from job.run.processes import LocalRank
@@ -157,3 +157,14 @@ def test_the_stage_does_not_wait_for_what_may_be_left(tmp_path: Path) -> None:
     began = time.monotonic()
     run_ranks(tmp_path, "works=0.5", "whole works=60", seconds=60)
     assert time.monotonic() - began < 30
+
+
+def test_a_beat_costs_microseconds_of_the_thread_that_trains() -> None:
+    """Two a step; what is allowed is a millisecond of a step."""
+    with open(os.devnull, "w") as nowhere:
+        reporter = RankReporter(nowhere)
+        began = time.thread_time()
+        for step in range(1000):
+            reporter.beat(f"step {step}")
+            reporter.beat(f"the exchange of step {step}", waits=True)
+        assert time.thread_time() - began < 1.0

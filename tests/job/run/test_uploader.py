@@ -4,7 +4,10 @@ processes."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ import pytest
 from helpers import Kept
 from job.console import Console
 from job.errors import DataError, StorageError, UsageError
+from job.run import uploader_client
 from job.run.bucket import Bucket
+from job.run.supervise import Interrupts
 from job.run.uploader import Live, Mirror
 from job.store.attempt import Attempt, read_events
 from job.store.checkpoint_folder import KIND, drop_optimizer, folder_of
@@ -239,3 +244,25 @@ def test_fresh_leaves_the_claims(store: Failing, out: Path, capsys: pytest.Captu
     assert sorted(store.list(RUN)) == [f"{RUN}/attempts/1"]
     assert len(store.list("prepared")) == 2
     assert capsys.readouterr().err == f"--fresh: discarded what {store.url}/{RUN} had\n"
+
+
+def test_an_uploader_that_does_not_answer_is_started_again(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(uploader_client, "ASK_AFTER", 2.0)
+    monkeypatch.setattr(uploader_client, "RESTART_AFTER", 0.0)
+    bucket = Bucket(FolderStore(tmp_path / "bucket"), 60.0)
+    attempt = Attempt.claim(out / RUN, bucket.store)
+    with uploader_client.uploading(bucket, out, out / RUN, attempt, FINAL, Console(), Interrupts()) as uploads:
+        uploads.start()
+        first = uploads._child.process.pid
+        os.kill(first, signal.SIGSTOP)
+        until = time.monotonic() + 60
+        while uploads._child.process.pid == first or uploads._child.closed:
+            assert time.monotonic() < until
+            uploads.check()
+            time.sleep(0.05)
+        checkpoint(out, 8)
+        uploads.flush()
+    assert "warning: the uploader does not answer for 4 s and is started again" in capsys.readouterr().err
+    assert checkpoints_in(bucket.store) == [8]
