@@ -53,7 +53,7 @@ smoke: $(PROJECT) ## the whole pipeline on a CPU, in minutes; the report is in o
 	.venv/bin/speedrun smoke --fresh --out out
 
 test: $(PROJECT) ## all tests but the slow ones
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" --numprocesses 3 --dist loadfile
 
 # Container and cluster wait for disks and for SkyPilot's next look, so they run beside chaos, one after the other.
 # Each target's output comes whole, when it has ended.

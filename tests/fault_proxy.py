@@ -110,7 +110,7 @@ class Exchange(BaseHTTPRequestHandler):
         if self.command == "DELETE":
             return "AbortMultipartUpload" if "uploadId" in query else "DeleteObject"
         if self.command == "HEAD":
-            return "HeadObject"
+            return "HeadObject" if of_object else "HeadBucket"
         return "GetObject" if of_object else "ListMultipartUploads" if "uploads" in query else "ListObjects"
 
     def read(self, size: int | None = None) -> bytes:
@@ -165,6 +165,15 @@ def error(status: int, code: str) -> Fault:
     def fault(exchange: Exchange) -> None:
         exchange.read()
         exchange.answer(Answer(status, [("Content-Type", "application/xml")], ERROR.format(code).encode()))
+
+    return fault
+
+
+def in_region(name: str) -> Fault:
+    """The bucket is in that region, as Amazon says it of its own."""
+
+    def fault(exchange: Exchange) -> None:
+        exchange.answer(Answer(200, [("x-amz-bucket-region", name)], b""))
 
     return fault
 

@@ -177,7 +177,7 @@ ROOMS = (
     {"train", "data", "evaluation", "report", "plan"},
     {"store", "machine"},
     {"recipe"},
-    {"errors", "console", "reporter", "retry"},
+    {"errors", "console", "reporter", "retry", "addresses"},
 )
 """the rooms of job from the top to the bottom: each imports its own row and the rows below"""
 

@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from job.addresses import whole_address
 from job.data.prepare import Prepared
 from job.errors import DataError
 from job.evaluation.bundle import Bundle, check_size, open_bundle
@@ -51,7 +52,7 @@ def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
     with storage_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _download(where, part, reporter)
+            _download(where, whole_address(where), part, reporter)
             try:
                 open_bundle(part, only_core=True)
             except DataError as error:
@@ -65,12 +66,13 @@ def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
     return open_bundle(file, only_core=True)
 
 
-def _download(url: str, part: Path, reporter: Reporter) -> None:
-    """Write what `url` gives to `part`, whole; DataError after ATTEMPTS or where another one is no use."""
+def _download(where: str, url: str, part: Path, reporter: Reporter) -> None:
+    """Write what `url`, which is called `where`, gives to `part`, whole; DataError after ATTEMPTS or where another one
+    is no use."""
     problem = ""
     for _ in attempts(ATTEMPTS):
         try:
-            return _copy(url, part, reporter)
+            return _copy(where, url, part, reporter)
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code}"
             if error.code < 500 and error.code not in (408, 429):
@@ -78,17 +80,17 @@ def _download(url: str, part: Path, reporter: Reporter) -> None:
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
     remedy = "check the network, or get the file and name it with --core-bundle"
-    raise DataError(f"the CORE bundle cannot be fetched from {url} ({problem}); {remedy}")
+    raise DataError(f"the CORE bundle cannot be fetched from {where} ({problem}); {remedy}")
 
 
-def _copy(url: str, part: Path, reporter: Reporter) -> None:
+def _copy(where: str, url: str, part: Path, reporter: Reporter) -> None:
     """One attempt; ConnectionError when the answer ends before the length that the server stated."""
     with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as answer, open(part, "wb") as file:
         total = int(answer.headers.get("Content-Length") or 0)
         while piece := answer.read(CHUNK):
             file.write(piece)
             done = file.tell()
-            check_size(url, done, "gives")
+            check_size(where, done, "gives")
             reporter.progress("fetch", done, max(total, done), "bytes")
         if file.tell() < total:
             raise ConnectionError(f"the answer ended after {file.tell()} of {total} bytes")

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
+from job.addresses import keep_whole
 from job.errors import UsageError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -317,6 +318,8 @@ def resolve(preset: str, flags: Mapping[str, tuple[str, Any]] | None = None, ove
         if not separator:
             raise UsageError(f"-o {override} cannot be used: write -o section.key=value, e.g. -o train.steps=100")
         values[key.strip()], sources[key.strip()] = _coerce(key.strip(), value.strip()), "-o"
+    if "eval.core_bundle" in values:
+        values["eval.core_bundle"] = keep_whole(values["eval.core_bundle"])
     sections = {}
     for section, cls in SECTIONS.items():
         own = {k.partition(".")[2]: v for k, v in values.items() if k.partition(".")[0] == section}

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -149,7 +150,10 @@ class Bucket:
         if fresh:
             self.discard(run.name, console)
         self.restore(run, attempt, final_rows, console)
-        if link := self.store.link(f"{run_key(run.name)}/report/report.html", LINK_SECONDS):
+        page = f"{run_key(run.name)}/report/report.html"
+        if not sys.stderr.isatty():  # a log keeps what is printed, and whoever reads it could use the address
+            console.say(f"live page, renewed every minute: {self.store.url}/{page}")
+        elif link := self.store.link(page, LINK_SECONDS):
             sooner = ", with these temporary credentials much sooner" if "X-Amz-Security-Token" in link else ""
             days = LINK_SECONDS // 86400
             console.say(f"live page, renewed every minute (the address expires in {days} days{sooner}):\n{link}")

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from job.addresses import without_secrets
 from job.recipe.leaderboard import UNTIMED_STEPS
 from job.reporter import Reporter
 from job.store.fence import TakenOver, claim_key, newest_claimed
@@ -54,7 +55,7 @@ class Attempt(Reporter):
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "t": time.time(),
-            "argv": sys.argv[1:],
+            "argv": [without_secrets(word) for word in sys.argv[1:]],
             **notes,
         }
         data = json.dumps(claim).encode()

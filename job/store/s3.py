@@ -63,6 +63,7 @@ class Clients:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
+        self._region: str | None = None
         self._lock = threading.Lock()
         self._made: dict[str, Any] = {}
 
@@ -77,6 +78,12 @@ class Clients:
             if stale in self._made.values():
                 self._made = {}
 
+    def move_to(self, region: str) -> None:
+        """Use clients of the bucket's region: a presigned address names it, and is refused with another."""
+        if region != self.get("small").meta.region_name:
+            with self._lock:
+                self._region, self._made = region, {}
+
     def _make(self) -> dict[str, Any]:
         common = Config(
             signature_version="s3v4",
@@ -84,13 +91,15 @@ class Clients:
             read_timeout=self._timeout,
             max_pool_connections=2 * PARALLEL * PARTS_AT_ONCE,
             tcp_keepalive=True,
+            request_checksum_calculation="when_supported",  # whatever the environment says: it is what a flipped bit
+            response_checksum_validation="when_supported",  # on the way is noticed by
         )
         small, bulk = (Config(retries={"mode": "standard", "total_max_attempts": n}) for n in (1, 3))
         try:
             session = boto3.session.Session()
             return {
-                "small": session.client("s3", config=common.merge(small)),
-                "bulk": session.client("s3", config=common.merge(bulk)),
+                "small": session.client("s3", self._region, config=common.merge(small)),
+                "bulk": session.client("s3", self._region, config=common.merge(bulk)),
             }
         except (BotoCoreError, ValueError) as error:
             raise UsageError(
@@ -207,7 +216,16 @@ class S3Store(Store):
         first._at_start, first._patience = True, min(START_PATIENCE, self._patience)
         named = {"Bucket": self._bucket, "Prefix": self._prefix, "MaxKeys": 1}
         first._call("listing", "", lambda client: client.list_objects_v2(**named))
+        if region := first._call("looking at", "", self._region_of_bucket):
+            self._clients.move_to(region)
         probe(first)
+
+    def _region_of_bucket(self, client: Any) -> str:
+        """As the store says it; "" where it does not, or may not: what it refuses here, a list has told better."""
+        try:
+            return client.head_bucket(Bucket=self._bucket).get("BucketRegion", "")
+        except ClientError:
+            return ""
 
     def link(self, key: str, seconds: int) -> str | None:
         named = {"Bucket": self._bucket, "Key": self._key(key)}

@@ -23,6 +23,9 @@ DENIED = {"AccessDenied", "403", "AllAccessDisabled"}
 UNKNOWN = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed", "NotSignedUp"}
 EXPIRED = DENIED | UNKNOWN | {"ExpiredToken", "TokenRefreshRequired", "ExpiredTokenException", "RequestExpired"}
 """after these a fresh look at the credentials may help"""
+SKEWED = {"RequestTimeTooSkewed", "RequestInTheFuture"}
+FULL = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage", "507"}
+"""MinIO's, Ceph's and plain HTTP's names of it"""
 PERMISSIONS = "s3:ListBucket, GetObject, PutObject, DeleteObject, AbortMultipartUpload"
 
 
@@ -61,11 +64,14 @@ def refusal(error: Exception, bucket: str, endpoint: str) -> str | None:
         return f"{endpoint} has no bucket {bucket}: create it, or correct --bucket"
     if code in ("InvalidBucketName", "PermanentRedirect", "IllegalLocationConstraintException"):
         return f"{endpoint} does not serve bucket {bucket} ({code}): check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION"
+    if code in SKEWED:
+        return f"this machine's clock differs from that of {endpoint} ({code}): set it right"
+    if code in FULL:
+        return f"{endpoint} has no room left ({code}): delete something there, or use another store"
     if code == "NotImplemented":
         return (
-            f"{endpoint} cannot do {operation} with a condition, so two attempts at one run could not be told apart:"
-            " use"
-            " another store"
+            f"{endpoint} cannot do {operation} with a condition or with a checksum in the trailer, so what is stored"
+            " there could not be trusted: use another store"
         )
     return None
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ import pytest
 
 from gate import Gate
 from helpers import children, wait_for_event
-from job.store.attempt import read_events
+from job.console import Console
+from job.run.bucket import Bucket
+from job.store import open_store
+from job.store.attempt import Attempt, read_events
 from job.store.sealed import MANIFEST, open_sealed
 
 FINAL = f"{96:015d}"
@@ -86,14 +90,27 @@ def test_the_bucket_has_all_that_the_disk_has(finished: tuple[Path, str], shared
     assert {"runs/t/checkpoints/" + FINAL, "runs/t/eval/ledger"} <= {e["folder"] for e in uploads}
 
 
-def test_the_address_of_the_live_page_shows_it(finished: tuple[Path, str], shared: Any) -> None:
+def test_a_log_keeps_no_address_that_shows_the_page(finished: tuple[Path, str], shared: Any) -> None:
     _, said = finished
+    assert f"live page, renewed every minute: {shared.url}/runs/t/report/report.html\n" in said
+    assert "Signature" not in said and shared.secret not in said
+
+
+def test_a_terminal_is_shown_one(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s3.enter(monkeypatch)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bucket, run = Bucket(open_store(s3.url), 1.0), tmp_path / "runs" / "t"
+    bucket.store.put("runs/t/report/report.html", b"<html>", "text/html; charset=utf-8")
+    bucket.begin(run, Attempt.claim(run), int(FINAL), Console(), fresh=False)
+    said = capsys.readouterr().err
     assert "live page, renewed every minute (the address expires in 7 days):\n" in said
     link = re.search(r"^http\S+report\.html\S+$", said, re.MULTILINE)[0]
     with urllib.request.urlopen(link) as answer:
         assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
         assert b"<html" in answer.read()
-    assert shared.secret not in said
+    assert s3.secret not in said
 
 
 def test_on_a_fresh_machine_the_same_command_finds_everything_done(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import unpacked_run
+from helpers import unpacked_run, wait_for
 from job.console import Console
 from job.errors import UsageError
 from job.run.rehearse import Rehearsal, differences, processes_below
@@ -34,9 +34,7 @@ def test_the_processes_below_one() -> None:
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)', 'pretrain'])"
     process = subprocess.Popen([sys.executable, "-c", child])
     try:
-        while not (found := list(processes_below(process.pid))):
-            pass
-        assert [name for _, name in found] == ["pretrain"]
+        wait_for(lambda: [name for _, name in processes_below(process.pid)] == ["pretrain"], 30)
     finally:
         for pid, _ in processes_below(process.pid):
             subprocess.run(["kill", "-9", str(pid)], check=True)

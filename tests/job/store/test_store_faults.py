@@ -87,6 +87,15 @@ def test_up(case: str, store, faults, folder: Path, tmp_path: Path) -> None:
     assert faults.s3.uploads() == []
 
 
+@pytest.mark.parametrize("case", ["bit flip in a part", "bit flip in a small file"])
+def test_a_flipped_bit_is_noticed_whatever_the_environment_says_of_checksums(
+    case: str, store, faults, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    test_up(case, store, faults, folder, tmp_path)
+
+
 # --- on the way down
 
 DOWN = {
@@ -125,6 +134,34 @@ def test_a_list_is_whole_or_is_asked_again(name: str, store, faults) -> None:
     store.put("runs/t/recipe.json", b"{}")
     faults.on("ListObjects", eval(name, vars(fault)), 1)
     assert store.list("runs/t") == {"runs/t/recipe.json": 2}
+
+
+# --- at the start
+
+
+def test_an_address_names_the_region_of_the_bucket(store, faults) -> None:
+    assert "%2Fus-east-1%2Fs3%2F" in store.link("runs/t/report/report.html", 60)
+    faults.on("HeadBucket", fault.in_region("eu-central-1"))
+    store.prepare()
+    assert "%2Feu-central-1%2Fs3%2F" in store.link("runs/t/report/report.html", 60)
+    store.put("runs/t/report/report.html", b"page")
+    assert store.get("runs/t/report/report.html") == b"page"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            "RequestTimeTooSkewed",
+            r"this machine's clock differs from that of http.* \(RequestTimeTooSkewed\): set it right",
+        ),
+        ("XMinioStorageFull", r"has no room left \(XMinioStorageFull\): delete something there, or use another store"),
+    ],
+)
+def test_what_no_waiting_heals_is_said_with_its_remedy(code: str, said: str, store, faults) -> None:
+    faults.on("PutObject.*", fault.error(403 if "Skewed" in code else 507, code), times=float("inf"))
+    with pytest.raises(UsageError, match=said):
+        store.prepare()
 
 
 # --- claims

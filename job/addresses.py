@@ -1,0 +1,33 @@
+"""Addresses with something secret in them: a password before the host, a signature behind the question mark.
+
+What is recorded (recipe, claims, events, pages) and printed has them without; the whole address of the CORE bundle goes
+to the processes that fetch it in a variable of the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+WHOLE = "SPEEDRUN_CORE_ADDRESS"
+"""the variable"""
+URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^/?#\s'\"]*@)?([^?#\s'\"]*)(?:\?[^#\s'\"]*)?", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """`text`, every address in it without user-info and query."""
+    return URL.sub(r"\1\2", text)
+
+
+def keep_whole(address: str) -> str:
+    """What is recorded of `address`; the whole of it is kept for `whole_address` of this process and its children."""
+    recorded = without_secrets(address)
+    if recorded != address:
+        os.environ[WHOLE] = address
+    return recorded
+
+
+def whole_address(recorded: str) -> str:
+    """The address that `recorded` stands for, where this process was given it."""
+    whole = os.environ.get(WHOLE, "")
+    return whole if without_secrets(whole) == recorded else recorded
