@@ -24,6 +24,8 @@ settings.load_profile("shared-cores")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+PARTS = ("container", "cluster")
+"""folders of tests that need more than Python"""
 
 TINY = (
     "model.depth=2",
@@ -139,3 +141,13 @@ def faults(s3_shared: Any) -> Iterator[Any]:
     """A proxy before the S3 server that does what networks do (fault_proxy.Faults)."""
     with fault_proxy.Faults(s3_shared.place()) as faults:
         yield faults
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What was not run for want of a program or a right is the last that is said, in `make container` and `cluster`."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in skipped if isinstance(report.longrepr, tuple)}
+    asked = [Path(argument) for argument in config.args]
+    if reasons and any(ROOT / "tests" / name in (path, path.absolute()) for name in PARTS for path in asked):
+        said = f"NOT RUN: {len(skipped)} tests: {'; '.join(sorted(reasons))}"
+        config.add_cleanup(lambda: print(said))
