@@ -34,7 +34,7 @@ from pathlib import Path
 from job.errors import UsageError
 from job.machine import host
 from job.recipe.config import Recipe, preset_header
-from job.run.processes import PACKAGES, LocalRank, start_ranks
+from job.run.processes import PACKAGES, LocalRank, environment_for, start_ranks
 from job.store.checkpoint_folder import folder_of
 from job.store.fence import Fenced, run_key
 from job.store.sealed import content_id, is_sealed, sha256_file
@@ -197,7 +197,7 @@ class NodeContext:
         nodes = self.nodes
         log = f"{attempt}.background.log" if nodes.count == 1 else f"{attempt}.background.node{nodes.number}.log"
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(nodes.ranks + 1)}
-        environment = {**os.environ, **alone, "PYTHONUNBUFFERED": "1"}
+        environment = {**environment_for("background", os.environ), **alone, "PYTHONUNBUFFERED": "1"}
         name = "the process that prepares rows" + ("" if nodes.count == 1 else f" on node {nodes.number}")
         process = LocalRank(name, ["background", *arguments], environment, self.run / "logs" / log)
         process.apart = True

@@ -33,7 +33,7 @@ from job.machine.host import Machine, gpu_count, has_fast_bf16, memory_bytes
 from job.plan.memory import host_memory
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
-from job.run.processes import python_environment
+from job.run.processes import environment_for, python_environment
 from job.train.kernels import choose_kernels, machine_of
 
 COMPILER_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
@@ -44,7 +44,13 @@ def this_machine() -> Machine:
     if not gpu_count():
         return Machine()
     command = [sys.executable, "-m", "job.run.preflight"]
-    asked = subprocess.run(command, env=python_environment(os.environ), capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        command,
+        env=python_environment(environment_for("probe", os.environ)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if asked.returncode:
         raise PreflightError(
             f"the GPUs cannot be used: {asked.stderr.strip().splitlines()[-1]}; check the driver with nvidia-smi"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -43,6 +44,30 @@ PACKAGES = str(Path(__file__).parents[2])
 
 LOG_TAIL = 30
 """lines of a rank's log that a failure shows"""
+
+
+SECRET = re.compile(
+    r"(^|_)(KEYS?|KEY_ID|TOKENS?|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?|NETRC)$"
+    r"|^AWS_|^SPEEDRUN_(CORE_ADDRESS|NODES_SECRET)$|^SKYPILOT_TASK_ID$"
+)
+"""variables by whose names something secret can be expected"""
+NEEDED = {
+    "prepare": re.compile(r"AWS_|HF_|HUGGING_FACE|SPEEDRUN_CORE_ADDRESS"),
+    "background": re.compile(r"AWS_|HF_|HUGGING_FACE|SPEEDRUN_CORE_ADDRESS"),
+    "evaluate": re.compile(r"SPEEDRUN_CORE_ADDRESS"),
+    "evaluate_hf": re.compile(r"SPEEDRUN_CORE_ADDRESS"),
+    "uploader": re.compile(r"AWS_"),
+    "wandb": re.compile(r"WANDB_|NETRC"),
+}
+"""which of them a child is given; those that are not named here get none"""
+
+
+def environment_for(child: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` with no secret but what `child`, a stage of ranks or another process of ours, works with."""
+    needed = NEEDED.get(child)
+    return {
+        name: value for name, value in environment.items() if not SECRET.search(name) or (needed and needed.match(name))
+    }
 
 
 def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -198,7 +223,7 @@ def start_ranks(
     address, port = master or ("127.0.0.1", free_port())
     shared = (
         RANK_ENVIRONMENT
-        | os.environ
+        | environment_for(arguments[0], os.environ)
         | dict(environment)
         | {
             "WORLD_SIZE": str(world_size),

@@ -15,7 +15,7 @@ from job.console import Console
 from job.errors import ExitCode, InterruptedRun, SpeedrunError, StorageError, error_for
 from job.reporter import Reporter
 from job.run.bucket import Bucket
-from job.run.processes import LocalRank
+from job.run.processes import LocalRank, environment_for
 from job.run.supervise import Interrupts
 from job.store.attempt import Attempt
 
@@ -92,7 +92,13 @@ class BucketUploads(Uploads):
 
     def _start_child(self) -> None:
         self._started = time.monotonic()
-        self._child = LocalRank("the uploader", self._arguments, os.environ, self._log, module="job.run.uploader")
+        self._child = LocalRank(
+            "the uploader",
+            self._arguments,
+            environment_for("uploader", os.environ),
+            self._log,
+            module="job.run.uploader",
+        )
         for order in self._orders:
             self._child.tell(order)
 

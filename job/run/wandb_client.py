@@ -20,7 +20,7 @@ from pathlib import Path
 
 from job.console import Console
 from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
-from job.run.processes import LocalRank
+from job.run.processes import LocalRank, environment_for
 from job.store.attempt import Attempt, fold
 
 COMMAND = ["-m", "job.run.wandb_process"]
@@ -87,7 +87,9 @@ class WandbClient:
     def __init__(self, run: Path, attempt: int, console: Console) -> None:
         self._log = run / "logs" / (f"{attempt}.wandb.log" if attempt else "wandb-sync.log")
         arguments = [str(run.resolve()), str(attempt)]
-        self.child = LocalRank("wandb", arguments, os.environ, self._log, program=COMMAND, folder=run)
+        self.child = LocalRank(
+            "wandb", arguments, environment_for("wandb", os.environ), self._log, program=COMMAND, folder=run
+        )
         os.set_blocking(self.child.pipe, True)
         self._console, self._lost, self._ending = console, "", False
         self._listener = threading.Thread(target=self._listen, daemon=True)

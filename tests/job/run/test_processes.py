@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from job.run import preflight, wandb_client
-from job.run.processes import PACKAGES, LocalRank, python_environment
+from job.run.processes import PACKAGES, LocalRank, environment_for, python_environment, start_ranks
 
 
 @pytest.fixture
@@ -59,3 +59,57 @@ def test_the_path_that_the_user_gives_stays(tmp_path: Path) -> None:
 def test_the_image_asks_for_its_health_from_any_folder() -> None:
     dockerfile = (Path(PACKAGES) / "Dockerfile").read_text(encoding="utf-8")
     assert 'CMD ["/opt/speedrun/bin/python", "-P", "-m", "job.machine.health"]' in dockerfile
+
+
+ALL = {
+    "AWS_ACCESS_KEY_ID": "store",
+    "AWS_SECRET_ACCESS_KEY": "store",
+    "AWS_SESSION_TOKEN": "store",
+    "AWS_ENDPOINT_URL": "store",
+    "HF_TOKEN": "hub",
+    "HUGGING_FACE_HUB_TOKEN": "hub",
+    "SPEEDRUN_CORE_ADDRESS": "core",
+    "WANDB_API_KEY": "wandb",
+    "SPEEDRUN_NODES_SECRET": "",
+    "SKYPILOT_TASK_ID": "",
+    "GITHUB_TOKEN": "",
+    "MY_PASSWORD": "",
+    "OPENAI_API_KEY": "",
+    "PATH": "all",
+    "HF_HOME": "all",
+    "WANDB_MODE": "all",
+    "SPEEDRUN_BUCKET": "all",
+    "KEYBOARD": "all",
+    "CUDA_VISIBLE_DEVICES": "all",
+}
+
+
+@pytest.mark.parametrize(
+    ("child", "needs"),
+    [
+        ("prepare", {"store", "hub", "core"}),
+        ("background", {"store", "hub", "core"}),
+        ("pretrain", set()),
+        ("evaluate", {"core"}),
+        ("evaluate_hf", {"core"}),
+        ("uploader", {"store"}),
+        ("wandb", {"wandb"}),
+        ("probe", set()),
+    ],
+)
+def test_a_child_is_given_no_secret_but_those_that_it_works_with(child: str, needs: set[str]) -> None:
+    expected = {name for name, kind in ALL.items() if kind in needs | {"all"}}
+    assert environment_for(child, ALL).keys() == expected
+
+
+@pytest.mark.parametrize("stage", ["prepare", "pretrain", "evaluate"])
+def test_ranks_are_started_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        "job.run.processes.LocalRank", lambda name, arguments, environment, log: given.append(environment)
+    )
+    for name in ALL:
+        monkeypatch.setenv(name, "x")
+    start_ranks([stage], world_size=1, threads=1, logs=tmp_path, label="t")
+    assert ("AWS_SECRET_ACCESS_KEY" in given[0]) == (stage == "prepare")
+    assert not {"WANDB_API_KEY", "GITHUB_TOKEN", "SPEEDRUN_NODES_SECRET"} & given[0].keys()
