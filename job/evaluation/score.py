@@ -72,7 +72,7 @@ class Forward:
         nll in nats, fp32; greedy True where the target is the token of highest logit; lead its logit minus the best
         other.
         """
-        self.reporter.beat(f"a batch of {ids.shape[0]} rows of {ids.shape[1]} tokens")
+        self.reporter.beat(f"a batch of {ids.shape[0]} rows of {ids.shape[1]} tokens", long=ids.device.type == "cpu")
         hidden = self.model.hidden(ids, shared, positions)
         chunks = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
         nll, greedy, lead = zip(*(compare(self.model.lm_head(states), right) for states, right in chunks), strict=True)

@@ -97,8 +97,8 @@ class SilenceClock:
         death = Death(self._stage, names, SILENCE)
         at = f"{'it last said' if named[0] in mute else 'at'}: {named[0].doing.what}"
         sentence = (
-            f"{death} ({at}), and no rank got on for {silent:.0f} s; the stacks are in {named[0].log} and beside it;"
-            f" {GOES_ON}"
+            f"{death} ({at}), and no rank got on for {silent:.0f} s (train.silence_seconds={self._seconds:g}); the"
+            f" stacks are in {named[0].log} and beside it; {GOES_ON}"
         )
         return RankDied(sentence, death, named[0].log)
 

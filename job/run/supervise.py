@@ -5,9 +5,9 @@ alone), writes down what they report, and ends with an exit code of the table or
 
 A first SIGINT, SIGTERM or SIGHUP, or a cloud's announcement that it takes the machine back, ends training between two
 steps with a checkpoint (job/train/context.py) and any other stage, or training before its first step, at once: what is
-sealed stays, what is not is made again. How long the checkpoint is waited for follows from what it takes;
-where there is less time (`stop_seconds`), none is begun. After a second signal, or when that time is over,
-ranks are killed and the checkpoint before is the one that counts. Both exit 75: the same command goes on.
+sealed stays, what is not is made again. How long the checkpoint is waited for follows from what it takes; where there
+is less time (`stop_seconds`), none is begun. After a second signal, or when that time is over, ranks are killed and the
+checkpoint before is the one that counts. All of this exits 75: the same command goes on.
 """
 
 from __future__ import annotations
@@ -211,6 +211,8 @@ def _take(
             rank.steps_to_stop = steps
             if manager:
                 manager.restart_clock()
+        case {"step_seconds": seconds}:
+            rank.step_seconds = seconds
         case {"kind": kind, **fields}:
             reporter.emit(kind, **fields)
             if kind == "train.step":

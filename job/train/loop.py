@@ -90,7 +90,6 @@ def train(run: Run) -> None:
 
 def take_step(run: Run) -> None:
     """One optimizer step. Nothing in it waits for a GPU."""
-    run.context.reporter.beat(f"step {run.step}")
     run.metrics.begin_step()
     loss = accumulate_gradients(run)
     run.metrics.end_backward()
@@ -115,6 +114,7 @@ def accumulate_gradients(run: Run) -> torch.Tensor:
     total = torch.zeros((), device=run.batches.device)
     micro_steps = run.batches.micro_steps
     for micro, (inputs, targets) in enumerate(run.batches.of_step(run.step)):
+        run.context.reporter.beat(f"step {run.step}, micro-step {micro}")
         if micro == micro_steps - 1 and run.recipe.comm.overlap:
             run.optimizer.begin_overlap()
         loss = run.model.loss(inputs, targets) / micro_steps
@@ -141,6 +141,8 @@ def record_step(run: Run, reading: Reading) -> None:
             run.context.reporter.emit(
                 "train.slow_ranks", step=reading.step, rows=done * run.batches.rows_per_step, **slow
             )
+    elif run.context.local_rank == 0:  # of another node: its supervisor too must know how long a stop takes
+        run.context.reporter.send({"step_seconds": reading.seconds})
 
 
 def after_divergence(run: Run) -> str:

@@ -91,7 +91,9 @@ def run_ranks(folder: Path, *programs: str, seconds: float = 1.0, **given: objec
     ],
 )
 def test_the_rank_that_did_not_arrive_is_named(tmp_path: Path, programs: tuple[str, ...], named: str) -> None:
-    with pytest.raises(RankDied, match=named + ".*, and no rank got on for 1 s; the stacks are in") as died:
+    with pytest.raises(
+        RankDied, match=named + r".*, and no rank got on for 1 s \(train.silence_seconds=1\); the stacks are in"
+    ) as died:
         run_ranks(tmp_path, *programs)
     assert died.value.death.signal == "silence"
     for number in range(len(programs)):

@@ -57,7 +57,13 @@ class Recorder(Reporter):
 
 def build(rank: int, world: int, recipe: Recipe, folder: Path) -> Run:
     context = SimpleNamespace(
-        rank=rank, world_size=world, run=folder, attempt=1, reporter=Recorder(), stop_signal=StopSignal()
+        rank=rank,
+        local_rank=rank,
+        world_size=world,
+        run=folder,
+        attempt=1,
+        reporter=Recorder(),
+        stop_signal=StopSignal(),
     )
     derived = derive(recipe)
     model = GPT(derived.config)
