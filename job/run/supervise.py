@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
@@ -139,10 +140,11 @@ def supervise(
             if all(rank.poll() == 0 or rank.may_be_left for rank in ranks):
                 break
             listen()
-            if any(time.monotonic() - rank.failed > GRACE for rank in ranks):  # it said an error, and does not end
+            failed = min(rank.failed for rank in ranks)
+            if time.monotonic() - failed > GRACE:  # one has said what it failed with, and does not end
                 break
             control.advance()
-            for clock in clocks:
+            for clock in clocks if math.isinf(failed) else ():
                 clock.check(listen)
             meanwhile()
         codes = [rank.ended() for rank in ranks]

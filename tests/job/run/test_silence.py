@@ -126,9 +126,9 @@ def test_on_several_nodes_another_one_may_know_better(tmp_path: Path, monkeypatc
 def test_an_error_that_was_said_wins_over_a_process_that_does_not_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.run.supervise.GRACE", 1.0)
+    monkeypatch.setattr("job.run.supervise.GRACE", 3.0)
     with pytest.raises(DataError, match="bad rows"):
-        run_ranks(tmp_path, "fails", "works=20", seconds=60)
+        run_ranks(tmp_path, "fails", "waits", seconds=1)
 
 
 def test_a_device_that_is_broken_is_named_by_whoever_knows(tmp_path: Path) -> None:
