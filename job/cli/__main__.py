@@ -4,6 +4,7 @@
   job/run/supervise.py answers them; when all is sealed they change nothing any more. SIGHUP stays ignored where it is
   (`nohup`).
 - A reader that goes away, or a terminal that is closed, ends nothing: what is written from then on goes nowhere.
+- The exit code is the command's: no thread of a library that still runs can change it, or hold up the end.
 - As the first process of a container it also takes leave of processes whose parents have died, which nobody else does.
 """
 
@@ -79,7 +80,12 @@ def main() -> None:
     open_output()
     from job.cli.commands import main as commands
 
-    commands(prog_name="speedrun")
+    try:
+        commands(prog_name="speedrun")
+    except SystemExit as end:  # click's end of every command, with its exit code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ class NodeLink:
                 self._closed.wait(POLL)
         except RuntimeError:  # torch's errors: the other side is gone, or does not answer
             self._heard |= dict.fromkeys(self._heard, float("-inf"))
+        finally:
+            self._store = None
 
     def _connect(self, listener: socket.socket | None) -> Any:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
@@ -252,6 +254,8 @@ class NodeLink:
                 break
             time.sleep(0.02)
         self._closed.set()
+        if self._thread:  # what it holds of torch must not outlive the interpreter
+            self._thread.join(2.0)
 
 
 def _is_over(record: dict[str, Any]) -> bool:

@@ -141,6 +141,7 @@ class CheckpointManager:
     def __init__(self, run: Path, attempt: Attempt, *, world_size: int, final_rows: int, minutes: float) -> None:
         self._run, self._attempt, self._world_size = run, attempt, world_size
         self._final_rows, self._seconds = final_rows, minutes * 60
+        self._whole_before: set[Path] = set()
         self.seconds = 0.0
         """that the last checkpoint took to write"""
         self._last = math.inf  # until the first step: compiling loses nothing that a checkpoint could keep
@@ -154,10 +155,17 @@ class CheckpointManager:
         self._last = time.monotonic()
 
     def check(self) -> None:
-        """Several times a second: seal what all ranks have written. UsageError after another attempt's claim."""
-        for folder, parts in written_parts(self._run, self._attempt.number):
-            if len(parts) == self._world_size:
-                self._seal(folder, [read_part(part) for part in parts])
+        """Several times a second: seal what all ranks have written. UsageError after another attempt's claim.
+
+        What was whole at the last look is sealed at this one: what ranks had reported before they wrote it is in the
+        events by then, and nothing that a checkpoint is beyond is missing there when this process is killed.
+        """
+        whole = {
+            f: parts for f, parts in written_parts(self._run, self._attempt.number) if len(parts) == self._world_size
+        }
+        for folder in sorted(whole.keys() & self._whole_before):
+            self._seal(folder, [read_part(part) for part in whole[folder]])
+        self._whole_before = set(whole)
 
     def _seal(self, written: Path, parts: list[dict[str, Any]]) -> None:
         self._attempt.check_newest()
@@ -193,6 +201,7 @@ class CheckpointManager:
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         """When the ranks have ended: seal what is whole, and remove parts that became no checkpoint."""
         try:
+            self.check()
             self.check()
         except SpeedrunError:
             if error is None:

@@ -79,10 +79,10 @@ def train(run: Run) -> None:
                 f"stopped before step {run.step} of {steps} with a checkpoint; the same command goes on"
             )
         take_step(run)
+        if run.step < steps and due(run.step, recipe.val_every):
+            record_validation(run)  # before the checkpoint, after which a run goes on with the next step
         if due(run.step, recipe.checkpoint_every):
             save(run)
-        if run.step < steps and due(run.step, recipe.val_every):
-            record_validation(run)
     save(run)
     run.context.reporter.beat("writing the last checkpoint", long=True)
     run.writer.finish()

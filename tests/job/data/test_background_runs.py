@@ -113,6 +113,7 @@ def test_one_that_is_killed_is_a_dead_rank_and_one_that_fails_ends_the_run_at_on
     os.kill(background_of(process), signal.SIGKILL)
     assert f"{PROCESS} was killed by SIGKILL" in ends_with(75, process)[0]
     died = {"stage": "pretrain", "rank": PROCESS.removesuffix(" of pretrain"), "signal": "SIGKILL"}
+    died |= {"device": False}
     assert [event["died"] for event in events(tmp_path, "attempt.ended")] == [died]
     del hub.files[SHARD(1)]
     assert (

@@ -73,6 +73,7 @@ def train(
     except InterruptedRun:
         assert stop_at is not None
     manager.check()
+    manager.check()
     return reporter.losses()
 
 

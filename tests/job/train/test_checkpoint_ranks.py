@@ -73,6 +73,7 @@ def train_on(world: int, material: tuple[Recipe, Path], run: Path, *, stop_at: i
         process.join(300)
     assert [process.exitcode for process in ranks] == [0] * world
     manager.check()
+    manager.check()
     return json.loads((run / f"losses-{attempt.number}.json").read_text())
 
 
