@@ -82,9 +82,9 @@ class Speedrun:
             words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment(), cwd=ROOT
         )
 
-    def __call__(self, words: list[str], *, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def __call__(self, words: list[str], *, code: int = 0, seconds: float = 300) -> subprocess.CompletedProcess[str]:
         ended = subprocess.run(
-            words, capture_output=True, text=True, env=self.environment(), cwd=ROOT, timeout=300, check=False
+            words, capture_output=True, text=True, env=self.environment(), cwd=ROOT, timeout=seconds, check=False
         )
         assert ended.returncode == code, f"exit {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
         return ended
