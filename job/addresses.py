@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 
 WHOLE = "SPEEDRUN_CORE_ADDRESS"
 """the variable"""
@@ -17,6 +18,11 @@ URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^/?#\s'\"]*@)?([^?#\s'\"]*)(?:\?[
 def without_secrets(text: str) -> str:
     """`text`, every address in it without user-info and query."""
     return URL.sub(r"\1\2", text)
+
+
+def recorded_argv() -> list[str]:
+    """The words of this command behind the program's name, as they are recorded."""
+    return [without_secrets(word) for word in sys.argv[1:]]
 
 
 def keep_whole(address: str) -> str:

@@ -14,14 +14,13 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.addresses import without_secrets
+from job.addresses import recorded_argv
 from job.console import Console
 from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
 from job.evaluation.rescore import Asked, fullness, fullness_of_score
@@ -164,8 +163,7 @@ def execute(
     notes = ({"fresh": True} if fresh else {}) | ({"same": same_command(recipe, nodes)} if nodes.count > 1 else {})
     store = bucket.store if bucket else None
     attempt = Attempt.claim(run, store, **notes)
-    argv = [without_secrets(word) for word in sys.argv[1:]]
-    attempt.emit("attempt.started", argv=argv, nodes=nodes.count, **host.describe())
+    attempt.emit("attempt.started", argv=recorded_argv(), nodes=nodes.count, **host.describe())
     final = folder_of(run, derive(recipe).rows)
     node = NodeContext(out, run, nodes, recipe.train.threads, store, asked=asked.document if asked else None)
     with (
@@ -314,8 +312,7 @@ def _last_word(attempt: Attempt, uploads: Uploads, store: Store | None) -> Itera
             ended = {"exit_code": int(error.exit_code), "reason": str(error), **error.noted}
         attempt.emit("attempt.ended", **ended)
         with contextlib.suppress(StorageError):  # a full disk has no room for it, and is not why the run ends
-            argv = [without_secrets(word) for word in sys.argv[1:]]
-            postmortem.write_postmortem(attempt.run, attempt.number, argv, store.url if store else None)
+            postmortem.write_postmortem(attempt.run, attempt.number, recorded_argv(), store.url if store else None)
         uploads.last(after=error)
         raise
     finally:

@@ -48,8 +48,7 @@ class SilenceClock:
         """alone: no other node has ranks of this stage."""
         self._stage, self._ranks, self._seconds, self._console = stage, ranks, seconds, console
         self._elsewhere = 0.0 if alone else ELSEWHERE
-        self._began = time.monotonic()
-        self._said = self._began
+        self._said = time.monotonic()
 
     def check(self, listen: Callable[[], None]) -> None:
         """RankDied when all have been silent for too long; `listen` takes what they say.

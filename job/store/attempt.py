@@ -17,13 +17,12 @@ import json
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from job.addresses import without_secrets
+from job.addresses import recorded_argv
 from job.recipe.leaderboard import UNTIMED_STEPS
 from job.reporter import Reporter
 from job.store.fence import TakenOver, claim_key, newest_claimed
@@ -55,7 +54,7 @@ class Attempt(Reporter):
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "t": time.time(),
-            "argv": [without_secrets(word) for word in sys.argv[1:]],
+            "argv": recorded_argv(),
             **notes,
         }
         data = json.dumps(claim).encode()
