@@ -184,7 +184,7 @@ class Rehearsal:
 
 def processes_below(pid: int) -> Iterator[tuple[int, str]]:
     """All processes below `pid`, each with what it is."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     children: dict[int, list[tuple[int, str]]] = {}
     for line in listed.splitlines():
         child, parent, command = f"{line} ".split(None, 2)

@@ -29,7 +29,8 @@ def test_a_difference_is_seen(tmp_path: Path) -> None:
     assert sentence.startswith("losses: {0: ")
 
 
-def test_the_processes_below_one() -> None:
+def test_the_processes_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")  # ps would cut a command line to a terminal's width
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)', 'pretrain'])"
     process = subprocess.Popen([sys.executable, "-c", child])
     try:
