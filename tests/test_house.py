@@ -4,6 +4,7 @@ name."""
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import tomllib
@@ -45,6 +46,11 @@ def project_files() -> Iterator[Path]:
 
 def python_files() -> list[Path]:
     return sorted(path for path in project_files() if path.suffix == ".py")
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def relative(path: Path) -> str:
@@ -138,7 +144,7 @@ def test_every_file_of_a_package_is_installed_with_it() -> None:
 
 def imported(path: Path) -> set[str]:
     """Top-level names of everything that a file imports, wherever in it."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(parsed(path)))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return {
         name.split(".")[0] for name in plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
@@ -191,7 +197,7 @@ def imports_of_modules() -> dict[str, set[str]]:
             paths[".".join(parts).removesuffix(".__init__")] = path
     imports: dict[str, set[str]] = {}
     for module, path in paths.items():
-        nodes = list(ast.walk(ast.parse(path.read_text())))
+        nodes = list(ast.walk(parsed(path)))
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         for node in (node for node in nodes if isinstance(node, ast.ImportFrom)):
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
@@ -237,7 +243,7 @@ def test_files_and_functions_are_short() -> None:
     for path in python_files():
         text = path.read_text()
         functions = [
-            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         ]
         lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
         too_long = {name: lines for name, lines in lengths.items() if lines >= 60}
