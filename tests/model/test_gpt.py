@@ -43,12 +43,9 @@ def rms(x: Tensor) -> Tensor:
 def turned(x: Tensor, position: int, base: float) -> Tensor:
     """One head's vector, rotated clockwise by its position."""
     half = len(x) // 2
-    out = x.clone()
-    for i in range(half):
-        angle = position / base ** (2 * i / len(x))
-        out[i] = x[i] * math.cos(angle) + x[i + half] * math.sin(angle)
-        out[i + half] = x[i + half] * math.cos(angle) - x[i] * math.sin(angle)
-    return out
+    angles = torch.tensor([position / base ** (2 * i / len(x)) for i in range(half)], dtype=x.dtype)
+    first, second = x[:half], x[half:]
+    return torch.cat([first * angles.cos() + second * angles.sin(), second * angles.cos() - first * angles.sin()])
 
 
 def plain_windows(c: GPTConfig) -> list[int]:
