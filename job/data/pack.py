@@ -37,7 +37,8 @@ from job.data.tokenizer import Tokenizer
 from job.errors import DataError
 from job.recipe.config import DataConfig
 from job.store.artifact_cache import Artifact
-from job.store.sealed import canonical_json, sealing
+from job.store.documents import canonical_json
+from job.store.sealed import sealing
 
 BUFFER_DOCUMENTS = 1000
 BLOCK_ROWS = 4096

@@ -28,7 +28,7 @@ import yaml
 
 from job.errors import DataError
 from job.evaluation.core_v1 import CORE_SHA256
-from job.store.sealed import canonical_json
+from job.store.documents import canonical_json
 
 MULTIPLE_CHOICE = "multiple_choice"
 SCHEMA = "schema"

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from job.errors import DataError
-from job.store.sealed import canonical_json, sha256_file
+from job.store.documents import canonical_json
+from job.store.sealed import sha256_file
 
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")

@@ -24,6 +24,7 @@ from job.evaluation.ledger import LEDGER
 from job.recipe.config import EvalConfig, Recipe, from_document, resolve
 from job.recipe.derive import derive
 from job.store.checkpoint_folder import KIND, folder_of
+from job.store.documents import hashed, recipe_of
 from job.store.sealed import atomic_write, is_sealed, open_sealed
 
 
@@ -40,7 +41,7 @@ class Asked:
 
 def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequence[str]) -> Recipe:
     """The run's recipe with another `eval` section; UsageError for a key of any other section."""
-    recipe = from_document(json.loads((run / "recipe.json").read_text(encoding="utf-8")))
+    recipe = from_document(recipe_of(run))
     foreign = [o for o in overrides if not o.startswith("eval.")]
     if foreign:
         rule = "the run is trained, only keys of the eval section can change, e.g. -o eval.cap=20"
@@ -63,7 +64,7 @@ def asking(run: Path, recipe: Recipe, document: dict) -> Iterator[Asked]:
         folder /= f"lesser/{'core' if recipe.eval.core_bundle else 'smoke'}-{recipe.eval.cap or 'all'}"
     with tempfile.TemporaryDirectory(prefix="speedrun-") as scratch:
         file = Path(scratch) / "recipe.json"
-        atomic_write(file, json.dumps(document | {"answers": folder.relative_to(run).as_posix()}).encode())
+        atomic_write(file, json.dumps(hashed(document | {"answers": folder.relative_to(run).as_posix()})).encode())
         yield Asked(recipe, file, folder, lesser)
 
 

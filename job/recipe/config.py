@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from job.addresses import keep_whole
-from job.errors import UsageError
+from job.errors import DataError, UsageError
 
 PRESETS = Path(__file__).parent / "presets"
 SCHEMA = 1
@@ -207,9 +207,10 @@ SECTIONS: dict[str, type] = {
 }
 FREE = frozenset(
     {f"comm.{field.name}" for field in dataclasses.fields(CommConfig)}
-    | {"train.compile_cache", "train.silence_seconds"}
+    | {f"train.{name}" for name in ("attention", "threads", "device_batch_size", "compile_cache", "silence_seconds")}
+    | {"train.checkpoint_every", "train.checkpoint_minutes"}
 )
-"""keys that belong to no checkpoint: a run may go on with other values"""
+"""keys of the machine, its kernels and its caches: a run may go on with other values"""
 
 
 def known_keys() -> list[str]:
@@ -332,7 +333,14 @@ def resolve(preset: str, flags: Mapping[str, tuple[str, Any]] | None = None, ove
 
 
 def from_document(document: Mapping[str, Any]) -> Recipe:
-    """The recipe that a run's `recipe.json` holds; a key that is younger than the run has its default."""
+    """The recipe that a run's `recipe.json` holds; a key that is younger than the run has its default.
+
+    DataError for one of a newer version.
+    """
+    names = {f"{section}.{name}" for section, entries in document["recipe"].items() for name in entries}
+    if document.get("schema", SCHEMA) != SCHEMA or not names <= set(known_keys()):
+        unknown = ", ".join(sorted(names - set(known_keys()))) or f"schema {document.get('schema')}"
+        raise DataError(f"this recipe is of a newer version ({unknown} is unknown here); use that version for its run")
     values = _completed(document["recipe"])
     sections = {
         s: cls(**{f.name: _coerce(f"{s}.{f.name}", values[s][f.name]) for f in dataclasses.fields(cls)})

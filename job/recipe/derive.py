@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from job.errors import UsageError
@@ -11,6 +14,14 @@ from model import scaling
 from model.config import ConfigError, GPTConfig
 from model.hyper import GroupSpec
 from model.schedule import Schedule
+
+DEFAULTS: dict[str, Any] = {
+    f"{part}.{field.name}": field.default
+    for part, of in (("network", GPTConfig), ("groups", GroupSpec), ("schedule", Schedule))
+    for field in dataclasses.fields(of)
+    if field.default is not dataclasses.MISSING
+}
+"""what `mathematics` has of a part where nothing else is asked for"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +50,18 @@ class Derived:
     def specs(self) -> dict[str, GroupSpec]:
         return self.scaling.specs
 
+    def mathematics(self, recipe: Recipe) -> dict[str, Any]:
+        """All values that decide what a step computes, as "groups.wte.lr": what a checkpoint belongs to.
+
+        Kernels, micro-batches, ranks and exchange are not among them: they change the order of sums alone.
+        """
+        parts: dict[str, Any] = {"network": self.config, "schedule": self.schedule}
+        parts |= {f"groups.{name}": spec for name, spec in self.specs.items()}
+        values = {f"{part}.{k}": v for part, of in parts.items() for k, v in dataclasses.asdict(of).items()}
+        values["batch_tokens"] = self.batch_tokens
+        values |= {f"train.{key}": getattr(recipe.train, key) for key in ("dtype", "fp8", "seed")}
+        return _plain(values)
+
     def explained(self) -> dict[str, dict[str, Any]]:
         """Each derived value with why and source, for `recipe.json`."""
         return {name: dataclasses.asdict(value) for name, value in self.scaling.values()}
@@ -62,6 +85,26 @@ def derive(recipe: Recipe) -> Derived:
     except ConfigError as error:
         raise UsageError(str(error)) from None
     return Derived(config, derived, schedule, derived.batch_tokens.value // model.seq_len)
+
+
+def differing_values(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`name: stored -> now` for each value in which two `mathematics` differ, by more than a processor's rounding.
+
+    A value that one of them lacks is its default: so did versions before it compute.
+    """
+    found = []
+    for name in sorted({*stored, *now}):
+        default = DEFAULTS.get(f"{name.partition('.')[0]}.{name.rpartition('.')[2]}")
+        old, new = (_plain(values.get(name, default)) for values in (stored, now))
+        numbers = isinstance(old, float) and isinstance(new, float)
+        if not (math.isclose(old, new, rel_tol=1e-12) if numbers else old == new):
+            found.append(f"{name}: {json.dumps(old)} -> {json.dumps(new)}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
 
 
 def micro_steps(recipe: Recipe, derived: Derived, world_size: int) -> int:

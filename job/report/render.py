@@ -14,7 +14,8 @@ from typing import Any
 from job.report import result as results
 from job.report import words
 from job.store.attempt import Record, fold
-from job.store.sealed import MANIFEST, canonical_json, sealing, sha256_file
+from job.store.documents import canonical_json, recipe_of
+from job.store.sealed import MANIFEST, sealing, sha256_file
 
 TASK_KEYS = ("task", "kind", "n", "shots", "accuracy", "baseline", "centered")
 
@@ -25,7 +26,7 @@ def write_report(run: Path) -> dict[str, Any]:
     Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged, StorageError when
     the disk refuses.
     """
-    results.read_recipe(run)
+    recipe_of(run)
     made_from = {"files": input_hashes(run)}
     result, files = report_files(run)
     with sealing(run / "report", kind="report", made_from=made_from) as folder:
@@ -38,7 +39,7 @@ def report_files(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The result of `run` so far, and the text of each file of its report; raises as `write_report` does."""
     from job.report import page  # Matplotlib and Jinja take a second to import
 
-    recipe = results.read_recipe(run)
+    recipe = recipe_of(run)
     record = results.present(fold(run))
     result = results.result_of(run, recipe, record)
     context = describe(run, recipe, record, result)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from job.errors import DataError, ExitCode, UsageError
+from job.errors import ExitCode
 from job.evaluation.ledger import Ledger
 from job.store.attempt import Record, fold
 from job.store.checkpoint_folder import OPTIMIZER
-from job.store.sealed import canonical_json, is_sealed, open_sealed
+from job.store.documents import canonical_json, recipe_of
+from job.store.sealed import is_sealed, open_sealed
 
 SCHEMA = 1
 TASK_KEYS = ("kind", "n", "shots", "accuracy", "centered", "se", "seconds")
@@ -30,7 +30,7 @@ def build_result(run: Path, answers: Path | None = None) -> dict[str, Any]:
 
     Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged.
     """
-    return result_of(run, read_recipe(run), present(fold(run)), answers)
+    return result_of(run, recipe_of(run), present(fold(run)), answers)
 
 
 def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path | None = None) -> dict[str, Any]:
@@ -74,23 +74,12 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path |
         },
         "stages_s": {stage: round(seconds, 3) for stage, seconds in record.stage_seconds().items()},
         "attempts": len(record.attempts),
+        "unusable_events": len(record.unusable),
         "usd": None,
         "machine": _machine(record),
         "versions": {name: str(version) for name, version in sorted(versions.items())},
         "hashes": _hashes(run, recipe, record, ledger),
     }
-
-
-def read_recipe(run: Path) -> dict[str, Any]:
-    """The document `recipe.json` of `run`."""
-    file = run / "recipe.json"
-    remedy = "start one, or give the --out and --run-id of one that is there"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"no run at {run} (it has no recipe.json); {remedy}") from None
-    except ValueError as error:
-        raise DataError(f"{file} cannot be read ({error}); start the run anew with --fresh") from error
 
 
 def present(record: Record) -> Record:
@@ -100,12 +89,16 @@ def present(record: Record) -> Record:
     """
     if not record.train:
         return record
-    start, since = record.train["rows"], record.train["t"]
+    start, since = record.train["rows"], _order(record.train)
     kept: dict[str, Any] = {
-        name: {key: e for key, e in sorted(getattr(record, name).items()) if e["rows"] <= start or e["t"] > since}
+        name: {key: e for key, e in sorted(getattr(record, name).items()) if e["rows"] <= start or _order(e) > since}
         for name in ("steps", "validations", "slow_ranks", "checkpoints")
     }
     return dataclasses.replace(record, **kept)
+
+
+def _order(event: dict[str, Any]) -> tuple[int, int]:
+    return event["attempt"], event["seq"]
 
 
 def finite(value: float | None) -> float | None:

@@ -139,6 +139,8 @@ def summary_lines(result: dict[str, Any], page: Path) -> list[str]:
         "time": duration(result["clocks"]["node_s"]) + (f"   ({stages})" if stages else ""),
         "page": str(page),
     }
+    if lines := result["unusable_events"]:
+        rows["warning"] = f"{count(lines)} lines of the event files were cut short or changed, and are passed over"
     if (result["machine"]["device"] or "").startswith("cuda") and (timed := timed_steps(result)):
         milliseconds, speed = timed
         rate = f"{count(round(milliseconds))} ms, {count(round(speed))} tokens a second"

@@ -25,7 +25,7 @@ from job.store import VARIABLE, open_store
 from job.store.attempt import Attempt, newest_attempt
 from job.store.checkpoint_folder import KIND as CHECKPOINT
 from job.store.checkpoint_folder import folder_of
-from job.store.fence import claimed, run_key, stored_claim
+from job.store.fence import claimed, read_claim, run_key, stored_claim
 from job.store.sealed import MANIFEST, atomic_write, is_sealed, open_sealed
 from job.store.stores import S3_URL, Store, pull_sealed, sealed_names, stored_manifest
 
@@ -119,8 +119,11 @@ class Bucket:
         both = [number for number in stored if (run / "attempts" / str(number)).is_file()]
         remedy = "take another --run-id or --out, or --fresh to discard both"
         if both:
-            claim = json.loads((run / "attempts" / str(both[-1])).read_text())
-            if stored_claim(self.store, run.name, both[-1]) != claim:
+            claims = [
+                read_claim((run / "attempts" / str(both[-1])).read_bytes()),
+                stored_claim(self.store, run.name, both[-1]),
+            ]
+            if all(claims) and claims[0] != claims[1]:
                 raise UsageError(
                     f"run {run.name} in {self.store.url} is not the one in {run}, though it has the same name; {remedy}"
                 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
 from job.run.preemption import Preemption
 from job.run.processes import GRACE
 from job.run.supervise import Interrupts, supervise
-from job.store.fence import claim_key, newest_claimed
+from job.store.fence import claim_key, newest_claimed, read_claim
 
 
 def join(
@@ -97,7 +96,7 @@ def current_attempt(node: NodeContext, link: NodeLink, same: str) -> tuple[int, 
             )
         link.wait("the first node answered", lambda record: True)
         time.sleep(0.0 if claim else 0.2)
-    told = json.loads(claim).get("same")
+    told = read_claim(claim).get("same")
     if told != same:
         name = link.nodes.name(link.nodes.number)
         raise UsageError(f"{name} was started with another command than the first node: {same}, not {told}")

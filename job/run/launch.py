@@ -26,7 +26,7 @@ from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
 from job.evaluation.rescore import Asked, fullness, fullness_of_score
 from job.machine import container, host
 from job.recipe.config import SCHEMA, Recipe, differing_keys
-from job.recipe.derive import derive, micro_steps
+from job.recipe.derive import derive, differing_values, micro_steps
 from job.report import postmortem
 from job.report.render import write_report
 from job.reporter import Reporter
@@ -43,6 +43,7 @@ from job.run.uploader_client import AnnouncingReporter, Uploads, uploading
 from job.run.wandb_client import wandb_logging
 from job.store.attempt import Attempt, fold
 from job.store.checkpoint_folder import CheckpointManager, drop_optimizer, folder_of, identity, newest_usable
+from job.store.documents import hashed, read_recipe
 from job.store.sealed import MANIFEST, atomic_write, is_sealed
 from job.store.stores import Store
 
@@ -66,7 +67,7 @@ def check_writable(out: Path) -> None:
 
 def recipe_document(recipe: Recipe, run_id: str) -> dict:
     """What `recipe.json` holds: the values, where each came from, and what follows from them."""
-    return {
+    document = {
         "schema": SCHEMA,
         "run_id": run_id,
         "preset": recipe.preset,
@@ -75,6 +76,7 @@ def recipe_document(recipe: Recipe, run_id: str) -> dict:
         "sources": dict(recipe.sources),
         "derived": derive(recipe).explained(),
     }
+    return hashed(document)
 
 
 def run_folder(out: Path, run_id: str) -> Path:
@@ -98,19 +100,27 @@ def open_run(
         shutil.rmtree(run)
     if bucket and not fresh:
         bucket.check_history(run)
-    here = (run / "recipe.json").read_bytes() if (run / "recipe.json").is_file() else None
+    file = run / "recipe.json"
+    here = file.read_bytes() if file.is_file() else None
     stored = bucket.recipe(run_id) if bucket and not fresh else None
-    for other in filter(None, (here, stored)):
-        if changed := differing_keys(json.loads(other)["recipe"], document["recipe"]):
+    places = ((here, file), (stored, f"the recipe of {run_id} in the bucket"))
+    begun = [read_recipe(data, name) for data, name in places if data is not None]
+    remedy = "take another --run-id, or --fresh to discard the old run"
+    for other in begun:
+        if changed := differing_keys(other["recipe"], document["recipe"]):
+            raise UsageError(f"run {run_id} was begun with another recipe ({'; '.join(changed)}); {remedy}")
+        both = other["derived"].keys() & document["derived"].keys()
+        old, new = ({name: of["derived"][name].get("value") for name in both} for of in (other, document))
+        if changed := differing_values(old, new):
             raise UsageError(
-                f"run {run_id} was begun with another recipe ({'; '.join(changed)}); take another --run-id, or "
-                f"--fresh to discard the old run"
+                f"run {run_id} was begun by a version that derives other values ({'; '.join(changed)}); go on with"
+                f" that version, or {remedy}"
             )
-    begun = here or stored
-    if begun is None or differing_keys(json.loads(begun)["recipe"], document["recipe"], free=True):
-        begun = json.dumps(document, indent=1).encode()
-    if begun != here:
-        atomic_write(run / "recipe.json", begun)
+    kept = here or stored
+    if not begun or differing_keys(begun[0]["recipe"], document["recipe"], free=True):
+        kept = json.dumps(document, indent=1).encode()
+    if kept and kept != here:
+        atomic_write(file, kept)
     return run
 
 
@@ -121,6 +131,7 @@ def existing_run(out: Path, run_id: str, bucket: Bucket | None = None) -> Path:
         check_writable(out)
         bucket.check_history(run)
         if not (run / "recipe.json").is_file() and (stored := bucket.recipe(run_id)):
+            read_recipe(stored, f"the recipe of {run_id} in the bucket")
             atomic_write(run / "recipe.json", stored)
     if not (run / "recipe.json").is_file():
         parent = out / "runs"
@@ -222,7 +233,7 @@ def _run_ranks(stage: str, start: _Start) -> None:
     prepared = fold(run).prepared.get("id", "")
     if stage == "pretrain":
         manager = _manager(start, final_rows)
-        belongs_to = identity(start.recipe.values(), prepared)
+        belongs_to = identity(start.recipe, prepared)
         resume = newest_usable(run, belongs_to, attempt, start.console, start.bucket)
         if link.split and resume:
             share(node.fenced(attempt.number), run, int(resume.name))

@@ -34,6 +34,7 @@ from job.errors import ExitCode
 from job.recipe.leaderboard import UNTIMED_STEPS
 from job.reporter import RankReporter
 from job.store.attempt import Record, event_files, events_in, fold_event, newest_attempt
+from job.store.documents import recipe_of
 
 POLL = 1.0
 """seconds between two looks at the event files"""
@@ -210,7 +211,7 @@ class WandbSender:
         """Open the run on wandb, send what is missing there, follow the events, close it."""
         import wandb
 
-        recipe = json.loads((self.run / "recipe.json").read_text(encoding="utf-8"))
+        recipe = recipe_of(self.run)
         values = {
             f"{section}.{key}": value for section, entries in recipe["recipe"].items() for key, value in entries.items()
         }

@@ -4,6 +4,10 @@ Each start of a run is an attempt. It claims `attempts/N` by a create-only write
 `events/N.jsonl`: one JSON object a line, appended and flushed. The newest claim wins; an older attempt that is still
 alive stops before it publishes again. With a bucket the claim is made there as well (job/store/fence.py).
 
+Events are ordered by attempt and `seq`, and durations follow from `s`, the seconds since the attempt began on a clock
+that nobody sets; `t`, the machine's date, is for showing only. `crc` covers everything else: a line that was changed
+is passed over and counted. Events of earlier versions have neither `s` nor `crc`.
+
 `fold` reads the events of all attempts and gives the `Record`: clocks, curves, stages, scores. Nothing else keeps
 state: sealed folders say what is done, events what happened.
 """
@@ -18,6 +22,7 @@ import os
 import secrets
 import socket
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ from typing import Any
 from job.addresses import recorded_argv
 from job.recipe.leaderboard import UNTIMED_STEPS
 from job.reporter import Reporter
+from job.store.documents import canonical_json, hashed
 from job.store.fence import TakenOver, claim_key, newest_claimed
 from job.store.sealed import storage_errors
 from job.store.stores import Store
@@ -37,6 +43,7 @@ class Attempt(Reporter):
         self.run = run
         self.number = number
         self._sequence = 0
+        self._began = time.monotonic()
         self._torn = False
         self._file = open(run / "events" / f"{number}.jsonl", "ab", buffering=0)  # noqa: SIM115 - lives as long as the attempt
 
@@ -57,7 +64,7 @@ class Attempt(Reporter):
             "argv": recorded_argv(),
             **notes,
         }
-        data = json.dumps(claim).encode()
+        data = json.dumps(hashed(claim)).encode()
         number = 1 + max(newest_attempt(run), newest_claimed(store, run.name) if store else 0)
         while (store and not store.create(claim_key(run.name, number), data)) or not _create(
             run / "attempts" / str(number), data
@@ -72,7 +79,9 @@ class Attempt(Reporter):
             raise TakenOver(self.run.name, self.number, newest)
 
     def emit(self, kind: str, **fields: Any) -> None:
-        record = {"t": time.time(), "attempt": self.number, "seq": self._sequence, "kind": kind, **fields}
+        record: dict[str, Any] = {"t": time.time(), "s": round(time.monotonic() - self._began, 6)}
+        record |= {"attempt": self.number, "seq": self._sequence, "kind": kind, **fields}
+        record["crc"] = _checksum(record)
         self._sequence += 1
         line = b"\n" * self._torn + json.dumps(record, ensure_ascii=False).encode() + b"\n"
         with storage_errors(self.run):
@@ -105,11 +114,16 @@ def newest_attempt(run: Path) -> int:
     return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.is_dir() else 0
 
 
-def read_events(run: Path) -> Iterator[dict[str, Any]]:
-    """All events of all attempts in order; a line that a crash cut short is passed over."""
+def _checksum(event: dict[str, Any]) -> int:
+    covered = canonical_json({key: value for key, value in event.items() if key not in ("t", "crc")})
+    return zlib.crc32(covered.encode("utf-8", "surrogatepass"))
+
+
+def read_events(run: Path, unusable: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """All events of all attempts in order; lines that cannot be used are passed over and put into `unusable`."""
     for path in event_files(run):
         with open(path, encoding="utf-8", errors="replace") as file:
-            yield from events_in(file)
+            yield from events_in(file, unusable)
 
 
 def event_files(run: Path) -> list[Path]:
@@ -118,13 +132,27 @@ def event_files(run: Path) -> list[Path]:
     return sorted(files, key=lambda path: int(path.stem))
 
 
-def events_in(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
-    """What `lines` say; one that a crash cut short is passed over."""
+def events_in(lines: Iterable[str | bytes], unusable: list[Any] | None = None) -> Iterator[dict[str, Any]]:
+    """What the `lines` of one attempt say; those that a crash cut short, that were changed or come twice are put into
+    `unusable`."""
+    last = -1
     for line in lines:
-        with contextlib.suppress(ValueError):
+        event: Any = None
+        with contextlib.suppress(ValueError, RecursionError, TypeError):
             event = json.loads(line)
-            if isinstance(event, dict) and "kind" in event:
-                yield event
+        if _is_event(event) and event["seq"] > last:
+            last = event["seq"]
+            yield event
+        elif unusable is not None and line.strip():
+            unusable.append(line)
+
+
+def _is_event(event: Any) -> bool:
+    """Whether it has what every event has, unchanged."""
+    if not isinstance(event, dict) or not isinstance(event.get("t"), (int, float)):
+        return False
+    whole = all(type(event.get(key)) is kind for key, kind in {"attempt": int, "seq": int, "kind": str}.items())
+    return whole and ("crc" not in event or event["crc"] == _checksum(event))
 
 
 @dataclasses.dataclass
@@ -139,13 +167,26 @@ class Span:
 
 @dataclasses.dataclass
 class Life:
-    """One attempt on the time axis; `exit_code` is None when it vanished without a word."""
+    """One attempt on the time axis; `exit_code` is None when it vanished without a word.
+
+    An axis of dates on which no clock goes back: an attempt starts at its first event's date, or where the one before
+    ended when that is later, and goes on by its own clock.
+    """
 
     number: int
     start: float
     end: float
+    first: dict[str, Any]
+    again: bool
+    """whether the run had its score already: what was done is looked at, or evaluated once more"""
     exit_code: int | None = None
     reason: str = ""
+
+    def at(self, event: dict[str, Any]) -> float:
+        """Where an event of this attempt is on the axis."""
+        if "s" in event and "s" in self.first:
+            return self.start + event["s"] - self.first["s"]
+        return max(self.end, event["t"])
 
 
 @dataclasses.dataclass
@@ -168,6 +209,8 @@ class Record:
     tasks: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     score: dict[str, Any] = dataclasses.field(default_factory=dict)
     samples: dict[str, str] = dataclasses.field(default_factory=dict)
+    unusable: list[str] = dataclasses.field(default_factory=list)
+    """lines of the event files that were cut short or changed"""
 
     @property
     def training_seconds(self) -> float:
@@ -176,14 +219,16 @@ class Record:
 
     @property
     def node_seconds(self) -> float:
-        """Wall time over all attempts, re-done steps included."""
-        return sum(life.end - life.start for life in self.attempts)
+        """Wall time over all attempts until the run had its score, re-done steps included."""
+        return sum(life.end - life.start for life in self.attempts if not life.again)
 
     def stage_seconds(self) -> dict[str, float]:
-        """Seconds by stage over all attempts; a killed span counts up to its attempt's last event."""
-        ends = {life.number: life.end for life in self.attempts}
+        """Seconds by stage until the run had its score; a killed span counts up to its attempt's last event."""
+        ends = {life.number: life.end for life in self.attempts if not life.again}
         total: dict[str, float] = {}
         for span in self.stages:
+            if span.attempt not in ends:
+                continue
             end = span.end if span.end is not None else ends[span.attempt]
             total[span.stage] = total.get(span.stage, 0.0) + end - span.start
         return total
@@ -213,38 +258,40 @@ BY_KEY = {
 def fold(run: Path) -> Record:
     """Fold the events of all attempts of `run` into one Record."""
     record = Record()
-    for event in read_events(run):
+    for event in read_events(run, record.unusable):
         fold_event(record, event)
     return record
 
 
 def fold_event(record: Record, event: dict[str, Any]) -> None:
     """Fold one more event, in the order of `read_events`, into `record`; those of lesser evaluations only take time."""
-    fields = {k: v for k, v in event.items() if k not in ("attempt", "seq", "kind")}
-    number, t = event["attempt"], event["t"]
+    fields = {k: v for k, v in event.items() if k not in ("kind", "s", "crc")}
+    number = event["attempt"]
     if not record.attempts or record.attempts[-1].number != number:
-        record.attempts.append(Life(number, t, t))
+        start = max(event["t"], record.attempts[-1].end if record.attempts else event["t"])
+        record.attempts.append(Life(number, start, start, event, again=bool(record.score)))
     life = record.attempts[-1]
-    life.end = t
+    life.end = t = life.at(event)
     if "lesser" in event:
         return
     kind = event["kind"]
-    if kind in LATEST:
-        setattr(record, LATEST[kind], fields)
-    elif kind in BY_KEY:
-        name, key = BY_KEY[kind]
-        getattr(record, name)[event[key]] = fields
-    match kind:
-        case "attempt.ended":
-            life.exit_code, life.reason = event["exit_code"], event["reason"]
-        case "stage.started":
-            record.stages.append(Span(number, event["stage"], t))
-        case "stage.done":
-            for span in reversed(record.stages):
-                if span.attempt == number and span.stage == event["stage"]:
-                    span.end = t
-                    break
-        case "train.step":
-            record.steps[event["step"]]["attempt"] = number
-        case "sample":
-            record.samples[event["prompt"]] = event["text"]
+    try:
+        if kind in LATEST:
+            setattr(record, LATEST[kind], fields)
+        elif kind in BY_KEY:
+            name, key = BY_KEY[kind]
+            getattr(record, name)[event[key]] = fields
+        match kind:
+            case "attempt.ended":
+                life.exit_code, life.reason = event["exit_code"], event["reason"]
+            case "stage.started":
+                record.stages.append(Span(number, event["stage"], t))
+            case "stage.done":
+                for span in reversed(record.stages):
+                    if span.attempt == number and span.stage == event["stage"]:
+                        span.end = t
+                        break
+            case "sample":
+                record.samples[event["prompt"]] = event["text"]
+    except (KeyError, TypeError):  # of an earlier version, whose events have no checksum
+        record.unusable.append(json.dumps(event))

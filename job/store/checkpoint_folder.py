@@ -21,12 +21,12 @@ from typing import Any, Protocol, Self
 
 from job.console import Console
 from job.errors import DataError, SpeedrunError
-from job.recipe.config import FREE
+from job.recipe.config import Recipe
+from job.recipe.derive import derive, differing_values
 from job.store.attempt import Attempt
 from job.store.sealed import (
     Sealed,
     atomic_write,
-    content_id,
     is_sealed,
     open_sealed,
     seal_written,
@@ -76,13 +76,9 @@ def folders(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name), reverse=True)
 
 
-def identity(recipe: Mapping[str, Mapping[str, Any]], prepared: str) -> dict[str, str]:
-    """What a checkpoint belongs to: the sections that decide the weights, and the rows."""
-    trained = {
-        section: {key: value for key, value in recipe[section].items() if f"{section}.{key}" not in FREE}
-        for section in ("model", "data", "train")
-    }
-    return {"recipe": content_id("recipe", trained), "prepared": prepared}
+def identity(recipe: Recipe, prepared: str) -> dict[str, Any]:
+    """What a checkpoint belongs to: the values that decide what a step computes, and the rows."""
+    return {"mathematics": derive(recipe).mathematics(recipe), "prepared": prepared}
 
 
 class Elsewhere(Protocol):
@@ -96,35 +92,46 @@ class Elsewhere(Protocol):
 
 
 def newest_usable(
-    run: Path, belongs_to: Mapping[str, str], attempt: Attempt, console: Console, elsewhere: Elsewhere | None = None
+    run: Path, belongs_to: Mapping[str, Any], attempt: Attempt, console: Console, elsewhere: Elsewhere | None = None
 ) -> Path | None:
     """The newest checkpoint whose every byte is right and that belongs to this run; None when there is none at all.
 
     Of equally new ones the one on this disk is tried first. One that is damaged or foreign is passed over with a
     sentence and an event. DataError when none of several is left.
     """
+    refused: list[str] = []
     candidates = [(folder, False) for folder in folders(run)]
     candidates += [(folder, True) for folder in elsewhere.checkpoints(run)] if elsewhere else []
     for folder, pull in sorted(candidates, key=lambda c: (-int(c[0].name), c[1])):
         try:
             if pull and elsewhere:
                 elsewhere.pull_checkpoint(run, folder)
-            _check_usable(open_sealed(folder, kind=KIND, verify=not pull), belongs_to)  # a pull has hashed each byte
-            return folder
+            sealed = open_sealed(folder, kind=KIND, verify=not pull)  # a pull has hashed each byte
+            _check_usable(sealed, belongs_to)
         except DataError as error:
             attempt.emit("checkpoint.refused", folder=folder.name, why=str(error))
             console.say(f"{error}; taking the checkpoint before it")
-    if candidates:
+            refused.append(str(error))
+            continue
+        if "mathematics" not in sealed.made_from:
+            text = f"{folder} is of an earlier version, which noted no derived values: only the recipes were compared"
+            attempt.emit("warning", text=text)
+            console.say(f"warning: {text}")
+        return folder
+    if refused:
         raise DataError(
             f"no checkpoint below {run / 'checkpoints'} can be used; delete that folder to train from the first step"
-            " again"
+            f" again (of the newest: {refused[0]})"
         )
     return None
 
 
-def _check_usable(sealed: Sealed, belongs_to: Mapping[str, str]) -> None:
-    if {key: sealed.made_from.get(key) for key in belongs_to} != dict(belongs_to):
-        raise DataError(f"{sealed.path} belongs to another recipe or other data")
+def _check_usable(sealed: Sealed, belongs_to: Mapping[str, Any]) -> None:
+    made_from = sealed.made_from
+    if made_from.get("prepared") != belongs_to["prepared"]:
+        raise DataError(f"{sealed.path} was trained on other rows")
+    if changed := differing_values(made_from.get("mathematics", belongs_to["mathematics"]), belongs_to["mathematics"]):
+        raise DataError(f"{sealed.path} was trained with other values than this version derives: {'; '.join(changed)}")
     if not any(name.startswith(OPTIMIZER) for name in sealed.files):
         raise DataError(f"{sealed.path} has no optimizer state: its run was finished")
 

@@ -10,12 +10,12 @@ what an older one has begun to upload.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from job.errors import UsageError
+from job.errors import DataError, UsageError
+from job.store.documents import read_document
 from job.store.stores import Store
 
 
@@ -48,7 +48,15 @@ def newest_claimed(store: Store, run_id: str) -> int:
 
 
 def stored_claim(store: Store, run_id: str, number: int) -> dict[str, Any]:
-    return json.loads(store.get(claim_key(run_id, number)) or b"{}")
+    return read_claim(store.get(claim_key(run_id, number)) or b"{}")
+
+
+def read_claim(data: bytes) -> dict[str, Any]:
+    """What a claim says; nothing where a power cut or a flipped bit left none: its number is what fences."""
+    try:
+        return read_document(data, "a claim", "", {})
+    except DataError:
+        return {}
 
 
 class Fenced(Store):

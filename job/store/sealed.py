@@ -26,10 +26,11 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from job.errors import DataError, StorageError
+from job.store.documents import HASH, canonical_json, hashed, read_document
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -45,6 +46,8 @@ class Sealed:
     made_from: dict[str, Any]
     facts: dict[str, Any]
     files: dict[str, dict[str, Any]]
+    has_hash: bool = True
+    """whether the manifest carries a hash of itself; those of earlier versions do not"""
 
     def verify(self) -> Sealed:
         """Hash every file against the manifest; DataError names the first one that differs."""
@@ -65,11 +68,6 @@ class Unsealed:
 
     path: Path
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def canonical_json(value: Any) -> str:
-    """One spelling per value (sorted keys, no spaces), so that equal values have equal hashes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def content_id(kind: str, made_from: Mapping[str, Any]) -> str:
@@ -173,7 +171,7 @@ def write_manifest(
         "facts": dict(facts),
         "files": dict(files),
     }
-    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    atomic_write(folder / MANIFEST, json.dumps(hashed(manifest), indent=1, ensure_ascii=False).encode())
 
 
 def seal_written(
@@ -218,16 +216,15 @@ def open_sealed(path: Path, *, kind: str, verify: bool = True) -> Sealed:
     Sizes are always compared, hashes unless `verify` is False.
     """
     path = Path(path)
+    remedy = f"delete {path} and run again"
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_manifest((path / MANIFEST).read_bytes(), path / MANIFEST, remedy)
     except FileNotFoundError:
         raise DataError(
             f"{path} is not there or was never sealed (no {MANIFEST}); run the stage that makes it again"
         ) from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path / MANIFEST} cannot be read ({error}); delete {path} and run again") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise DataError(f"{path} was sealed by another version (not schema {SCHEMA}); delete it and run again")
+    except OSError as error:
+        raise DataError(f"{path / MANIFEST} cannot be read ({error}); {remedy}") from error
     if manifest["kind"] != kind:
         raise DataError(f"{path} holds a {manifest['kind']}, not a {kind}; point to the right folder")
     for name, entry in manifest["files"].items():
@@ -235,6 +232,23 @@ def open_sealed(path: Path, *, kind: str, verify: bool = True) -> Sealed:
         size = file.stat().st_size if file.is_file() else None
         if size != entry["size"]:
             found = "is missing" if size is None else f"has {size} bytes, not {entry['size']}"
-            raise DataError(f"{file} {found}; delete {path} and run again")
-    sealed = Sealed(path, kind, manifest["id"], manifest["made_from"], manifest["facts"], manifest["files"])
+            raise DataError(f"{file} {found}; {remedy}")
+    parts = {name: manifest[name] for name in ("kind", "id", "made_from", "facts", "files")}
+    sealed = Sealed(path, **parts, has_hash=HASH in manifest)
     return sealed.verify() if verify else sealed
+
+
+def read_manifest(data: bytes, name: object, remedy: str) -> dict[str, Any]:
+    """A manifest that is what was written, its id that of what it names; DataError otherwise."""
+    shape = {"schema": int, "kind": str, "id": str, "made_from": dict, "facts": dict, "files": dict}
+    manifest = read_document(data, name, remedy, shape)
+    if manifest["schema"] != SCHEMA:
+        raise DataError(f"{name} is of another version (not schema {SCHEMA}); {remedy}")
+    if manifest["id"] != content_id(manifest["kind"], manifest["made_from"]):
+        raise DataError(f"{name} does not belong to what it says it was made from; {remedy}")
+    for file, entry in manifest["files"].items():
+        inside = not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts
+        fits = isinstance(entry, dict) and type(entry.get("size")) is int and type(entry.get(HASH)) is str
+        if not (inside and fits):
+            raise DataError(f"{name} names a file {file!r} that cannot be used; {remedy}")
+    return manifest

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -32,6 +31,7 @@ from job.store.sealed import (
     Sealed,
     fsync,
     open_sealed,
+    read_manifest,
     seal_written,
     sha256_file,
     storage_errors,
@@ -253,11 +253,7 @@ def stored_manifest(store: Store, key: str) -> dict[str, Any] | None:
     data = store.get(f"{key}/{MANIFEST}")
     if data is None:
         return None
-    with contextlib.suppress(ValueError):
-        manifest = json.loads(data)
-        if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict):
-            return manifest
-    raise DataError(f"{store.url}/{key}/{MANIFEST} cannot be read; delete that folder there and run again")
+    return read_manifest(data, f"{store.url}/{key}/{MANIFEST}", "delete that folder there and run again")
 
 
 def sealed_names(store: Store, prefix: str) -> list[str]:
@@ -285,10 +281,11 @@ def push_sealed(
     if old == manifest:
         return 0
     known = {} if known is None else known
-    files: dict[str, dict[str, Any]] = json.loads(manifest)["files"]
+    files = read_manifest(manifest, folder / MANIFEST, f"delete {folder} and run again")["files"]
     stored: dict[str, str] = {}
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # a manifest that cannot be read
-        stored = {name: entry["sha256"] for name, entry in json.loads(old or b"{}").get("files", {}).items()}
+    if old:
+        with contextlib.suppress(DataError):  # what cannot be read is replaced
+            stored = {name: entry["sha256"] for name, entry in read_manifest(old, key, "")["files"].items()}
     there = {name for name, entry in files.items() if entry["sha256"] in (stored.get(name), known.get(f"{key}/{name}"))}
     if any(name in files and files[name]["sha256"] != sha256 for name, sha256 in stored.items()):
         store.delete([f"{key}/{MANIFEST}"])

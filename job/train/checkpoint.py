@@ -45,7 +45,7 @@ class Writer:
     """Copies this rank's state and writes it while training goes on; one checkpoint at a time."""
 
     def __init__(
-        self, optimizer: Optimizer, context: RankContext, belongs_to: dict[str, str], rows_per_step: int
+        self, optimizer: Optimizer, context: RankContext, belongs_to: dict[str, Any], rows_per_step: int
     ) -> None:
         """belongs_to: the `identity` of the run, which the manifest has as what the checkpoint is made from."""
         self._optimizer, self._context = optimizer, context

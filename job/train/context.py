@@ -16,11 +16,13 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from job.data.prepare import Prepared
 from job.recipe.config import Recipe, from_document
 from job.recipe.derive import Derived, derive
 from job.reporter import RankReporter
+from job.store.documents import read_recipe
 
 SIGNALS = ("go on", "checkpoint", "stop")
 """by their number in the all-reduce, where the greatest counts"""
@@ -93,7 +95,7 @@ class RankContext:
     local_world_size: int = 1
 
     def recipe(self) -> Recipe:
-        return from_document(json.loads(self.recipe_file.read_text(encoding="utf-8")))
+        return from_document(self._document())
 
     def rows_of_the_run(self) -> int:
         """Training rows that the whole run consumes."""
@@ -102,7 +104,10 @@ class RankContext:
     def answers(self) -> Path:
         """Where the evaluation's answers go; below the run's folder."""
         assert self.run
-        return self.run / json.loads(self.recipe_file.read_text(encoding="utf-8")).get("answers", "eval")
+        return self.run / self._document().get("answers", "eval")
+
+    def _document(self) -> dict[str, Any]:
+        return read_recipe(self.recipe_file.read_bytes(), self.recipe_file)
 
     def load(self) -> tuple[Recipe, Derived, Prepared]:
         """What the training and evaluation stages start from."""

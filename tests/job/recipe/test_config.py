@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from job.errors import UsageError
+from job.errors import DataError, UsageError
 from job.recipe.config import SECTIONS, differing_keys, from_document, known_keys, preset_names, resolve
+from job.recipe.derive import derive, differing_values
 from job.run.launch import open_run
 from job.store.checkpoint_folder import identity
+from job.store.documents import hashed
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -101,11 +104,11 @@ def test_a_run_goes_on_with_another_way_to_communicate_and_with_keys_that_are_yo
         "comm.overlap: true -> false",
         "comm.sm_carveout: 0 -> 16",
     ]
-    assert identity(begun.values(), "p") == identity(now.values(), "p")
+    assert identity(begun, "p") == identity(now, "p")
 
     run = open_run(tmp_path, "t", begun, fresh=False)
     document = json.loads((run / "recipe.json").read_text())
-    del document["recipe"]["comm"], document["recipe"]["train"]["attention"]
+    del document["recipe"]["comm"], document["recipe"]["train"]["fp8"], document["sha256"]
     document["sources"] = {key: source for key, source in document["sources"].items() if not key.startswith("comm.")}
     old = json.dumps(document)
     (run / "recipe.json").write_text(old)
@@ -115,8 +118,45 @@ def test_a_run_goes_on_with_another_way_to_communicate_and_with_keys_that_are_yo
     assert (run / "recipe.json").read_text() == old
     open_run(tmp_path, "t", now, fresh=False)
     assert from_document(json.loads((run / "recipe.json").read_text())) == now
-    with pytest.raises(UsageError, match=r"was begun with another recipe \(train.attention: \"fastest\" -> \"fa2\"\)"):
-        open_run(tmp_path, "t", resolve("smoke", overrides=["train.attention=fa2"]), fresh=False)
+    with pytest.raises(UsageError, match=r"was begun with another recipe \(train.fp8: false -> true\)"):
+        open_run(tmp_path, "t", resolve("smoke", overrides=["train.fp8=true"]), fresh=False)
+
+
+@pytest.mark.parametrize(
+    "newer", [{"schema": 2}, {"recipe": {"train": {"soap": True}}}, {"recipe": {"lora": {"r": 1}}}]
+)
+def test_a_recipe_of_a_newer_version_is_refused(newer: dict[str, Any]) -> None:
+    recipe = resolve("smoke")
+    document = {"schema": 1, "preset": "smoke", "evidence": "", "recipe": recipe.values(), "sources": {}, **newer}
+    with pytest.raises(DataError, match=r"newer version \((schema 2|train.soap|lora.r) is unknown here\)"):
+        from_document(document)
+
+
+def test_a_version_that_derives_something_else_is_refused_with_the_difference(tmp_path: Path) -> None:
+    run = open_run(tmp_path, "t", resolve("smoke"), fresh=False)
+    document = json.loads((run / "recipe.json").read_text())
+    document["derived"]["learning_rates.wte"]["value"] *= 10
+    document["derived"] |= {"of another version": {"value": 1}}
+    (run / "recipe.json").write_text(json.dumps(hashed(document)))
+    with pytest.raises(UsageError, match=r"derives other values \(learning_rates.wte: [\d.]+ -> [\d.]+\); go on with"):
+        open_run(tmp_path, "t", resolve("smoke"), fresh=False)
+
+
+def test_values_that_are_younger_than_a_checkpoint_are_their_defaults() -> None:
+    recipe = resolve("smoke")
+    now = derive(recipe).mathematics(recipe)
+    old = {name: value for name, value in now.items() if not name.endswith((".softcap", ".eps", ".warmup_steps"))}
+    assert len(old) < len(now) and differing_values(old, now) == differing_values(now, now) == []
+    assert differing_values(old, now | {"network.softcap": 20.0, "groups.wte.eps": 1e-8}) == [
+        "groups.wte.eps: 1e-10 -> 1e-08",
+        "network.softcap: 15.0 -> 20.0",
+    ]
+    rounded = now | {"groups.wte.lr": now["groups.wte.lr"] * (1 + 1e-15)}
+    assert differing_values(now, rounded) == []
+    assert differing_values(now | {"network.width": 64, "train.seed": 1}, now) == [
+        f"network.width: 64 -> {now['network.width']}",
+        "train.seed: 1 -> 42",
+    ]
 
 
 def test_every_key_is_documented() -> None:

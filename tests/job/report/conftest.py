@@ -15,6 +15,7 @@ from job.evaluation.bundle import Task
 from job.evaluation.ledger import Answer, make_ledger, seal_ledger
 from job.store import attempt as attempts
 from job.store.attempt import Attempt
+from job.store.documents import hashed
 from job.store.sealed import sealing
 
 SEQ_LEN, BATCH_ROWS = 256, 32
@@ -31,11 +32,12 @@ TASKS = (
 
 
 class Clock:
-    """time.time() of the attempts, turned by hand."""
+    """time.time() and time.monotonic() of the attempts, turned by hand."""
 
     def __init__(self, monkeypatch: Any, start: float = 1_700_000_000.0) -> None:
         self.now = start
         monkeypatch.setattr(attempts.time, "time", lambda: self.now)
+        monkeypatch.setattr(attempts.time, "monotonic", lambda: self.now)
 
     def pass_(self, seconds: float) -> None:
         self.now += seconds
@@ -66,7 +68,7 @@ class SyntheticRun:
         derived["steps"] = {"value": self.steps, "why": "the number of optimizer steps", "source": "asked for"}
         document = {"schema": 1, "run_id": self.run_id, "preset": "smoke", "evidence": "measured", "recipe": recipe}
         document |= {"sources": sources | {"data.paths": "default", "train.steps": "-o"}, "derived": derived}
-        (self.path / "recipe.json").write_text(json.dumps(document))
+        (self.path / "recipe.json").write_text(json.dumps(hashed(document)))
 
     def start(self) -> Attempt:
         attempt = Attempt.claim(self.path)

@@ -14,6 +14,7 @@ import pytest
 from job.report.render import write_report
 from job.report.result import build_result
 from job.report.words import short, summary_lines
+from job.store.documents import hashed
 from job.store.sealed import open_sealed
 
 EVIL = "<script>alert('x')</script> & | `tick` \x1b[31m"
@@ -143,7 +144,7 @@ def test_what_people_and_models_wrote_is_escaped(run, file):
     document = json.loads((run.path / "recipe.json").read_text())
     document["recipe"]["data"]["paths"] = [EVIL]
     document["sources"]["data.paths"] = "--data"
-    (run.path / "recipe.json").write_text(json.dumps(document))
+    (run.path / "recipe.json").write_text(json.dumps(hashed(document)))
     attempt = run.start()
     run.pretrain(attempt, 0, 3)
     attempt.emit("sample", prompt=EVIL, text=EVIL)

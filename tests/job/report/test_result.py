@@ -69,6 +69,7 @@ def test_whole_run_exactly(run):
         "clocks": {"training_s": 189 * 0.5, "node_s": 20.0 + 100.0 + 30.0, "billed_s": None},
         "stages_s": {"prepare": 20.0, "pretrain": 100.0, "evaluate": 30.0},
         "attempts": 1,
+        "unusable_events": 0,
         "usd": None,
         "machine": {
             "cpu": "Imaginary CPU",

@@ -22,7 +22,8 @@ from job.run.nodes import LaunchSpec, NodeContext, Nodes
 from job.run.uploader import Mirror
 from job.store.attempt import Attempt
 from job.store.checkpoint_folder import identity
-from job.store.sealed import MANIFEST
+from job.store.documents import hashed
+from job.store.sealed import MANIFEST, content_id
 from job.store.stores import FolderStore
 
 GPU = "NVIDIA H100 80GB HBM3, 9.0, 580.95.05"
@@ -181,8 +182,9 @@ def flip(kept: Path) -> None:
 
 def edited(**changed: Any) -> Callable[[Path], None]:
     def edit(kept: Path) -> None:
-        manifest = json.loads((kept / MANIFEST).read_text())
-        (kept / MANIFEST).write_text(json.dumps(manifest | changed))
+        manifest = json.loads((kept / MANIFEST).read_text()) | changed
+        manifest["id"] = content_id(manifest["kind"], manifest["made_from"])
+        (kept / MANIFEST).write_text(json.dumps(hashed(manifest)))
 
     return edit
 
@@ -281,7 +283,7 @@ def test_a_recipe_from_before_the_key_goes_on_with_its_checkpoints() -> None:
     old = from_document(document)
     assert old.train.compile_cache and old.sources["train.compile_cache"] == "default"
     assert differing_keys(document["recipe"], new.values()) == []
-    assert identity(document["recipe"], "p") == identity(old.values(), "p") == identity(new.values(), "p")
+    assert identity(old, "p") == identity(new, "p")
 
 
 def made(start: Start) -> set[Path]:

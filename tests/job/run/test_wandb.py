@@ -131,7 +131,7 @@ def test_events_are_folded_as_they_are_written_line_by_line(run: Path) -> None:
     events.advance()
     assert sorted(events.record.steps) == [0, 1, 2, 3]
     with open(run / "events" / "1.jsonl", "ab") as file:
-        line = json.dumps({"kind": "train.step", "attempt": 1, "t": 1.0, "step": 4, "ms": 1.0}).encode()
+        line = json.dumps({"kind": "train.step", "attempt": 1, "seq": 99, "t": 1.0, "step": 4, "ms": 1.0}).encode()
         file.write(line[:20])
         file.flush()
         events.advance()
@@ -148,7 +148,7 @@ def test_a_run_begun_anew_is_another_one(run: Path) -> None:
     assert before.startswith("mine-2")
     begin(run)
     assert wandb_id(run, fold(run)) == before
-    (run / "events" / "1.jsonl").write_text('{"kind": "attempt.started", "attempt": 1, "t": 5.0}\n')
+    (run / "events" / "1.jsonl").write_text('{"kind": "attempt.started", "attempt": 1, "seq": 0, "t": 5.0}\n')
     assert wandb_id(run, fold(run)) == "mine-19700101-000005"
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,47 @@ def test_each_line_is_one_json_object_with_time_attempt_and_sequence(tmp_path: P
     assert [(e["kind"], e["seq"], e["attempt"]) for e in lines] == [("a", 0, 1), ("b", 1, 1)]
     assert lines[1]["x"] == 1
     assert lines[0]["t"] <= lines[1]["t"]
+
+
+def test_a_clock_that_is_set_back_changes_dates_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = []
+    for name, dates in (("right", (1000.0, 1000.0, 2000.0)), ("set", (9000.0, 500.0, 30.0))):
+        for number, seconds in enumerate((0.0, 7.0), 1):
+            monkeypatch.setattr(time, "monotonic", lambda now=seconds: now)
+            monkeypatch.setattr(time, "time", lambda now=dates[0]: now)
+            attempt = Attempt.claim(tmp_path / name)
+            attempt.emit("stage.started", stage="prepare")
+            monkeypatch.setattr(time, "monotonic", lambda now=seconds: now + 5.0)
+            monkeypatch.setattr(time, "time", lambda now=dates[number]: now)
+            attempt.emit("stage.done", stage="prepare")
+        records.append(fold(tmp_path / name))
+    assert [record.node_seconds for record in records] == [10.0, 10.0]
+    assert [record.stage_seconds() for record in records] == [{"prepare": 10.0}] * 2
+    assert all(a.end <= b.start for record in records for a, b in itertools.pairwise(record.attempts))
+
+
+def test_what_is_done_to_a_run_that_has_its_score_takes_no_time_of_its(tmp_path: Path) -> None:
+    for _ in range(3):
+        attempt = Attempt.claim(tmp_path)
+        attempt.emit("stage.started", stage="evaluate")
+        attempt.emit("eval.done", name="core", metric=0.1)
+        attempt.emit("stage.done", stage="evaluate")
+    record = fold(tmp_path)
+    assert [life.again for life in record.attempts] == [False, True, True]
+    first = record.attempts[0]
+    assert record.node_seconds == first.end - first.start
+    assert record.stage_seconds() == {"evaluate": record.stages[0].end - first.start}
+
+
+def test_a_line_that_was_changed_or_comes_twice_is_passed_over_and_counted(tmp_path: Path) -> None:
+    attempt = Attempt.claim(tmp_path)
+    for step in range(3):
+        attempt.emit("train.step", step=step, rows=step, loss=1.25, ms=5.0)
+    file = tmp_path / "events" / "1.jsonl"
+    first, second, third = file.read_text().splitlines()
+    file.write_text("\n".join([first, second.replace("1.25", "1.35"), third, third, "[]", "{", ""]))
+    record = fold(tmp_path)
+    assert sorted(record.steps) == [0, 2] and len(record.unusable) == 4
 
 
 def test_after_a_full_disk_the_next_event_is_readable(tmp_path: Path) -> None:

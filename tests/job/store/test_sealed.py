@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import DataError, StorageError
+from job.store.documents import hashed
 from job.store.sealed import MANIFEST, atomic_write, content_id, is_sealed, open_sealed, sealing
 
 MADE_FROM = {"text": "abc", "size": 3}
@@ -82,7 +83,7 @@ def test_another_version_kind_or_no_seal_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds a thing, not a checkpoint"):
         open_sealed(path, kind="checkpoint")
     manifest = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps(manifest | {"schema": 99}))
+    (path / MANIFEST).write_text(json.dumps(hashed(manifest | {"schema": 99})))
     with pytest.raises(DataError, match="another version"):
         open_sealed(path, kind="thing")
     (path / MANIFEST).write_text('{"schema": 1, ')

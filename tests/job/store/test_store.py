@@ -146,7 +146,7 @@ def test_damage_in_the_store_is_found_and_nothing_of_it_stays_here(store: Store,
 
 def test_a_manifest_that_is_none_is_a_sentence(store: Store) -> None:
     store.put(f"things/x/{MANIFEST}", b"[]")
-    with pytest.raises(DataError, match=r"manifest.json cannot be read; delete that folder there"):
+    with pytest.raises(DataError, match=r"manifest.json holds no JSON object; delete that folder there"):
         stored_manifest(store, "things/x")
 
 

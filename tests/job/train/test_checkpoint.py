@@ -33,7 +33,8 @@ from job.store.checkpoint_folder import (
     newest_usable,
     parts_folder,
 )
-from job.store.sealed import MANIFEST, open_sealed
+from job.store.documents import hashed
+from job.store.sealed import MANIFEST, content_id, open_sealed
 from job.train import checkpoint, loop
 from job.train.context import SIGNALS, RankContext, StopSignal
 from tiny_training import CPU, QUIET, STEPS, InProcess
@@ -61,7 +62,7 @@ def train(
     derived = derive(recipe)
     opened = Prepared.open(prepared)
     manager = CheckpointManager(run, attempt, world_size=1, final_rows=derived.rows, minutes=0)
-    resume = newest_usable(run, identity(recipe.values(), opened.id), attempt, QUIET)
+    resume = newest_usable(run, identity(recipe, opened.id), attempt, QUIET)
     reporter = InProcess(manager)
     stop_signal = StopSignal()
     if stop_at is not None:
@@ -138,8 +139,9 @@ def damage(folder: Path, how: str) -> None:
             file.unlink()
         case "foreign":
             manifest = json.loads((folder / MANIFEST).read_text())
-            manifest["made_from"]["recipe"] = "0" * 16
-            (folder / MANIFEST).write_text(json.dumps(manifest))
+            manifest["made_from"]["mathematics"]["groups.matrices.lr"] *= 10
+            manifest["id"] = content_id(manifest["kind"], manifest["made_from"])
+            (folder / MANIFEST).write_text(json.dumps(hashed(manifest)))
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "foreign"])
@@ -152,15 +154,36 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     train(material, run, stop_at=6)
     newest, before = folders(run)
     damage(newest, how)
-    belongs_to = identity(recipe.values(), Prepared.open(prepared).id)
+    belongs_to = identity(recipe, Prepared.open(prepared).id)
     attempt = Attempt.claim(run)
     assert newest_usable(run, belongs_to, attempt, Console()) == before
-    assert "taking the checkpoint before it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "taking the checkpoint before it" in said
+    assert how != "foreign" or "other values than this version derives: groups.matrices.lr: " in said
     damage(before, how)
     with pytest.raises(
         DataError, match=r"no checkpoint below .* can be used; delete that folder to train from the first step"
     ):
         newest_usable(run, belongs_to, attempt, QUIET)
+
+
+def test_a_checkpoint_of_the_earlier_layout_goes_on_with_a_warning(
+    material: tuple[Recipe, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    recipe, prepared = material
+    run = tmp_path / "t"
+    train(material, run, stop_at=3)
+    (folder,) = folders(run)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    made_from = {"recipe": "0" * 16, "prepared": manifest["made_from"]["prepared"], "rows": 24}
+    manifest |= {"made_from": made_from, "id": content_id("checkpoint", made_from)}
+    del manifest["sha256"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    belongs_to, attempt = identity(recipe, Prepared.open(prepared).id), Attempt.claim(run)
+    assert newest_usable(run, belongs_to, attempt, Console()) == folder
+    assert "noted no derived values: only the recipes were compared" in capsys.readouterr().err
+    with pytest.raises(DataError, match="was trained on other rows"):
+        newest_usable(run, belongs_to | {"prepared": "another"}, attempt, QUIET)
 
 
 def test_the_newest_two_and_the_final_one_are_kept_and_the_final_one_slims(

@@ -62,7 +62,7 @@ def train_on(world: int, material: tuple[Recipe, Path], run: Path, *, stop_at: i
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device_batch_size=1))
     attempt = Attempt.claim(run)
     manager = CheckpointManager(run, attempt, world_size=world, final_rows=derive(recipe).rows, minutes=0)
-    resume = newest_usable(run, identity(recipe.values(), Prepared.open(prepared).id), attempt, QUIET)
+    resume = newest_usable(run, identity(recipe, Prepared.open(prepared).id), attempt, QUIET)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "job.train.loop"])
     arguments = (recipe, str(prepared), str(run), str(resume or ""), stop_at, attempt.number, fp64)
