@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from job.errors import DataError
 from job.evaluation.batches import Batch, plain_shape, plan_batches, share, tensors_of
 from job.evaluation.bundle import LANGUAGE_MODELING, Bundle, Task
 from job.evaluation.items import seal_items
@@ -93,18 +94,31 @@ def compare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def score_items(
-    forward: Forward, kind: str, items: Sequence[Item], batches: Sequence[Batch], device: torch.device | str = "cpu"
+    forward: Forward,
+    kind: str,
+    items: Sequence[Item],
+    batches: Sequence[Batch],
+    device: torch.device | str = "cpu",
+    label: str = "",
 ) -> dict[int, Answer]:
-    """The answers of the items in `batches`, by index into `items`; near ties are scored again, alone."""
-    decided = _score_batches(forward, kind, items, batches, device)
+    """The answers of the items in `batches`, by index into `items`; near ties are scored again, alone.
+
+    Raises DataError naming the task (`label`) and the item's line where a loss is NaN or infinite.
+    """
+    decided = _score_batches(forward, kind, items, batches, device, label)
     ties = [i for i, (_, gap) in decided.items() if gap < TIE]
     alone = [Batch((i,), *plain_shape(items[i])) for i in ties]
-    decided |= _score_batches(forward, kind, items, alone, device)
+    decided |= _score_batches(forward, kind, items, alone, device, label)
     return {i: answer for i, (answer, _) in decided.items()}
 
 
 def _score_batches(
-    forward: Forward, kind: str, items: Sequence[Item], batches: Sequence[Batch], device: torch.device | str
+    forward: Forward,
+    kind: str,
+    items: Sequence[Item],
+    batches: Sequence[Batch],
+    device: torch.device | str,
+    label: str,
 ) -> dict[int, tuple[Answer, float]]:
     results = [forward(*tensors_of([items[i] for i in batch.items], batch, device)) for batch in batches]
     decided: dict[int, tuple[Answer, float]] = {}
@@ -115,6 +129,11 @@ def _score_batches(
             counts = items[i].scored
             span = slice(at, at + sum(counts))
             at = span.stop
+            if not np.isfinite(nll[span]).all():
+                raise DataError(
+                    f"{label or kind}, item of line {items[i].line}: the model's loss is NaN or infinite, so nothing"
+                    " can be scored; its weights are damaged, or too large for the precision they are kept in"
+                )
             if kind == LANGUAGE_MODELING:
                 decided[i] = decide_by_greedy(items[i], greedy[span], lead[span])
             else:
@@ -229,7 +248,9 @@ def _score_task(
     began = time.perf_counter()
     fine = torch.device(device).type == "cpu"
     mine = share(plan_batches(items, token_budget, forward.share_prefix, fine), ranks.size)[ranks.rank]
-    parts = ranks.all_gather((score_items(forward, task.kind, items, mine, device), time.perf_counter() - began))
+    parts = ranks.all_gather(
+        (score_items(forward, task.kind, items, mine, device, task.label), time.perf_counter() - began)
+    )
     answers = {i: answer for part, _ in parts for i, answer in part.items()}
     return [answers[i] for i in range(len(items))], max(seconds for _, seconds in parts)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from job.errors import DivergedError
 from job.reporter import Reporter
 from job.train.ranks import Ranks, current_ranks
 
@@ -66,7 +67,8 @@ def bits_per_byte(
     """{"bpb", "nats", "bytes", "tokens", "val_rows"} of rows (n, T+1); `token_bytes` (V,) are each token's bytes, 0 for
     specials.
 
-    Every rank calls this with the same rows and gets the same numbers. `tokens` counts all targets, specials included.
+    Every rank calls this with the same rows and gets the same numbers, or the same DivergedError where a loss is NaN or
+    infinite. `tokens` counts all targets, specials included.
     """
     bytes_of = torch.from_numpy(token_bytes.astype(np.int64)).to(device)
     starts = range(0, len(rows), block_rows)
@@ -78,7 +80,15 @@ def bits_per_byte(
         if ranks.rank == 0:
             reporter.progress("validate", done, len(mine), "blocks")
     nats_and_bytes = [tuple(pair.tolist()) for pair in sums]
-    everyones = [pair for part in ranks.all_gather(nats_and_bytes) for pair in part]
+    parts = ranks.all_gather(nats_and_bytes)
+    for rank, part in enumerate(parts):
+        for start, (nats, _) in zip(starts[rank :: ranks.size], part, strict=True):
+            if not math.isfinite(nats):
+                raise DivergedError(
+                    f"validation, rows {start} to {min(start + block_rows, len(rows)) - 1}: the model's loss is NaN or"
+                    " infinite; start again from an earlier checkpoint, or with a lower learning rate"
+                )
+    everyones = [pair for part in parts for pair in part]
     nats, count = math.fsum(pair[0] for pair in everyones), sum(int(pair[1]) for pair in everyones)
     bpb = nats / (math.log(2) * count)
     return {"bpb": bpb, "nats": nats, "bytes": count, "tokens": len(rows) * (rows.shape[1] - 1), "val_rows": len(rows)}

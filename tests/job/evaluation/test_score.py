@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from job.errors import DataError
 from job.evaluation import score
 from job.evaluation.batches import plan_batches
 from job.evaluation.prompts import Item, items_of
@@ -115,3 +116,24 @@ def test_padding_shared_prefixes_and_company_change_nothing(tiny_gpt, share_pref
         alone = score.score_items(forward, "multiple_choice", [item], plan_batches([item], 1))[0]
         assert (alone.chosen, alone.right) == (together[i].chosen, together[i].right)
         assert alone.margin == pytest.approx(together[i].margin, abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "language_modeling"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_names_task_and_item(kind, value):
+    class Overflowing:
+        """A model whose logits after token 7 hold `value`."""
+
+        def hidden(self, idx, shared=None, positions=None):
+            return torch.nn.functional.one_hot(idx, 16).float().flatten(0, 1)[positions]
+
+        def lm_head(self, hidden):
+            logits = hidden.clone()
+            logits[hidden[:, 7] == 1, 3] = value
+            return logits
+
+    rows = [[np.array([1, 2, 4]), np.array([1, 2, 5])], [np.array([1, 7, 4]), np.array([1, 7, 5])]]
+    items = [Item.of_rows(line, 0, options, [2, 2]) for line, options in enumerate(rows, 11)]
+    forward = score.Forward(Overflowing(), share_prefix=False)
+    with pytest.raises(DataError, match="boolq, item of line 12: the model's loss is NaN or infinite"):
+        score.score_items(forward, kind, items, plan_batches(items, 100), label="boolq")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from job.errors import DivergedError
 from job.reporter import Reporter
 from job.train.ranks import Ranks
 from job.train.validation import bits_per_byte
@@ -85,3 +86,12 @@ def test_any_number_of_ranks_gives_the_same_number_to_the_last_bit(rows, token_b
 def test_the_size_of_a_block_changes_rounding_only(rows, token_bytes):
     one, many = measure(rows, token_bytes, block_rows=1), measure(rows, token_bytes, block_rows=64)
     assert one["bytes"] == many["bytes"] and one["bpb"] == pytest.approx(many["bpb"], rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_names_its_rows(rows, token_bytes, value):
+    model = Table()
+    rows[:, :] %= V - 1
+    rows[22, 3], model.logits[V - 1] = V - 1, value
+    with pytest.raises(DivergedError, match="validation, rows 20 to 24: the model's loss is NaN or infinite"):
+        bits_per_byte(model, rows, token_bytes, block_rows=5, ranks=Ranks(), reporter=Reporter())
