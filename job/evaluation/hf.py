@@ -82,18 +82,43 @@ class HFTokenizer:
 
 
 def load(folder: Path, device: torch.device | str) -> tuple[CausalLM, HFTokenizer]:
-    """The model and tokenizer in `folder`; DataError when it does not hold them."""
+    """The model and tokenizer in `folder`; DataError when it does not hold them, whole and of one another's size."""
+    try:
+        model, tokenizer = _from_pretrained(folder)
+        return CausalLM(model.eval().to(device)), HFTokenizer(tokenizer)
+    except (DataError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers and what it calls raise whatever they like
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        unusable = f"{folder} cannot be loaded as a causal language model ({reason})"
+        raise DataError(f"{unusable}; {REMEDY}") from error
+
+
+def _from_pretrained(folder: Path) -> tuple[Any, Any]:
+    """transformers' model and tokenizer; DataError unless each weight is the folder's and each token has a row."""
     import transformers
 
     options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        unusable = f"{folder} cannot be loaded as a causal language model ({reason})"
-        raise DataError(f"{unusable}; {REMEDY}") from error
-    return CausalLM(model.eval().to(device)), HFTokenizer(tokenizer)
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
+    if getattr(config, "quantization_config", None):
+        raise DataError(f"{folder} holds quantised weights, which are not scored; give the folder of the original ones")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, **options
+    )
+    for kind in ("missing", "unexpected", "mismatched"):
+        if names := sorted(map(str, found[f"{kind}_keys"])):
+            raise DataError(
+                f"{folder} is not the model that its config.json describes: {len(names)} {kind} weights ({names[0]}"
+                f"{', ...' if len(names) > 1 else ''}); {REMEDY} of one model, whole"
+            )
+    highest, rows = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise DataError(
+            f"{folder}: its tokenizer has ids up to {highest}, its embedding {rows} rows; give the tokenizer that the"
+            " model was trained with, or resize the embedding"
+        )
+    return model, tokenizer
 
 
 def identity(folder: Path, patterns: tuple[str, ...]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,3 +189,46 @@ def test_the_command_scores_a_folder_and_two_ranks_give_the_same_ledger(core_arc
     table = scored(tmp_path / "one").splitlines()
     assert table[-1].startswith(f"CORE {one['metric']:.4f} ± {one['se']:.4f} (at most 11 items a task; float32, cpu)")
     assert len(table) == 24
+
+
+def copied(gpt2, tmp_path):
+    return Path(shutil.copytree(gpt2, tmp_path / "copy"))
+
+
+def test_weights_that_are_missing_or_of_another_model_are_refused(gpt2, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = copied(gpt2, tmp_path) / "model.safetensors"
+    whole = load_file(file)
+    lost = {name: tensor for name, tensor in whole.items() if "h.1.mlp.c_fc.weight" not in name}
+    name = next(name for name in whole if "h.1.mlp.c_fc.weight" in name)
+    for weights, said in (
+        (lost, "1 missing weights"),
+        (whole | {"transformer.h.2.extra": torch.ones(2)}, "1 unexpected weights"),
+        (whole | {name: torch.ones(3, 3)}, "cannot be loaded|mismatched"),
+    ):
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(DataError, match=said):
+            hf.load(file.parent, "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"[" * 100_000], ids=["empty", "zeros", "nested"])
+def test_damaged_files_are_one_sentence(gpt2, tmp_path, name, content):
+    folder = copied(gpt2, tmp_path)
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        hf.load(folder, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_quantised_weights_and_a_tokenizer_beyond_the_embedding_are_refused(gpt2, tmp_path):
+    folder = copied(gpt2, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(DataError, match="holds quantised weights"):
+        hf.load(folder, "cpu")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**config | {"vocab_size": 100})).save_pretrained(folder)
+    with pytest.raises(DataError, match=r"its tokenizer has ids up to .*, its embedding 100 rows"):
+        hf.load(folder, "cpu")
