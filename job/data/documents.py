@@ -40,11 +40,15 @@ class Shard(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Text to prepare: its identity, and its shards in reading order; `val` is a shard for validation alone."""
+    """Text to prepare: its identity, and its shards in reading order; `val` is a shard for validation alone.
+
+    `left_out` names what lies beside the files that are read and is none of them.
+    """
 
     identity: dict[str, Any]
     shards: tuple[Shard, ...]
     val: Shard | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass

@@ -1,4 +1,5 @@
-"""Documents from files on disk: parquet (column `text`), jsonl (key "text"), txt.
+"""Documents from files on disk: parquet (column `text`), jsonl or ndjson (key "text"), txt; also .gz and .zst of all but
+parquet. Suffixes count in any case.
 
 A txt file of prose is one long text; it is cut into documents at the first blank line after every TXT_CHARS characters
 (at a line's end after twice as many), so that a single book can be split into training and validation.
@@ -8,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from job.data.documents import Source, group
-from job.errors import DataError
+from job.errors import DataError, SpeedrunError
 from job.store.sealed import sha256_file
 
 TXT_CHARS = 10_000
 BATCH_DOCUMENTS = 256
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TEXT_PER_BYTE = 4
+"""of a compressed file, estimated: its text is measured only as it is read"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +37,13 @@ class FileShard:
     def texts(self) -> Iterator[str | None]:
         for file in self.files:
             with readable(file):
-                yield from READERS[file.suffix](file)
+                yield from READERS[_kind(file)](file)
 
 
 def open_local(paths: tuple[str, ...]) -> Source:
     """Files as shards. Every file is hashed and every parquet schema read now, so that most faults show at once."""
-    files = [file for path in paths for file in _files(Path(path))]
+    left_out: list[str] = []
+    files = [file for path in paths for file in _files(Path(path), left_out)]
     if not files:
         raise DataError(
             "data.source is local but no path is given; point --data to a folder or to files that hold text"
@@ -45,23 +51,47 @@ def open_local(paths: tuple[str, ...]) -> Source:
     identity, sizes = [], []
     for file in files:
         with readable(file):
-            sizes.append(parquet_text_bytes(file) if file.suffix == ".parquet" else file.stat().st_size)
+            sizes.append(_text_bytes(file))
             identity.append({"name": file.name, "size": file.stat().st_size, "sha256": sha256_file(file)})
     shards = []
     for run in group(sizes):
         members = files[run]
         name = members[0].name if len(members) == 1 else f"{members[0].name}..{members[-1].name}"
         shards.append(FileShard(name, sum(sizes[run]), tuple(members)))
-    return Source({"source": "local", "files": identity}, tuple(shards))
+    return Source({"source": "local", "files": identity}, tuple(shards), left_out=tuple(left_out))
 
 
-def _files(path: Path) -> list[Path]:
-    """`path` itself, or a folder's own files (not its subfolders') in the order of their names."""
+def _compression(file: Path) -> str | None:
+    return COMPRESSIONS.get(file.suffix.lower())
+
+
+def _kind(file: Path) -> str:
+    """The key of READERS, or another suffix: of a compressed file the one below, except that parquet is never one."""
+    if not _compression(file):
+        return file.suffix.lower()
+    inner = Path(file.stem).suffix.lower()
+    return inner if inner != ".parquet" else ".parquet" + file.suffix
+
+
+def _text_bytes(file: Path) -> int:
+    if _kind(file) == ".parquet":
+        return parquet_text_bytes(file)
+    return file.stat().st_size * (TEXT_PER_BYTE if _compression(file) else 1)
+
+
+def _files(path: Path, left_out: list[str]) -> list[Path]:
+    """`path` itself, or a folder's own files (not its subfolders') in the order of their names.
+
+    What else is in the folder, unless hidden, is added to `left_out`; a link of text to nowhere is a DataError.
+    """
     suffixes = ", ".join(READERS)
     with readable(path):
         if path.is_dir():
-            seen = (file for file in path.iterdir() if not file.name.startswith("."))
-            inside = sorted(file for file in seen if file.suffix in READERS and file.is_file())
+            seen = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+            inside = [file for file in seen if _kind(file) in READERS and not file.is_dir()]
+            left_out += [_shown(file.name) for file in seen if file not in set(inside)]
+            for file in inside:
+                _check(file)
             if not inside:
                 raise DataError(
                     f"{path} has no {suffixes} file in it; point --data to a folder or to files that hold text"
@@ -69,20 +99,36 @@ def _files(path: Path) -> list[Path]:
             return inside
         if not path.exists():
             raise DataError(f"{path} does not exist; point --data to a folder or to files that hold text")
-    if path.suffix not in READERS:
-        raise DataError(f"{path} is not one of {suffixes}; convert it or choose another file")
+    if _kind(path) not in READERS:
+        raise DataError(f"{_shown(path)} is not one of {suffixes}; convert it or choose another file")
+    _check(path)
     return [path]
+
+
+def _check(file: Path) -> None:
+    """DataError for a name that no record can hold, and for what is there by name alone or has no end."""
+    if _shown(file) != str(file):
+        raise DataError(f"the name {_shown(file)} is not UTF-8; rename the file")
+    if not file.is_file():
+        raise DataError(f"{file} is a link to nothing or no ordinary file; fetch it again or leave it out")
+
+
+def _shown(name: Path | str) -> str:
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to read `path`, and a damaged parquet, into DataError."""
+    """Turn the operating system's refusal to read `path`, and whatever pyarrow raises, into DataError."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        # pyarrow reports damage as ArrowInvalid (a ValueError) or as OSError; its first line says what it met
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0].rstrip(".")
-        raise DataError(f"{path} cannot be read ({reason}); fetch it again or leave it out") from error
+    except (SpeedrunError, MemoryError):
+        raise
+    except Exception as error:
+        # pyarrow reports damage as ArrowInvalid, OSError, ArrowNotImplementedError, ...; line 1 says what it met
+        said = (getattr(error, "strerror", None) or str(error)).splitlines() or [type(error).__name__]
+        reason = said[0].rstrip(".")
+        raise DataError(f"{_shown(path)} cannot be read ({reason}); fetch it again or leave it out") from error
 
 
 def read_parquet(file: Path) -> Iterator[str | None]:
@@ -109,6 +155,8 @@ def parquet_text_bytes(file: Path) -> int:
                 f"{file} has no column text (its columns: {', '.join(schema.names)}); rename the column that holds"
                 " the text"
             )
+        if schema.names.count("text") > 1:
+            raise DataError(f"{file} has several columns text; rename or drop all but the one that holds the text")
         kind = schema.field("text").type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise DataError(f"{file}: its column text holds {kind}, not string; convert the column")
@@ -124,7 +172,7 @@ def read_jsonl(file: Path) -> Iterator[str | None]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file}:{number} is not JSON ({error}); repair or remove the line") from None
         if not isinstance(value, dict) or not isinstance(value.get("text", 0), str | None):
             raise DataError(f'{file}:{number} is not an object with a string under "text"; repair or remove the line')
@@ -150,10 +198,20 @@ def read_txt(file: Path) -> Iterator[str | None]:
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """Each line with its number, from 1."""
     offset = 0
-    with open(file, "rb") as handle:
+    with _opened(file) as handle:
         for number, line in enumerate(handle, 1):
             yield number, _decoded(line.decode, f"{file}, line {number}", offset)
             offset += len(line)
+
+
+def _opened(file: Path) -> io.BufferedReader:
+    """Its bytes, decompressed."""
+    compression = _compression(file)
+    if compression is None:
+        return open(file, "rb")
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(file), compression=compression))
 
 
 def _decoded(decode: Callable[[], Any], where: str, offset: int | None = None) -> Any:
@@ -168,5 +226,6 @@ def _decoded(decode: Callable[[], Any], where: str, offset: int | None = None) -
 READERS: dict[str, Callable[[Path], Iterator[str | None]]] = {
     ".parquet": read_parquet,
     ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
     ".txt": read_txt,
 }

@@ -49,6 +49,7 @@ from job.store.artifact_cache import Artifact, ArtifactCache
 from job.store.sealed import Sealed, content_id, is_sealed, open_sealed, sealing
 from job.store.stores import Store
 
+LEFT_OUT_NAMED = 5
 FORMAT = 1
 """Raised whenever the same inputs would give other bytes."""
 REPORTED = ("train_rows", "val_rows", "train_tokens", "val_tokens", "vocab_size", "seq_len", "bytes_per_token")
@@ -138,6 +139,11 @@ def prepare(
     builder = DatasetBuilder(Path(out), data, seq_len, reporter, workers, rows, store)
     hub = builder.hub
     reporter.emit("prepare.started", id=builder.root.name)
+    if left_out := builder.source.left_out:
+        named = ", ".join(left_out[:LEFT_OUT_NAMED]) + (", ..." if len(left_out) > LEFT_OUT_NAMED else "")
+        reporter.emit(
+            "warning", text=f"{len(left_out)} entries of the data's folders are left out, being no text: {named}"
+        )
     try:
         with alone(builder.root, reporter):
             prepared = builder.build() if whole or hub is None else builder.begin()

@@ -57,7 +57,7 @@ def limit(source: Source, max_chars: int) -> Source:
             break
         shards.append(shard)
         left -= characters
-    return Source(source.identity, tuple(shards))
+    return dataclasses.replace(source, shards=tuple(shards))
 
 
 def _documents_within(shard: Shard, max_chars: int) -> tuple[int, int, bool]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,6 +44,7 @@ def test_a_folder_is_its_own_text_files_by_name(tmp_path):
     source = local_source(tmp_path)
     assert all_texts(source) == ["from a", None, "", "from b\n", "from c", None]
     assert [file["name"] for file in source.identity["files"]] == ["a.jsonl", "b.txt", "c.parquet"]
+    assert source.left_out == ("README.md", "inner")
     counts = Counts()
     kept = [text for shard in source.shards for text in documents(shard, ByHash(0.0), held_out=False, counts=counts)]
     assert kept == ["from a", "from b\n", "from c"] and (counts.documents, counts.skipped) == (3, 3)
@@ -128,9 +131,9 @@ def bad(match, *paths):
 
 def test_nothing_there(tmp_path):
     bad("nowhere does not exist; point --data", tmp_path / "nowhere")
-    bad(r"has no .parquet, .jsonl, .txt file in it", tmp_path)
+    bad(r"has no .parquet, .jsonl, .ndjson, .txt file in it", tmp_path)
     (tmp_path / "a.csv").write_text("x")
-    bad(r"a.csv is not one of .parquet, .jsonl, .txt", tmp_path / "a.csv")
+    bad(r"a.csv is not one of .parquet, .jsonl, .ndjson, .txt", tmp_path / "a.csv")
     with pytest.raises(DataError, match="no path is given"):
         local.open_local(())
 
@@ -167,7 +170,9 @@ def test_text_that_is_not_utf8(tmp_path):
     bad("c.parquet, row 2 is not UTF-8", tmp_path)
 
 
-@pytest.mark.parametrize("line", ['{"text": "no end', '{"content": "x"}', '["text"]', '{"text": 5}', "plain words"])
+@pytest.mark.parametrize(
+    "line", ['{"text": "no end', '{"content": "x"}', '["text"]', '{"text": 5}', "plain words", "[" * 100_000]
+)
 def test_bad_jsonl_line(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line + "\n")
     bad("a.jsonl:2 is not ", tmp_path)
@@ -181,3 +186,32 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(local, "sha256_file", refuse)
     bad(r"a.txt cannot be read \(Permission denied\)", tmp_path)
+
+
+def test_compressed_text_is_read_and_suffixes_count_in_any_case(tmp_path):
+    line = json.dumps({"text": "some words"}).encode() + b"\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line) * 2)
+    (tmp_path / "b.TXT.Zst").write_bytes(pa.compress(b"prose\n", codec="zstd", asbytes=True))
+    (tmp_path / "c.NDJSON").write_bytes(line)
+    (tmp_path / "d.parquet.gz").write_bytes(b"")
+    source = local_source(tmp_path)
+    assert all_texts(source) == ["some words", "some words", "prose\n", "some words"]
+    assert source.left_out == ("d.parquet.gz",)
+    for damaged in (gzip.compress(line * 99)[:-20], b"no gzip"):
+        (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+        bad("a.jsonl.gz cannot be read", tmp_path)
+
+
+def test_a_link_to_nothing_and_a_name_that_is_not_utf8_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.jsonl").symlink_to("/nowhere/blob")
+    bad("b.jsonl is a link to nothing", tmp_path)
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    bad(r"caf\\udce9.txt is not UTF-8; rename", tmp_path)
+
+
+def test_a_column_twice_is_refused(tmp_path):
+    column = pa.array(["x"])
+    pq.write_table(pa.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "a.parquet")
+    bad("a.parquet has several columns text", tmp_path)
