@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from job.data.documents import Shard, Source
 from job.data.local import parquet_text_bytes, read_parquet, readable
-from job.errors import DataError, StorageError
+from job.errors import DataError, SpeedrunError, StorageError
 from job.store.sealed import atomic_write, sha256_file, storage_errors
 
 if TYPE_CHECKING:
@@ -219,8 +219,6 @@ class Hub:
 
     def _ask(self, method: Any, question: str, **body: Any) -> Any:
         """The JSON that the hub answers to `question` about the dataset."""
-        import httpx2
-        from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
         url = f"{_endpoint()}/api/datasets/{self.repo}/{question}"
@@ -235,13 +233,16 @@ class Hub:
                 **body,
             )
             hf_raise_for_status(response)
-            return response.json()
-        except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a proxy of a kind that is not installed, a token that is no header, ...
             raise DataError(
-                f"the hub cannot be asked about {self.repo} ({_reason(error)}); check the network and HF_ENDPOINT"
-                f" ({_endpoint()})"
+                f"the hub cannot be asked about {self.repo} ({_reason(error)}); check the network, the proxy settings,"
+                f" HF_TOKEN and HF_ENDPOINT ({_endpoint()})"
             ) from error
-        except ValueError:
+        try:
+            return response.json()
+        except (ValueError, RecursionError):
             raise DataError(
                 f"{url} answered with something else than JSON; check HF_ENDPOINT and the proxy settings"
             ) from None
@@ -298,6 +299,13 @@ class Hub:
             if error.errno is not None:
                 raise
             return "the answer has another size than the hub states"  # a page of an error or of a login, not the file
+        except (SpeedrunError, MemoryError, CancelledError):
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{name} of {self.repo} cannot be fetched: {_reason(error)}; check the proxy settings, HF_ENDPOINT"
+                f" ({_endpoint()}) and HF_TOKEN"
+            ) from error
         return ""
 
     def _arrived(self, count: int) -> None:
@@ -327,7 +335,7 @@ def _size(file: Path) -> int | None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} cannot be read ({error}); delete it and run again") from error
     if not isinstance(value, dict):
         raise DataError(f"{file} holds no record; delete it and run again")

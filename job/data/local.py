@@ -1,5 +1,5 @@
-"""Documents from files on disk: parquet (column `text`), jsonl or ndjson (key "text"), txt; also .gz and .zst of all but
-parquet. Suffixes count in any case.
+"""Documents from files on disk: parquet (column `text`), jsonl or ndjson (key "text"), txt; and .gz and .zst of all
+but parquet. Suffixes count in any case.
 
 A txt file of prose is one long text; it is cut into documents at the first blank line after every TXT_CHARS characters
 (at a line's end after twice as many), so that a single book can be split into training and validation.
