@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -24,10 +25,12 @@ def masks(pid: int, name: str) -> int:
 
 
 def start(tmp_path: Path, *words: str, **given: object) -> subprocess.Popen:
-    """`speedrun` that stops for a minute at its first heavy import."""
+    """`speedrun` that stops for a minute at its first heavy import, SIGHUP as a terminal leaves it."""
     (tmp_path / "click.py").write_text("import time\ntime.sleep(60)\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONSAFEPATH": "1"}
-    return subprocess.Popen([*words, sys.executable, "-m", "job.cli", "smoke"], env=environment, cwd=tmp_path, **given)
+    words = (*words, sys.executable, "-m", "job.cli", "smoke")
+    default = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    return subprocess.Popen(words, env=environment, cwd=tmp_path, preexec_fn=default, **given)
 
 
 def until_handled(pid: int, number: int) -> None:

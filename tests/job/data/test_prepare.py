@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import random
 import re
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import DataError, StorageError
+from job.store.documents import hashed
 
 ROOT = Path(__file__).parents[3]
 REAL_CORPUS = ROOT.parent / "shared" / "data" / "corpus" / "small"
@@ -247,9 +249,9 @@ def test_a_flipped_byte_is_refused_and_made_again_when_removed(corpus, tmp_path,
 def test_a_manifest_of_another_version_is_refused(corpus, tmp_path, helpers, part):
     prepared = helpers.small_prepare(tmp_path, helpers.config(corpus))
     manifest = prepared.path / part / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"schema": 1,', '"schema": 2,'))
+    manifest.write_text(json.dumps(hashed(json.loads(manifest.read_text()) | {"schema": 2})))
     with pytest.raises(
-        DataError, match=rf"{part} was sealed by another version \(not schema 1\); delete it and run again"
+        DataError, match=rf"{part}/manifest.json is of another version \(not schema 1\); delete .*{part} and run again"
     ):
         helpers.small_prepare(tmp_path, helpers.config(corpus))
 
