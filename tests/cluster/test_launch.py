@@ -63,9 +63,10 @@ def test_managed_job_on_two_nodes_is_preempted_and_recovers(
     speedrun(plain)
     manifest = sorted((tmp_path / "runs" / "whole" / "checkpoints").glob("*/manifest.json"))[-1]
 
-    task = cluster.task("nodes", accelerators="H100:2")
+    task = cluster.task("speedrun", accelerators="H100:2")
     given = cluster.given(s3, PRESET="smoke", RUN_ID="job", OPTIONS=OPTIONS)
-    job = cluster.sky("jobs", "launch", "-y", "--infra", "slurm", "--no-use-spot", *given, str(task), seconds=900)
+    asked = ["--infra", "slurm", "--no-use-spot", "--num-nodes", "2"]
+    job = cluster.sky("jobs", "launch", "-y", *asked, *given, str(task), seconds=900)
     try:
         wait_for(lambda: sealed_steps(s3, "job") or job.poll() is not None, 600, cluster.said, every=0.5)
         assert job.poll() is None, cluster.said()

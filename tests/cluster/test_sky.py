@@ -13,23 +13,74 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ALL = ["aws", "lambda", "nebius"]
-CASES = {
-    "speedrun": ("speedrun", ALL, ("nebius", True, 10.00)),
-    "speedrun, one cloud without spot": ("speedrun", ["lambda"], ("lambda", False, 31.92)),
-    "speedrun, only a cloud that is too dear on demand": ("speedrun", ["aws"], ("aws", True, 10.20)),
-    "nodes": ("nodes", ALL, ("nebius", True, 20.00)),
-    "try": ("try", ALL, ("nebius", False, 2.95)),
-    "try, a PCIe board would be cheaper": ("try", ["lambda"], ("lambda", False, 4.29)),
-    "try, the dearest of its clouds": ("try", ["aws"], ("aws", False, 6.88)),
-    "prepare": ("prepare", ALL, ("aws", True, 0.30)),
-    "prepare, no spot": ("prepare", ["lambda"], ("lambda", False, 0.80)),
-    "smoke": ("smoke", ALL, ("nebius", False, 0.0992)),
+ALL = ["aws", "azure", "gcp", "lambda", "nebius", "runpod"]
+TABLE = {
+    "speedrun": {
+        "nebius": ("eu-north1", "gpu-h100-sxm_8gpu-128vcpu-1600gb", True, 10.00),
+        "aws": ("us-east-2", "p5.48xlarge", True, 11.2543),
+        "gcp": ("europe-north1", "a3-highgpu-8g", True, 10.6952 + 1.61762),
+        "lambda": (None, "gpu_8x_h100_sxm5", False, 31.92),
+    },
+    "try": {
+        "nebius": ("eu-north1", "gpu-h100-sxm_1gpu-16vcpu-200gb", False, 2.95),
+        "aws": (None, "p5.4xlarge", False, 6.88),
+        "lambda": (None, "gpu_1x_h100_sxm5", False, 4.29),  # a PCIe board would be cheaper
+    },
+    "prepare": {
+        "nebius": (None, "cpu-d3_16vcpu-64gb", False, 0.3968),
+        "aws": ("us-east-2", "m6i.4xlarge", True, 0.2414),
+        "lambda": (None, "gpu_1x_a10", False, 1.29),
+    },
+    "smoke": {
+        "nebius": (None, "cpu-d3_4vcpu-16gb", False, 0.0992),
+        "aws": ("us-east-2", "m6i.xlarge", False, 0.192),
+        "lambda": (None, "cpu_4x_general", False, 0.20),
+    },
+}
+"""what is rented where one cloud is enabled: region (None where several cost the same), type, spot, dollars an hour"""
+NOT_ENABLED = "which are not enabled. To enable access, change the task cloud requirement or run"
+IMAGE = {"image_id": "docker:ghcr.io/me/gpt2-speedrun:1"}
+AWS = {"cloud": "aws", "region": "us-east-2", "use_spot": False}
+CASES: dict[str, tuple[str, list[str], dict[str, Any], Any]] = {
+    **{f"{file} on {cloud}": (file, [cloud], {}, row) for file, rows in TABLE.items() for cloud, row in rows.items()},
+    **{
+        f"{file} on {cloud}": (file, [cloud], {}, NOT_ENABLED)
+        for file in ("speedrun", "try")
+        for cloud in ALL
+        if cloud not in TABLE[file]
+    },
+    **{f"{file} on all": (file, ALL, {}, TABLE[file]["nebius"]) for file in ("speedrun", "try", "smoke")},
+    "prepare on all": ("prepare", ALL, {}, TABLE["prepare"]["aws"]),
+    "on demand, no type named": ("speedrun", ALL, IMAGE | AWS, "Max hourly cost limit ($36"),
+    "on demand, by name": (
+        "speedrun",
+        ALL,
+        IMAGE | AWS | {"instance_type": "p5.48xlarge"},
+        ("us-east-2", "p5.48xlarge", False, 55.04),
+    ),
+    "on GCP no cap is looked at": (
+        "speedrun",
+        ALL,
+        IMAGE | {"cloud": "gcp", "region": "us-central1", "use_spot": False},
+        ("us-central1", "a3-highgpu-8g", False, 33.60609 + 9.46006),
+    ),
+    "Lambda has one kind of disk": (
+        "speedrun",
+        ALL,
+        IMAGE | {"cloud": "lambda", "region": "*", "zone": "*"},
+        "Disk tier high is not supported",
+    ),
+    "Lambda by name": (
+        "speedrun",
+        ALL,
+        IMAGE | {"cloud": "lambda", "region": "*", "zone": "*", "disk_tier": "best"},
+        TABLE["speedrun"]["lambda"],
+    ),
 }
 BROKEN = {
     "an unknown key": ("autostop:", "auto_stop:", "auto_stop"),
     "an unknown GPU": ("H100:8", "H199:8", "H199"),
-    "a cap below every price": ("max_hourly_cost: 36", "max_hourly_cost: 3", "ResourcesUnavailable"),
+    "a cap below every price": ("_cost: ", "_cost: 0.0", "ResourcesUnavailable"),
 }
 
 pytestmark = pytest.mark.slow
@@ -38,17 +89,17 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def opinions(sky_env: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What SkyPilot says to every case; one process for all, since importing it takes seconds."""
-    asked = {name: (ROOT / "sky" / f"{file}.yaml", clouds) for name, (file, clouds, _) in CASES.items()}
+    asked = {name: (f"{ROOT}/sky/{file}.yaml", clouds, options) for name, (file, clouds, options, _) in CASES.items()}
     good = (ROOT / "sky" / "speedrun.yaml").read_text()
     for name, (old, new, _) in BROKEN.items():
         assert old in good
         broken = tmp_path_factory.mktemp("broken") / "speedrun.yaml"
         broken.write_text(good.replace(old, new))
-        asked[name] = (broken, ALL)
+        asked[name] = (str(broken), ["aws", "lambda", "nebius"], {})
     words = [
         sky_env / "bin" / "python",
         Path(__file__).with_name("optimize.py"),
-        json.dumps([[str(p), c] for p, c in asked.values()]),
+        json.dumps(list(asked.values())),
     ]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -56,14 +107,18 @@ def opinions(sky_env: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_skypilot_takes_it_and_rents_the_cheapest(case: str, opinions: dict[str, dict[str, Any]]) -> None:
-    cloud, spot, dollars = CASES[case][2]
+def test_skypilot_rents_what_the_table_says_or_refuses(case: str, opinions: dict[str, dict[str, Any]]) -> None:
+    *_, options, expected = CASES[case]
     said = opinions[case]
+    if isinstance(expected, str):
+        assert expected in said.get("error", said)
+        return
     assert "error" not in said, said
-    assert (said["cloud"], said["spot"]) == (cloud, spot)
+    region, instance, spot, dollars = expected
+    assert (said["region"] if region else None, said["instance"], said["spot"]) == (region, instance, spot)
     assert said["dollars_an_hour"] == pytest.approx(dollars)
     assert said["autostop"] == [2, True]
-    assert said["image"] == "ghcr.io/YOUR-NAME/gpt2-speedrun:latest"
+    assert said["image"] == ("ghcr.io/me/gpt2-speedrun:1" if options else "ghcr.io/YOUR-NAME/gpt2-speedrun:latest")
     assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= set(said["secrets"])
 
 
