@@ -128,31 +128,44 @@ def test_skypilot_refuses_what_is_broken(case: str, opinions: dict[str, dict[str
 
 
 STAND_IN = """#!/usr/bin/env bash
-[ "$1" = launch ] || [ "$2" = launch ] || exit 0
 python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@" >>"$CALLS"
 """
 
 
-def test_the_readmes_lines_are_whole_tasks_to_skypilots_command_line(sky_env: Path, tmp_path: Path) -> None:
-    """The block is run by bash, from the image's name on, with a `sky` and a `make` that write down what they are
-    given."""
-    section = (ROOT / "README.md").read_text().split("\n## On a cloud\n")[1]
-    (block,) = re.findall(r"^    export IMAGE=.*?(?=^\S)", section, re.MULTILINE | re.DOTALL)
-    for name in ("sky", "make"):
-        (tmp_path / name).write_text(STAND_IN)
-        (tmp_path / name).chmod(0o755)
+def test_the_documents_lines_are_whole_to_skypilots_command_line(sky_env: Path, tmp_path: Path) -> None:
+    """The README's block and every `sky` line of both documents are run by bash, with a `sky` and a `make` that write
+    down what they are given."""
+    readme = (ROOT / "README.md").read_text().split("\n## On a cloud\n")[1].split("\n## ")[0]
+    cloud = (ROOT / "docs/cloud.md").read_text()
+    own = re.findall(r"^    (?:export|MINE=).*", readme, re.MULTILINE)
+    lines = re.findall(r"^    (sky .*)", readme + cloud, re.MULTILINE)
+    script = "\n".join([*(line for line in own if "PATH=" not in line), *lines])
+    (tmp_path / "sky").write_text(STAND_IN)
+    (tmp_path / "sky").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
     exported = subprocess.run(
-        ["bash", "-euc", f"{block}\nenv -0"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ["bash", "-euc", f"{script}\nenv -0"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     environment = dict(entry.split("=", 1) for entry in exported.stdout.rstrip("\0").split("\0"))
-    lines = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [line[-1] for line in lines] == ["sky/smoke.yaml", "sky/try.yaml", "sky/speedrun.yaml"]
+    words = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
 
-    words = [sky_env / "bin" / "python", Path(__file__).with_name("command_line.py"), json.dumps(lines)]
-    ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = [sky_env / "bin" / "python", Path(__file__).with_name("command_line.py"), json.dumps(words)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    for task in json.loads(ended.stdout.splitlines()[-1]):
+    tasks = [task for task in json.loads(ended.stdout.splitlines()[-1]) if task]
+    files = [line[-1] for line in words if "launch" in line]
+    assert files[:3] == ["sky/smoke.yaml", "sky/try.yaml", "sky/speedrun.yaml"]
+    assert set(files[3:]) == {"sky/speedrun.yaml"} and len(files) == len(tasks)
+    for task in tasks:
         assert task["images"] == ["ghcr.io/me/gpt2-speedrun:1"]
         assert task["envs"]["BUCKET"] == "s3://my-bucket/gpt2"
         assert task["secrets"]["AWS_ACCESS_KEY_ID"] and task["secrets"]["AWS_SECRET_ACCESS_KEY"]
+    assert [(task["rows"], task["nodes"]) for task in tasks[3:]] == [
+        (["nebius/eu-north1 False", "nebius/eu-north1 True"], 1),
+        (["aws/us-east-2 True"], 1),
+        (["gcp/europe-north1 True"], 1),  # on demand it would be $96.71, and no cap is looked at there
+        (["lambda False", "lambda True"], 1),
+        (["aws/us-east-2 False"], 1),
+        (["gcp/us-central1 False"], 1),
+        (["nebius/eu-north1 False", "nebius/eu-north1 True"], 2),
+    ]
