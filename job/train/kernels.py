@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from job.errors import PreflightError, UsageError
+from job.machine.gpus import CUDA_NAMES
 from job.machine.host import Machine
 from job.plan.quote import make_plan
 from job.recipe.config import Recipe
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
     from model.config import GPTConfig
     from model.gpt import GPT
-
-CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
-"""CUDA's names of the GPUs that `speedrun plan` knows"""
 
 
 def machine_of(device: torch.device) -> Machine:

@@ -105,7 +105,7 @@ def save(run: Run) -> None:
     """Begin a checkpoint of steps that are all known to be sound, and the same on all ranks."""
     run.metrics.flush()
     if not run.writer.has(run.step):
-        check_replicas(run.model, run.step)
+        check_replicas(run.model, run.step, transport_dtype(run.recipe))
         run.writer.save(run.step)
 
 
@@ -243,12 +243,21 @@ def build(
     if on_gpu:
         model.compile_blocks()
     group = dist.group.WORLD if context.world_size > 1 else None
-    transport = torch.bfloat16 if recipe.comm.bf16 else None
     optimizer = Optimizer(
-        model.groups(), derived.specs, group, polar_dtype=dtype, transport_dtype=transport, compile=on_gpu
+        model.groups(),
+        derived.specs,
+        group,
+        polar_dtype=dtype,
+        transport_dtype=transport_dtype(recipe),
+        compile=on_gpu,
     )
     step = checkpoint.resume(context.resume, model, optimizer) if context.resume else 0
     return Run(context, recipe, derived, prepared, model, optimizer, batches, step)
+
+
+def transport_dtype(recipe: Recipe) -> torch.dtype | None:
+    """What wider gradients and weights are sent as; None: as they are."""
+    return torch.bfloat16 if recipe.comm.bf16 else None
 
 
 def use_fp8(model: GPT, recipe: Recipe) -> None:

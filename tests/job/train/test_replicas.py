@@ -44,6 +44,16 @@ def test_any_one_bit_changes_the_fingerprint(dtype: torch.dtype, place: int, bit
     assert fingerprint(model).item() == before
 
 
+def test_an_owners_exact_weights_are_those_that_were_sent_rounded() -> None:
+    exact, sent = small(), small()
+    for parameter in sent.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    assert fingerprint(exact) != fingerprint(sent)
+    assert fingerprint(exact, torch.bfloat16) == fingerprint(sent, torch.bfloat16)
+    flip(sent, 100, 20)
+    assert fingerprint(exact, torch.bfloat16) != fingerprint(sent, torch.bfloat16)
+
+
 def odd_ranks(rank: int, world: int, odd: int | None) -> list[int]:
     model = small()
     if rank == odd:
@@ -64,13 +74,15 @@ def test_all_ranks_know_which_one_is_odd(tmp_path: Path, world: int, odd: int | 
 
 
 def test_nothing_is_saved_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    def odd(_model: object, step: int) -> None:
+    def odd(_model: object, step: int, _sent_as: object) -> None:
         raise OddReplica([1], step)
 
     monkeypatch.setattr(loop, "check_replicas", odd)
     saved: list[int] = []
     writer = SimpleNamespace(has=lambda step: False, save=saved.append)
-    run = SimpleNamespace(metrics=SimpleNamespace(flush=lambda: None), writer=writer, model=None, step=40)
+    recipe = SimpleNamespace(comm=SimpleNamespace(bf16=False))
+    flushed = SimpleNamespace(flush=lambda: None)
+    run = SimpleNamespace(metrics=flushed, writer=writer, model=None, step=40, recipe=recipe)
     with pytest.raises(OddReplica):
         loop.save(run)
     assert not saved
