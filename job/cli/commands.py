@@ -22,14 +22,14 @@ from job.cli.options import (
     run_options,
     talk_options,
 )
+from job.cli.plan import plan
 from job.cli.published_line import scored_at_the_end
 from job.cli.rehearse import rehearse
+from job.cli.try8 import try8
 from job.console import Console
 from job.errors import MEANING, SpeedrunError, UsageError
 
 STAGES = ("prepare", "pretrain", "evaluate", "report")
-AS_PRESET = "[default: what the preset is made for]"
-PRICE = "[default: the leaderboard's $3 an H100]"
 
 
 def exit_code_table() -> str:
@@ -58,7 +58,8 @@ def main() -> None:
     """
 
 
-main.add_command(rehearse)
+for command in (plan, rehearse, try8):
+    main.add_command(command)
 
 
 @main.command()
@@ -128,27 +129,6 @@ def pretrain(
     scoring = scored_at_the_end(core_every, options["recipe"])
     stages = STAGES if scoring else STAGES[:2]
     _run(stages, run_id=run_id or model_tag or run_name, note=scoring, **options)
-
-
-@main.command()
-@recipe_options("run6")
-@click.option("--gpu", metavar="NAME", help=f"h100, h200, a100-80gb, or cpu for a plan without a GPU.  {AS_PRESET}")
-@click.option("--gpus", type=int, metavar="N", help=f"How many, in one node.  {AS_PRESET}")
-@click.option("--price", type=float, metavar="DOLLARS", help=f"What the whole node costs an hour.  {PRICE}")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, and nothing else, on stdout.")
-def plan(recipe: Any, gpu: str | None, gpus: int | None, price: float | None, as_json: bool) -> None:
-    """What a run would need and cost, before anything is rented: steps, text, memory, minutes, dollars. Computes, and
-    does nothing else.
-
-    \b
-    Example:
-      speedrun plan --preset run6 --price 24
-    """
-    from job.plan.page import page
-    from job.plan.quote import make_plan
-
-    made = make_plan(recipe, gpu, gpus, price)
-    click.echo(json.dumps(made.document(), indent=1) if as_json else page(made))
 
 
 @main.command()
@@ -333,6 +313,7 @@ def _run(
     from job.machine import container
 
     container.check_temporary_folder()  # torch wants one as it is imported
+    from job.plan.measured import RUN_ID
     from job.run import launch, preflight
     from job.run.join import join
     from job.run.nodes import nodes_here
@@ -345,7 +326,11 @@ def _run(
         plan = launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size)
         click.echo("\n".join([plan, *notes]))
         return
-    for sentence in [*notes, *preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2)]:
+    machine = preflight.this_machine()
+    notes += preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2, machine=machine)
+    if strict and bucket and nodes.ranks > 1 and run_id != RUN_ID:
+        notes += preflight.about_try8(bucket.store, machine)
+    for sentence in notes:
         console.say(sentence)
     if strict and bucket is None:
         raise UsageError(

@@ -39,6 +39,8 @@ GPUS = {
         GPU("a100-80gb", "A100 SXM 80 GB", 80e9, 312e12, 0.0, 2.04e12, 247e9),
     )
 }
+CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80gb"}
+"""CUDA's names of them"""
 
 PRICE_SOURCE = (
     "8xH100: $24/h is the leaderboard's own frame, $10/h spot the lowest in SkyPilot's catalogue (neither asked today)"

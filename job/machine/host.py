@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+REVISION = "SPEEDRUN_REVISION"
+"""the environment variable in which an image names the commit it was built from"""
+
+
 def usable_cores() -> int:
     """Cores this process may run on, or the whole ones of a smaller quota (a container's --cpus)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -120,3 +124,14 @@ def describe() -> dict[str, Any]:
     cpu = {"model": cpu_name(), "cores": usable_cores(), "bf16": has_fast_bf16()}
     known = versions("torch", "torchao", "numpy", "rustbpe", "tiktoken", "gpt2-speedrun")
     return {"host": platform.node(), "versions": known, "cpu": cpu}
+
+
+def revision() -> str | None:
+    """The commit that this program is of: as its image says, or git where it runs from a clone; None elsewhere."""
+    if name := os.environ.get(REVISION):
+        return name
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        here = Path(__file__).resolve().parent
+        return subprocess.run(asked, cwd=here, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
@@ -18,10 +17,10 @@ from typing import Any
 
 import torch
 
+from job.machine.host import revision
+
 LOCKED = {"torch": "2.13.0", "triton": "3.7.1", "torchao": "0.18.0", "flash-attn-4": "4.0.0b12"}
 """what requirements-cuda.lock pins of the packages that compute"""
-REVISION = "SPEEDRUN_REVISION"
-"""the environment variable in which an image names the commit it was built from"""
 
 
 def describe_stack() -> dict[str, Any]:
@@ -35,7 +34,7 @@ def describe_stack() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         **{name: _version(name) for name in LOCKED},
         "python": platform.python_version(),
-        "revision": _revision(),
+        "revision": revision(),
     }
 
 
@@ -73,14 +72,4 @@ def _driver() -> str | None:
     with contextlib.suppress(OSError):
         found = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())
         return found[0] if found else None
-    return None
-
-
-def _revision() -> str | None:
-    if name := os.environ.get(REVISION):
-        return name
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        here = Path(__file__).resolve().parent
-        return subprocess.run(asked, cwd=here, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     return None

@@ -154,7 +154,8 @@ def _node(plan: Plan) -> Iterator[str]:
     published = f"; published for 8xH100: {plan.run.step_seconds * 1e3:,.0f} ms" if plan.is_published else ""
     yield from _paragraph(
         f"step {on_node.step_seconds * 1e3:,.0f} ms in {on_node.micro_steps} micro-steps a GPU,"
-        f" {plan.derived.batch_tokens / on_node.step_seconds:,.0f} tokens a second, by the fit{published}"
+        f" {plan.derived.batch_tokens / on_node.step_seconds:,.0f} tokens a second, by"
+        f" {'what try8 measured' if plan.measured else 'the fit'}{published}"
     )
     for stage in on_node.stages:
         yield from _row(stage.name, _span(stage.low, stage.high), stage.basis)

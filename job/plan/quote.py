@@ -19,6 +19,7 @@ from job.data.hub import CROP_SHARE, DATASETS, Dataset
 from job.errors import UsageError
 from job.machine.gpus import GPU, PRICE_SOURCE, check_count, check_price, find_gpu
 from job.plan import money, published_runs
+from job.plan.measured import Measured
 from job.plan.memory import RESERVE, HostMemory, Memory, host_memory, largest_batch, step_memory
 from job.plan.steptime import BEYOND, expected_error, optimizer_seconds, published_fit, step_seconds
 from job.recipe.config import DataConfig, Recipe, preset_header
@@ -101,6 +102,8 @@ class Plan:
     """in what the recipe differs from it"""
     on_node: OnNode | None
     cpu_minutes: dict[str, float]
+    measured: Measured | None = None
+    """what the step is by, instead of the fit"""
 
     @property
     def is_published(self) -> bool:
@@ -131,7 +134,13 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, gpu: str | None = None, gpus: int | None = None, price: float | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    price: float | None = None,
+    measured: Measured | None = None,
+) -> Plan:
     """The plan of `recipe` on `gpus` GPUs called `gpu`, or on its preset's machine; `price` in dollars a node-hour.
 
     UsageError for an unknown GPU, a price that is not positive, fp8 on a GPU without it, a batch that does not divide.
@@ -141,7 +150,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None, gpus: int | None = None, p
     run, differences = published_runs.closest(
         derived.config, derived.batch_tokens, derived.steps, recipe.train.fp8, recipe.data.source
     )
-    on_node = None if node is None else place(recipe, derived, node, None if differences else run)
+    on_node = None if node is None else place(recipe, derived, node, None if differences else run, measured)
     flops = derived.scaling.flops.value
     return Plan(
         recipe=recipe,
@@ -151,6 +160,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None, gpus: int | None = None, p
         differences=differences,
         on_node=on_node,
         cpu_minutes={} if on_node else {where: flops / speed / 60 for where, speed in CPU_SPEEDS.items()},
+        measured=measured,
     )
 
 
@@ -170,13 +180,21 @@ def find_node(preset: str, gpu: str | None, gpus: int | None, price: float | Non
     return Node(found, number, price, None if found.spot is None else found.spot * number)
 
 
-def place(recipe: Recipe, derived: Derived, node: Node, published: published_runs.Run | None) -> OnNode:
+def place(
+    recipe: Recipe,
+    derived: Derived,
+    node: Node,
+    published: published_runs.Run | None,
+    measured: Measured | None = None,
+) -> OnNode:
     """Seconds, memory and minutes of the recipe on `node`; `published` is the run that it repeats exactly, if any."""
     config, train, gpu, gpus = derived.config, recipe.train, node.gpu, node.gpus
     if train.fp8 and not gpu.fp8:
         raise UsageError(f"the {gpu.title} has no fp8 (Ada, Hopper or newer have): plan bf16 with -o train.fp8=false")
     micro = micro_steps(recipe, derived, gpus)
     seconds = step_seconds(config, derived.batch_tokens, gpu, gpus, train.fp8)
+    if measured:
+        seconds *= measured.factor(recipe.comm, gpu, gpus)
     per_rank = derived.rows_per_step // gpus
     batches = sorted({*DEVICE_BATCHES, train.device_batch_size})
     work = money.Work(
@@ -197,7 +215,7 @@ def place(recipe: Recipe, derived: Derived, node: Node, published: published_run
         memory=[(step_memory(config, rows, gpus, train.fp8), per_rank % rows == 0) for rows in batches],
         largest=largest_batch(config, per_rank * gpus, gpus, train.fp8, gpu.memory),
         host=host_memory(config, gpus),
-        stages=money.stages(work, gpu, gpus, _training(derived, seconds, node, published)),
+        stages=money.stages(work, gpu, gpus, _training(recipe, derived, seconds, node, published, measured)),
     )
 
 
@@ -205,11 +223,20 @@ def _before_the_end(steps: int, every: int) -> int:
     return (steps - 1) // every if every else 0
 
 
-def _training(derived: Derived, seconds: float, node: Node, published: published_runs.Run | None) -> money.Stage:
-    if published is not None and (node.gpu.name, node.gpus) == ("h100", published_runs.GPUS):
+def _training(
+    recipe: Recipe,
+    derived: Derived,
+    seconds: float,
+    node: Node,
+    published: published_runs.Run | None,
+    measured: Measured | None,
+) -> money.Stage:
+    minutes = max(0, derived.steps - UNTIMED_STEPS) * seconds / 60
+    if measured and measured.has_the_step_of(recipe, derived):
+        return money.Stage(TRAINING, minutes, minutes, "the measured step")
+    if measured is None and published is not None and (node.gpu.name, node.gpus) == ("h100", published_runs.GPUS):
         minutes = published.seconds / 60
         return money.Stage(TRAINING, minutes, minutes, f"published: {published.name}")
-    minutes = max(0, derived.steps - UNTIMED_STEPS) * seconds / 60
     error = expected_error(derived.config, node.gpu)
     return money.Stage(TRAINING, minutes * (1 - error), minutes * (1 + error), f"step time, {error:.1%} either way")
 
@@ -265,6 +292,11 @@ def assumptions(plan: Plan) -> list[str]:
         f" a run left out of the fit is missed by at most {fit.worst:.1%}. Of it"
         f" {optimizer_seconds(plan.derived.config, node.gpu, node.gpus) * 1e3:.0f} ms are the optimizer, not fitted."
     )
+    if measured := plan.measured:
+        said.append(
+            f"it is scaled to the step that try8 measured on {measured.gpus} x {measured.gpu} with image"
+            f" {(measured.revision or 'unknown')[:12]}"
+        )
     if not plan.recipe.train.fp8:
         said.append(f"bf16 takes {BF16_TIME:.2f} times as long as fp8, as published for a d26")
     if node.gpu.name != "h100":

@@ -29,11 +29,13 @@ from collections.abc import Mapping
 
 from job.errors import PreflightError, UsageError
 from job.machine import container
-from job.machine.host import Machine, gpu_count, has_fast_bf16, memory_bytes
+from job.machine.host import Machine, gpu_count, has_fast_bf16, memory_bytes, revision
+from job.plan.measured import has_passed
 from job.plan.memory import host_memory
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from job.run.processes import environment_for, python_environment
+from job.store.stores import Store
 from job.train.kernels import choose_kernels, machine_of
 
 COMPILER_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
@@ -119,6 +121,16 @@ def about_comm(recipe: Recipe, world_size: int, gpus: int | None = None) -> list
         )
     only_on_gpus = {"high_priority", "sm_carveout"} if not gpus else set()
     return [f"comm.{name} does nothing here: there is no GPU" for name in changed if name in only_on_gpus]
+
+
+def about_try8(store: Store, machine: Machine) -> list[str]:
+    """A warning where `store` holds no passed `speedrun try8` of this image on such GPUs."""
+    if has_passed(store, revision(), machine.name):
+        return []
+    return [
+        f"warning: {store.url} has no passed trial of this image ({revision() or 'unknown'}) on {machine.name}:"
+        " sky/try8.yaml finds in ten minutes what may end this run"
+    ]
 
 
 def _no_gpu() -> str:

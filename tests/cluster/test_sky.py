@@ -26,6 +26,10 @@ TABLE = {
         "aws": (None, "p5.4xlarge", False, 6.88),
         "lambda": (None, "gpu_1x_h100_sxm5", False, 4.29),  # a PCIe board would be cheaper
     },
+    "try8": {
+        "nebius": ("eu-north1", "gpu-h100-sxm_8gpu-128vcpu-1600gb", False, 23.60),
+        "lambda": (None, "gpu_8x_h100_sxm5", False, 31.92),
+    },
     "prepare": {
         "nebius": (None, "cpu-d3_16vcpu-64gb", False, 0.3968),
         "aws": ("us-east-2", "m6i.4xlarge", True, 0.2414),
@@ -45,11 +49,11 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any], Any]] = {
     **{f"{file} on {cloud}": (file, [cloud], {}, row) for file, rows in TABLE.items() for cloud, row in rows.items()},
     **{
         f"{file} on {cloud}": (file, [cloud], {}, NOT_ENABLED)
-        for file in ("speedrun", "try")
+        for file in ("speedrun", "try", "try8")
         for cloud in ALL
         if cloud not in TABLE[file]
     },
-    **{f"{file} on all": (file, ALL, {}, TABLE[file]["nebius"]) for file in ("speedrun", "try", "smoke")},
+    **{f"{file} on all": (file, ALL, {}, TABLE[file]["nebius"]) for file in ("speedrun", "try", "try8", "smoke")},
     "prepare on all": ("prepare", ALL, {}, TABLE["prepare"]["aws"]),
     "on demand, no type named": ("speedrun", ALL, IMAGE | AWS, "Max hourly cost limit ($36"),
     "on demand, by name": (
@@ -154,8 +158,8 @@ def test_the_documents_lines_are_whole_to_skypilots_command_line(sky_env: Path, 
     assert ended.returncode == 0, ended.stderr[-3000:]
     tasks = [task for task in json.loads(ended.stdout.splitlines()[-1]) if task]
     files = [line[-1] for line in words if "launch" in line]
-    assert files[:3] == ["sky/smoke.yaml", "sky/try.yaml", "sky/speedrun.yaml"]
-    assert set(files[3:]) == {"sky/speedrun.yaml"} and len(files) == len(tasks)
+    assert files[:4] == [f"sky/{name}.yaml" for name in ("smoke", "try", "try8", "speedrun")]
+    assert set(files[4:]) == {"sky/speedrun.yaml"} and len(files) == len(tasks)
     for task in tasks:
         assert task["images"] == ["ghcr.io/me/gpt2-speedrun:1"]
         assert task["envs"]["BUCKET"] == "s3://my-bucket/gpt2"

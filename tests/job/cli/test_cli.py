@@ -33,6 +33,7 @@ def test_the_commands_are_these() -> None:
         "report",
         "run",
         "smoke",
+        "try8",
         "wandb-sync",
     ]
 

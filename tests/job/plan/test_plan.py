@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -11,9 +13,12 @@ from click.testing import CliRunner, Result
 from job.cli.commands import main
 from job.errors import UsageError
 from job.machine.gpus import GPUS
+from job.plan.measured import KEY, Measured
 from job.plan.page import WIDTH, page
 from job.plan.quote import make_plan, warnings
 from job.recipe.config import preset_names, resolve
+from job.run.launch import recipe_document
+from job.store import open_store
 
 GOLDEN = Path(__file__).with_name("plan_run6.txt")
 
@@ -168,3 +173,38 @@ def test_a_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_make_plan_raises_usage_errors() -> None:
     with pytest.raises(UsageError, match="--price -1 cannot be used"):
         make_plan(resolve("run6"), price=-1)
+
+
+def trial(**seconds: float) -> dict[str, Any]:
+    """As `speedrun try8` leaves it."""
+    steps = {variant: {"median": median, "steps": 10} for variant, median in seconds.items()}
+    stack = {"gpu": "NVIDIA H100 80GB HBM3", "gpus": 8, "revision": "0123456789abcdef"}
+    return {"passed": True, "stack": stack, "run": recipe_document(resolve("try"), "try8"), "step_seconds": steps}
+
+
+def test_a_measured_step_prices_the_plan(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put(KEY, json.dumps(trial(on=1.5, off=2.0)).encode(), "application/json")
+    for place in (str(tmp_path), str(tmp_path / KEY)):
+        said = plan("--preset", "run6", "--measured", place).stdout
+        assert "step 1,500 ms in 4 micro-steps" in said and "by what try8 measured" in said
+        assert re.search(r"measured on 8 x NVIDIA H100 80GB HBM3 with image\s+0123456789ab", said)
+        assert re.search(r"^training, timed +138.9  the measured step$", said, re.MULTILINE), said
+    measured = Measured.at(str(tmp_path))
+    other, fitted = (make_plan(resolve("fast"), measured=given).on_node for given in (measured, None))
+    scale = 1.5 / make_plan(resolve("run6")).on_node.step_seconds
+    assert other.step_seconds == pytest.approx(scale * fitted.step_seconds)
+    assert other.training[0] < other.training[1], "carried to another model it has the fit's error"
+    later = make_plan(resolve("run6", {}, ["comm.overlap=false"]), measured=measured)
+    assert later.on_node.step_seconds == pytest.approx(2.0)
+    with pytest.raises(UsageError, match="did not come to measure"):
+        make_plan(resolve("run6", {}, ["comm.bf16=true"]), measured=measured)
+    with pytest.raises(UsageError, match="the trial was of 8 x NVIDIA H100 80GB HBM3, the plan is of 4 x H100 SXM"):
+        make_plan(resolve("run6"), gpus=4, measured=measured)
+
+
+def test_a_place_without_a_trial(tmp_path: Path) -> None:
+    said = plan("--measured", str(tmp_path))
+    assert said.exit_code == 11 and said.stderr.startswith(f"speedrun: {tmp_path} has no runs/try8/try8.json: ")
+    (tmp_path / "other.json").write_text("[]")
+    assert "holds no trial of `speedrun try8`" in plan("--measured", str(tmp_path / "other.json")).stderr

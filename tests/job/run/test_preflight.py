@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from click.testing import CliRunner
 from job.cli.commands import main
 from job.errors import PreflightError, UsageError
 from job.machine.host import Machine, memory_bytes
+from job.plan.measured import KEY
 from job.recipe.config import resolve
-from job.run.preflight import about_comm, check, this_machine
+from job.run.preflight import about_comm, about_try8, check, this_machine
+from job.store import open_store
 from job.train.kernels import choose_kernels, machine_of, price_of
 from model import kernels
 from model.kernels import FA4_FITS
@@ -206,3 +209,24 @@ def test_no_gpu_where_one_is_paid_for_ends_with_10_and_writes_nothing(tmp_path: 
         and ended.stderr.count("\n") == 1
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_warned_where_no_trial_of_its_image_and_gpu_has_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPEEDRUN_REVISION", "mine")
+    store, stack = open_store(str(tmp_path)), {"revision": "mine", "gpu": H100.name}
+    for document, warned in (
+        (None, True),
+        ({"passed": False, "stack": {}}, True),  # the doctor refused
+        ({"passed": False, "stack": stack}, True),
+        ({"passed": True, "stack": stack}, False),
+        ({"passed": True, "stack": stack | {"revision": "other"}}, True),
+        ({"passed": True, "stack": stack | {"gpu": A100.name}}, True),
+    ):
+        if document:
+            store.put(KEY, json.dumps(document).encode(), "application/json")
+        sentences = about_try8(store, H100)
+        assert len(sentences) == warned
+        assert all(s.endswith(f"(mine) on {H100.name}: sky/try8.yaml finds in ten minutes what may end this run")
+                   for s in sentences)  # fmt: skip
