@@ -28,6 +28,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -150,7 +151,10 @@ def prepare(
     finally:
         if hub:
             hub.close()
-    reporter.emit("prepare.done", id=prepared.id, **{key: prepared.metadata[key] for key in (*REPORTED, "crop_share")})
+    done = {key: prepared.metadata[key] for key in (*REPORTED, "crop_share")}
+    if data.source == "local":
+        done["read"] = Counter(Path(file["name"]).suffix.lower() for file in builder.source.identity["files"])
+    reporter.emit("prepare.done", id=prepared.id, **done)
     return prepared
 
 

@@ -362,9 +362,9 @@ class PrintingReporter(Reporter):
 
     def emit(self, kind: str, **fields: Any) -> None:
         if kind == "prepare.done":
-            self._console.say(
-                f"prepared {fields['id']}: {fields['train_rows']:,} rows to train on, {fields['val_rows']:,} held out"
-            )
+            read = ", ".join(f"{count} {suffix}" for suffix, count in sorted(fields.get("read", {}).items()))
+            rows = f"{fields['train_rows']:,} rows to train on, {fields['val_rows']:,} held out"
+            self._console.say(f"prepared {fields['id']}: {rows}" + (f" (files read: {read})" if read else ""))
 
 
 def describe_plan(out: Path, run: Path | None, recipe: Recipe, stages: Sequence[str], *, ranks: int) -> str:
