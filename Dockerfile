@@ -4,12 +4,16 @@
 #                 `make lock CUDA=cu126` has made requirements-cu126.lock
 #   BASE_IMAGE    a Debian 12 with Python 3.11; pin it by digest: --build-arg BASE_IMAGE=python:3.11-slim-bookworm@sha256:...
 #   wheels        --build-context wheels=DIR: wheels that are taken instead of the index's, if their hashes are the lock's
+#   compat        --build-context compat=DIR: NVIDIA's package cuda-compat-13-*.deb, for hosts whose driver is older than 580;
+#                 without it the image has no such libraries. No real one has been in an image of ours: the tests have a stand-in.
 #
 # There is no syntax line: it would fetch a frontend from a registry before anything else.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 # empty, unless the caller brings wheels
 FROM scratch AS wheels
+# empty, unless the caller brings CUDA's forward-compatibility libraries
+FROM scratch AS compat
 
 
 FROM ${BASE_IMAGE} AS base
@@ -72,15 +76,26 @@ RUN python -m pip --python /opt/speedrun/bin/python wheel --quiet --no-deps --no
 FROM base AS program
 # the big layer: it changes with the lock, not with the code
 COPY --from=locked /opt/speedrun /opt/speedrun
+# docker/speedrun says when they are used
+RUN --mount=type=bind,from=compat,target=/compat <<'EOS'
+for package in /compat/cuda-compat-*.deb; do
+    [ -e "$package" ] || continue
+    dpkg-deb --extract "$package" /tmp/compat
+    mv /tmp/compat/usr/local/cuda-*/compat /opt/cuda-compat
+    rm -rf /tmp/compat
+done
+EOS
+
 ARG SOURCE_DATE_EPOCH=0
-# the small layer: our code, byte-compiled, every byte and time of it the same in every build of a commit; the link is for login
-# shells, which set their own PATH
+# on the path that login shells set; the link is for all others, whose PATH begins with /opt/speedrun/bin
+COPY docker/speedrun /usr/local/bin/
+# the small layer: our code, byte-compiled, every byte and time of it the same in every build of a commit
 RUN --mount=type=bind,from=project,source=/wheel,target=/wheel <<'EOS'
 export PYTHONHASHSEED=0
 python -m pip --python /opt/speedrun/bin/python install --quiet --root-user-action=ignore --no-index --no-deps --no-compile /wheel/*.whl
 packages=/opt/speedrun/lib/python3.11/site-packages
 /opt/speedrun/bin/python -m compileall -q --invalidation-mode unchecked-hash $packages/job $packages/model
-ln -s /opt/speedrun/bin/speedrun /usr/local/bin/speedrun
+ln -sf /usr/local/bin/speedrun /opt/speedrun/bin/speedrun
 find $packages/job $packages/model $packages/gpt2_speedrun-* /opt/speedrun/bin/speedrun /usr/local/bin/speedrun \
     -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +
 EOS

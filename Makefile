@@ -29,7 +29,7 @@ TARGET := runtime
 IMAGE_TORCH = $(or $(CUDA),$(if $(filter command,$(origin TORCH)),$(TORCH)),cuda)
 BUILD = docker build --build-arg TORCH=$(IMAGE_TORCH) \
     --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) \
-    --build-arg SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct 2>/dev/null || echo 0) $(BUILD_FLAGS)
+    --build-arg SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct 2>/dev/null || echo 0) $(if $(COMPAT),--build-context compat=$(COMPAT)) $(BUILD_FLAGS)
 
 # The last thing that a finished environment gets is a file named after all that it was made from.
 MADE_FROM := $(shell { cat requirements.lock requirements-cuda.lock; echo $(TORCH) "$(CURDIR)"; } | cksum | cut -d" " -f1)
@@ -88,7 +88,7 @@ bench: $(PROJECT) ## tables of timings (tests/bench/bench_*.py)
 gpu: $(PROJECT) ## what ten minutes of one GPU can say, into out/gpu (tests/gpu/run.py); skipped without one
 	.venv/bin/python tests/gpu/run.py --out $(or $(OUT),out/gpu)
 
-image: ## the container image; TORCH=cpu for one without CUDA
+image: ## the container image; TORCH=cpu for one without CUDA; COMPAT=DIR with cuda-compat-13-*.deb for older drivers
 	$(BUILD) --target $(TARGET) --tag $(IMAGE) .
 
 push: ## build it for SkyPilot and push it: make push IMAGE=ghcr.io/me/gpt2-speedrun:1

@@ -87,3 +87,39 @@ def test_what_compose_and_the_image_import_of_ours_is_there() -> None:
     lines += [f"import {name}" for name in re.findall(r'"-m", "(job[\w.]+)"', (ROOT / "Dockerfile").read_text())]
     assert len(lines) >= 3
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("kernel_module", "libraries", "used"),
+    [
+        ("x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", True, True),
+        ("x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", False, False),
+        ("Open Kernel Module for x86_64  575.57.08  Release Build  (dvs-builder@U22-I3)  Sat May 24 2025", True, True),
+        ("Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder@U22-I3)  Sun Jul 27 2025", True, False),
+        ("Open Kernel Module for x86_64  1000.1  Release Build", True, False),
+        (None, True, False),
+    ],
+)
+def test_compatibility_libraries_come_before_an_older_driver_and_no_other(
+    tmp_path: Path, kernel_module: str | None, libraries: bool, used: bool
+) -> None:
+    """With stand-ins: a version file, a library, and a Python that says what it was given. No real driver was seen."""
+    script = (ROOT / "docker" / "speedrun").read_text()
+    for path in ("/proc/driver/nvidia", "/opt/cuda-compat", "/opt/speedrun/bin"):
+        assert script.count(path) == 1
+        script = script.replace(path, str(tmp_path))
+    if kernel_module is not None:
+        (tmp_path / "version").write_text(
+            f"NVRM version: NVIDIA UNIX {kernel_module}\nGCC version:  gcc version 12.3.0\n"
+        )
+    if libraries:
+        (tmp_path / "libcuda.so.1").touch()
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$LD_LIBRARY_PATH" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    for before in ("", "/mine"):
+        words = ["sh", "-c", script, "speedrun", "run", "--run-id", "a b"]
+        said = subprocess.run(
+            words, env={"PATH": "/usr/bin:/bin", "LD_LIBRARY_PATH": before}, capture_output=True, text=True
+        )
+        path = ":".join(filter(None, [str(tmp_path) if used else "", before]))
+        assert (said.returncode, said.stderr, said.stdout) == (0, "", f"{path} -P -m job.cli run --run-id a b\n")

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,17 @@ def describe() -> dict[str, Any]:
     cpu = {"model": cpu_name(), "cores": usable_cores(), "bf16": has_fast_bf16()}
     known = versions("torch", "torchao", "numpy", "rustbpe", "tiktoken", "gpt2-speedrun")
     return {"host": platform.node(), "versions": known, "cpu": cpu}
+
+
+def driver() -> str | None:
+    """NVIDIA's driver's version, as its kernel module says, or nvidia-smi where that is silent; None without one."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text()):
+            return found[0]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    return None
 
 
 def revision() -> str | None:

@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from job.machine.host import revision
+from job.machine.host import driver, revision
 
 LOCKED = {"torch": "2.13.0", "triton": "3.7.1", "torchao": "0.18.0", "flash-attn-4": "4.0.0b12"}
 """what requirements-cuda.lock pins of the packages that compute"""
@@ -29,7 +26,7 @@ def describe_stack() -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name(0) if on_gpu else None,
         "gpus": torch.cuda.device_count(),
-        "driver": _driver() if on_gpu else None,
+        "driver": driver() if on_gpu else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         **{name: _version(name) for name in LOCKED},
@@ -61,15 +58,4 @@ def lines(stack: dict[str, Any]) -> list[str]:
 def _version(name: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return torch.__version__ if name == "torch" else importlib.metadata.version(name)
-    return None
-
-
-def _driver() -> str | None:
-    """As nvidia-smi says, or as the kernel module does where there is no such program."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
-    with contextlib.suppress(OSError):
-        found = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())
-        return found[0] if found else None
     return None

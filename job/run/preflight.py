@@ -29,7 +29,7 @@ from collections.abc import Mapping
 
 from job.errors import PreflightError, UsageError
 from job.machine import container
-from job.machine.host import Machine, gpu_count, has_fast_bf16, memory_bytes, revision
+from job.machine.host import Machine, driver, gpu_count, has_fast_bf16, memory_bytes, revision
 from job.plan.measured import has_passed
 from job.plan.memory import host_memory
 from job.recipe.config import Recipe
@@ -38,6 +38,10 @@ from job.run.processes import environment_for, python_environment
 from job.store.stores import Store
 from job.train.kernels import choose_kernels, machine_of
 
+COMPAT = "/opt/cuda-compat"
+"""where the image has CUDA's forward-compatibility libraries, if it has any"""
+CUDA_13_DRIVER = 580
+"""the oldest driver that CUDA 13 works with by itself"""
 COMPILER_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
@@ -104,7 +108,24 @@ def check(
         raise PreflightError(slow[0])
     kernels = choose_kernels(recipe, machine, ranks, strict=strict, allow_fa2=allow_fa2)
     warnings = [f"warning: {sentence}" for sentence in slow]
-    return [f"{here}: {machine.name}", *warnings, kernels["attention"], f"fp8: {kernels['fp8']}"]
+    return [
+        f"{here}: {machine.name}",
+        *about_driver(environment),
+        *warnings,
+        kernels["attention"],
+        f"fp8: {kernels['fp8']}",
+    ]
+
+
+def about_driver(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The driver, and whether CUDA's forward-compatibility libraries come before it (docker/speedrun); nothing where
+    there is none."""
+    if (version := driver()) is None:
+        return []
+    used = COMPAT in environment.get("LD_LIBRARY_PATH", "").split(":")
+    return [
+        f"driver {version}" + (", too old for CUDA 13: its forward-compatibility libraries are used" if used else "")
+    ]
 
 
 def about_comm(recipe: Recipe, world_size: int, gpus: int | None = None) -> list[str]:
@@ -138,7 +159,13 @@ def _no_gpu() -> str:
 
     reason = "this is torch's CPU build"
     if torch.version.cuda is not None:
+        version = driver()
         reason = "check nvidia-smi, and that the container is given the GPUs"
+        if version and torch.version.cuda.startswith("13.") and int(version.partition(".")[0]) < CUDA_13_DRIVER:
+            reason = (
+                f"driver {version} is older than the {CUDA_13_DRIVER} of CUDA {torch.version.cuda}: take a host with a"
+                " newer one, or an image built with COMPAT=DIR (Makefile)"
+            )
     return (
         f"--strict is set and torch sees no GPU here ({reason}): mend that, or leave --strict out to train on the CPU"
     )

@@ -92,6 +92,28 @@ def test_two_builds_differ_in_no_file_of_ours(image: Any, repository: Path) -> N
     assert ".cpython-311.pyc" in first and "job/recipe/presets/smoke.toml" in first
 
 
+def test_compatibility_libraries_come_from_a_build_context(image: Any, repository: Path, tmp_path: Path) -> None:
+    """A stand-in for NVIDIA's package: what the real one does on a GPU was not seen."""
+    library = tmp_path / "package/usr/local/cuda-13.0/compat/libcuda.so.1"
+    library.parent.mkdir(parents=True)
+    library.write_text("a stand-in")
+    control = tmp_path / "package/DEBIAN/control"
+    control.parent.mkdir()
+    control.write_text(
+        "Package: cuda-compat-13-0\nVersion: 580.1\nArchitecture: amd64\nMaintainer: us\nDescription: no\n"
+    )
+    (tmp_path / "context").mkdir()
+    package = tmp_path / "context/cuda-compat-13-0_580.1_amd64.deb"
+    subprocess.run(["dpkg-deb", "--build", tmp_path / "package", package], check=True, capture_output=True)
+    arguments = ("--target=runtime", "--build-arg=TORCH=cpu", f"--build-context=compat={package.parent}")
+    image.engine.build(repository, "speedrun:test-compat", *arguments, "--build-arg=SOURCE_DATE_EPOCH=1700000000")
+    with_it = dataclasses.replace(image, name="speedrun:test-compat")
+    assert inside(with_it, "cat /opt/cuda-compat/libcuda.so.1; ls /tmp") == "a stand-in"
+    assert inside(image, "ls /opt") == "speedrun"
+    for words, flags in (("--version",), ()), (("-lc", "speedrun --version"), ("--entrypoint=bash",)):
+        assert with_it.run(*words, flags=flags).stdout.startswith("speedrun, version ")
+
+
 def test_a_generation_of_cuda_without_a_lock_is_refused(engine: Any, repository: Path) -> None:
     words = [
         "docker",

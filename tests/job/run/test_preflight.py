@@ -15,7 +15,7 @@ from job.errors import PreflightError, UsageError
 from job.machine.host import Machine, memory_bytes
 from job.plan.measured import KEY
 from job.recipe.config import resolve
-from job.run.preflight import about_comm, about_try8, check, this_machine
+from job.run.preflight import COMPAT, CUDA_13_DRIVER, about_comm, about_try8, check, this_machine
 from job.store import open_store
 from job.train.kernels import choose_kernels, machine_of, price_of
 from model import kernels
@@ -230,3 +230,22 @@ def test_a_run_is_warned_where_no_trial_of_its_image_and_gpu_has_passed(
         assert len(sentences) == warned
         assert all(s.endswith(f"(mine) on {H100.name}: sky/try8.yaml finds in ten minutes what may end this run")
                    for s in sentences)  # fmt: skip
+
+
+@pytest.mark.usefixtures("only_fa2")
+def test_the_driver_and_what_was_done_about_it_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.run.preflight.driver", lambda: "535.104.05")
+    assert said(allow_fa2=True)[1] == "driver 535.104.05"
+    path = {"LD_LIBRARY_PATH": f"{COMPAT}:/mine"}
+    sentence = "driver 535.104.05, too old for CUDA 13: its forward-compatibility libraries are used"
+    assert said(allow_fa2=True, environment=path)[1] == sentence
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    with pytest.raises(
+        PreflightError, match=r"\(driver 535.104.05 is older than the 580 of CUDA 13.0: take a host with"
+    ):
+        said(machine=Machine())
+
+
+def test_the_script_and_the_preflight_mean_the_same() -> None:
+    script = (Path(__file__).parents[3] / "docker" / "speedrun").read_text()
+    assert f"compat={COMPAT}\n" in script and f"-lt {CUDA_13_DRIVER} ]" in script
