@@ -5,9 +5,9 @@ given to its optimizer with these clouds enabled.
 No network, no server, no account: the catalog is tests/cluster/catalog, and the questions that would be put to a
 cloud are answered here. Prints a JSON list: what would be rented, or the error.
 
-The catalog is rows of SkyPilot's own (skypilot-catalog, catalogs/v8) as they were stored in November 2026: aws at
-commit 00148f2, gcp 006059e, lambda 0f40703, nebius 0082b04. All zones of H100:8, and of H100:1 on AWS; of CPUs and of
-Lambda's machines, which cost the same everywhere, some; GpuInfo is left empty. RunPod and Azure have none.
+The catalog is rows of SkyPilot's own (skypilot-catalog, catalogs/v8): aws at commit 00148f2, gcp 006059e, lambda
+0f40703, nebius 0082b04, read in November 2026 from copies without a date. All zones of H100:8, and of H100:1 on AWS;
+of CPUs and of Lambda's machines some, GpuInfo left empty. RunPod and Azure have none.
 """
 
 import json
