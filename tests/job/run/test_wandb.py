@@ -35,7 +35,7 @@ def server(wandb_server, monkeypatch: pytest.MonkeyPatch):
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
-    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    (folder / "recipe.json").write_text(json.dumps({"evidence": "", "sources": {}, "derived": {}} | RECIPE))
     return folder
 
 
