@@ -164,7 +164,7 @@ def test_the_documents_lines_are_whole_to_skypilots_command_line(sky_env: Path, 
         assert task["images"] == ["ghcr.io/me/gpt2-speedrun:1"]
         assert task["envs"]["BUCKET"] == "s3://my-bucket/gpt2"
         assert task["secrets"]["AWS_ACCESS_KEY_ID"] and task["secrets"]["AWS_SECRET_ACCESS_KEY"]
-    assert [(task["rows"], task["nodes"]) for task in tasks[3:]] == [
+    assert [(task["rows"], task["nodes"]) for task in tasks[4:]] == [
         (["nebius/eu-north1 False", "nebius/eu-north1 True"], 1),
         (["aws/us-east-2 True"], 1),
         (["gcp/europe-north1 True"], 1),  # on demand it would be $96.71, and no cap is looked at there

@@ -2,19 +2,20 @@
 none of this.
 
 torch 2.11 (Python 3.12, CUDA 13, Triton 3.6): `torch.compile` has no `recompile_limit`; torch.distributed has no
-`reduce_scatter_single` and `all_gather_single` (other names for what it has); torch's wrapper of FlashAttention 4
-refuses windows, so its package is called directly (`flash_attention_4`). Wheels that the machine lacks lie in a
-folder and are unpacked into another (`unpack`).
+`reduce_scatter_single` and `all_gather_single` (other names for what it has); its wrapper of FlashAttention 4 refuses
+windows backward, and forward hands on -1 where the package wants None. Wheels that the machine lacks lie in a folder,
+as they are or as a .tar.xz of their contents, and are unpacked into another (`unpack`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import shutil
 import site
 import sys
-import zipfile
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +37,16 @@ def adapt() -> list[str]:
         if not hasattr(dist, name):
             setattr(dist, name, getattr(dist, older))
             done.append(f"torch.distributed.{name} is {older}")
+    if "window_size_left" not in inspect.signature(fa4()._fa4_run_backward).parameters:
+        _give_windows(fa4())
+        done.append("torch's wrapper of FlashAttention 4 takes a window")
     return done
+
+
+def fa4() -> ModuleType:
+    from torch.nn.attention import _fa4
+
+    return _fa4
 
 
 def _without_limit(compiler):
@@ -50,29 +60,61 @@ def _without_limit(compiler):
     return compile
 
 
-def torch_calls_windows() -> bool:
-    """Whether torch's own wrapper of FlashAttention 4 takes a window, forward and backward."""
-    from torch.nn.attention import _fa4
+def _give_windows(wrapper: ModuleType) -> None:
+    """What torch 2.13's wrapper of FlashAttention 4 does with windows and lengths, in an older one that is not active
+    yet."""
+    run_forward = wrapper._fa4_run_forward
 
-    return "window_size_left" in inspect.signature(_fa4._fa4_run_backward).parameters
+    def bound(size: int | None) -> int | None:
+        return None if size == -1 else size
 
+    def forward(query, key, value, starts_q, starts_k, scale, causal, left, right, *others):
+        return run_forward(query, key, value, starts_q, starts_k, scale, causal, bound(left), bound(right), *others)
 
-def flash_attention_4(q, k, v, window: int, scale: float | None = None):
-    """FlashAttention 4 without torch's wrapper, in the place of `model.attention.attention`: (B, T, H, D), bf16."""
-    from flash_attn.cute.interface import flash_attn_func
+    def backward(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        logsumexp,
+        starts_q,
+        starts_k,
+        max_q,
+        max_k,
+        dropout_p,
+        causal,
+        *_,
+        **options,
+    ):
+        package = wrapper._fa4_import_module(wrapper._FA4_MODULE_PATH)
+        return package._flash_attn_bwd(
+            query,
+            key,
+            value,
+            out,
+            grad_out,
+            logsumexp.contiguous(),
+            softmax_scale=options["scale"],
+            causal=causal,
+            window_size_left=bound(options["window_size_left"]),
+            window_size_right=bound(options["window_size_right"]),
+            cu_seqlens_q=starts_q,
+            cu_seqlens_k=starts_k,
+            max_seqlen_q=max_q,
+            max_seqlen_k=max_k,
+        )
 
-    full = window >= q.size(1) - 1
-    out = flash_attn_func(q, k, v, softmax_scale=scale, causal=full, window_size=(None, None) if full else (window, 0))
-    return out[0] if isinstance(out, tuple) else out
+    wrapper._fa4_run_forward = forward
+    wrapper._fa4_flash_attention_backward_impl = backward
 
 
 def unpack(wheels: Path, into: Path) -> list[str]:
     """Put the packages of a folder's wheels on this process's path, unpacked below `into`; their file names."""
     names = []
-    for wheel in sorted(wheels.glob("*.whl")):
+    for wheel in sorted([*wheels.glob("*.whl"), *wheels.glob("*.tar.xz")]):
         if not (into / f"{wheel.name}.done").exists():
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(into)
+            shutil.unpack_archive(wheel, into, "zip" if wheel.suffix == ".whl" else "xztar")
             (into / f"{wheel.name}.done").touch()
         names.append(wheel.name)
     site.addsitedir(str(into))  # some add paths of their own in a .pth file

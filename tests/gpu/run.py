@@ -45,18 +45,19 @@ class Step:
     title: str
 
 
-STEPS = (
+STEPS = (  # in the order of what a lease that ends early should have seen
     Step("products", "steps.kernels:products", 90, "fp8 products and loss against fp32"),
     Step("attention", "steps.kernels:attend", 90, "attention against the reference, and its time"),
     Step("compiled", "steps.training:compiled", 210, "the fp8 step: compiling, graphs, memory"),
     Step("steps", "steps.training:steps", 60, "steps: tokens a second, host against GPU"),
     Step("profile", "steps.profile:profiled", 45, "one micro-step by component"),
-    Step("forks", "steps.kernels:forks", 60, "CORE's masked forks with and without cuDNN"),
-    Step("curves", "steps.training:curves", 180, "fp8 against bf16"),
     Step("checkpoint", "steps.state:checkpoint", 60, "what a checkpoint costs training"),
     Step("resume", "steps.state:resume", 60, "exact resume"),
+    Step("rates", "steps.kernels:rates", 30, "what the card gives: a copy, and each product"),
+    Step("forks", "steps.kernels:forks", 60, "CORE's masked forks with and without cuDNN"),
     Step("ranks", "steps.state:ranks", 60, "two ranks on the one device"),
     Step("plain", "steps.training:plain", 90, "the same step of plain torch modules"),
+    Step("curves", "steps.training:curves", 180, "fp8 against bf16"),
 )
 
 

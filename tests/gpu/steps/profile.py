@@ -58,7 +58,7 @@ def profiled(bench: Bench) -> Result:
         for name, estimate in ESTIMATED.items()
     ]
     result.tables.append((["component", "ms", "share", "ms estimated"], [*table, ["sum", f"{total:.2f}", "", ""]]))
-    kernels = sorted(_kernels(seen.events(), bench.on_gpu).items(), key=lambda item: -item[1])[:25]
+    kernels = sorted(_kernels(seen.events(), bench.on_gpu).items(), key=lambda item: -item[1])[:60]
     result.tables.append((["kernel", "ms"], [[name[:110], f"{ms:.2f}"] for name, ms in kernels]))
     result.check(total > 0 and spent.get("fp8 products", 0) > 0, "the profile has no product in fp8")
     return result
