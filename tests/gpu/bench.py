@@ -119,8 +119,8 @@ class Bench:
     """A device, the sizes, and the model that several steps train (made when it is first asked for, kept until
     `free`)."""
 
-    def __init__(self, device: torch.device, sizes: Sizes) -> None:
-        self.device, self.sizes = device, sizes
+    def __init__(self, device: torch.device, sizes: Sizes, out: Path) -> None:
+        self.device, self.sizes, self.out = device, sizes, out
         self._trainee: Trainee | None = None
         self._corpus: Tensor | None = None
 

@@ -63,6 +63,8 @@ def _without_limit(compiler):
 def _give_windows(wrapper: ModuleType) -> None:
     """What torch 2.13's wrapper of FlashAttention 4 does with windows and lengths, in an older one that is not active
     yet."""
+    import torch
+
     run_forward = wrapper._fa4_run_forward
 
     def bound(size: int | None) -> int | None:
@@ -85,7 +87,9 @@ def _give_windows(wrapper: ModuleType) -> None:
         dropout_p,
         causal,
         *_,
-        **options,
+        scale=None,
+        window_size_left=None,
+        window_size_right=None,
     ):
         package = wrapper._fa4_import_module(wrapper._FA4_MODULE_PATH)
         return package._flash_attn_bwd(
@@ -95,14 +99,15 @@ def _give_windows(wrapper: ModuleType) -> None:
             out,
             grad_out,
             logsumexp.contiguous(),
-            softmax_scale=options["scale"],
+            softmax_scale=scale,
             causal=causal,
-            window_size_left=bound(options["window_size_left"]),
-            window_size_right=bound(options["window_size_right"]),
+            window_size_left=bound(window_size_left),
+            window_size_right=bound(window_size_right),
             cu_seqlens_q=starts_q,
             cu_seqlens_k=starts_k,
             max_seqlen_q=max_q,
             max_seqlen_k=max_k,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
 
     wrapper._fa4_run_forward = forward

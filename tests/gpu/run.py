@@ -54,6 +54,8 @@ STEPS = (  # in the order of what a lease that ends early should have seen
     Step("checkpoint", "steps.state:checkpoint", 60, "what a checkpoint costs training"),
     Step("resume", "steps.state:resume", 60, "exact resume"),
     Step("rates", "steps.kernels:rates", 30, "what the card gives: a copy, and each product"),
+    Step("doubled", "steps.training:doubled", 120, "the step with twice the rows"),
+    Step("tuned", "steps.training:tuned", 200, "the step as Inductor's coordinate descent tunes it"),
     Step("forks", "steps.kernels:forks", 60, "CORE's masked forks with and without cuDNN"),
     Step("ranks", "steps.state:ranks", 60, "two ranks on the one device"),
     Step("plain", "steps.training:plain", 90, "the same step of plain torch modules"),
@@ -226,7 +228,7 @@ def child(options: argparse.Namespace) -> int:
         quick_compiler()
     device = torch.device("cpu" if options.dry else "cuda")
     use_kernel(options.kernel)
-    bench = Bench(device, DRY if options.dry else Sizes())
+    bench = Bench(device, DRY if options.dry else Sizes(), options.out)
     for step in (step for name in options.child for step in STEPS if step.name == name):
         say(options.out, {"begins": step.name})
         began = time.monotonic()

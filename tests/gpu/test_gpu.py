@@ -27,6 +27,8 @@ STEPS = [
     "checkpoint",
     "resume",
     "rates",
+    "doubled",
+    "tuned",
     "forks",
     "ranks",
     "plain",

@@ -4,14 +4,17 @@ modules."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
 import torch._dynamo
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import compilation_time_metrics, counters
@@ -23,6 +26,7 @@ from model.hyper import StepHyper
 
 PHASES = 14
 """of the compiler's own clock, the largest"""
+PARTS = ["part", "ms on the device", "ms on the host to queue it"]
 CURVE_SECONDS = 80
 """after which a curve ends where it is, compiling included"""
 
@@ -145,11 +149,9 @@ def steps(bench: Bench) -> Result:
             trainee.step(batch, 1)
     batches = [bench.batch(number) for number in range(bench.sizes.steps)]
     bench.wait()
-    host, losses, marks, began = [], [], [bench.moment()], time.perf_counter()
+    losses, marks, began = [], [bench.moment()], time.perf_counter()
     for number, batch in enumerate(batches):
-        queued = time.perf_counter()
         losses.append(trainee.step(batch, number))
-        host.append(1000 * (time.perf_counter() - queued))
         marks.append(bench.moment())
     bench.wait()
     wall = time.perf_counter() - began
@@ -157,14 +159,71 @@ def steps(bench: Bench) -> Result:
     result.facts |= {
         "tokens a second": f"{bench.sizes.tokens / median * 1000:,.0f}",
         "ms a step (one micro-step and the update), median": f"{median:.1f}",
-        "ms on the host to queue it, median": f"{statistics.median(host):.1f}",
-        "host over device": f"{statistics.median(host) / median:.2f}",
         "seconds of all steps": f"{wall:.2f}",
         "graphs compiled meanwhile": counters["stats"]["unique_graphs"] - before.get("unique_graphs", 0),
         "loss of the last step": f"{losses[-1].item():.4f}",
     }
+    result.tables.append((PARTS, _parts(bench, trainee)))
     result.check(result.facts["graphs compiled meanwhile"] == 0, "something was compiled again")
     result.check(bool(torch.isfinite(torch.stack(losses)).all()), "a loss is no number")
+    return result
+
+
+def _parts(bench: Bench, trainee: Trainee) -> list[list[str]]:
+    """Forward, backward and update by themselves, nothing before them in the queue: a full queue makes the host wait,
+    which would look like its own slowness."""
+    found: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": [], "update": []}
+    for number in range(max(2, bench.sizes.steps // 4)):
+        rows, schedule, kept = bench.batch(number), trainee.schedule.at(number), []
+        trainee.optimizer.begin_overlap()
+        ways: dict[str, Callable[[], object]] = {
+            "forward": lambda rows=rows, kept=kept: kept.append(trainee.model.loss(rows[:, :-1], rows[:, 1:])),
+            "backward": lambda kept=kept: kept[0].backward(),
+            "update": lambda schedule=schedule: trainee.optimizer.step(schedule),
+        }
+        for name, way in ways.items():
+            bench.wait()
+            began, clock = bench.moment(), time.perf_counter()
+            way()
+            queued = 1000 * (time.perf_counter() - clock)
+            found[name].append((bench.between(began, bench.moment()), queued))
+    return [
+        [name, *(f"{statistics.median(values):.1f}" for values in zip(*times, strict=True))]
+        for name, times in found.items()
+    ]
+
+
+def doubled(bench: Bench) -> Result:
+    return _variant(bench, 2, {})
+
+
+def tuned(bench: Bench) -> Result:
+    return _variant(bench, 1, {"coordinate_descent_tuning": True})
+
+
+def _variant(bench: Bench, rows: int, settings: dict[str, bool]) -> Result:
+    """The parts of a step with another micro-batch, or with other settings of Inductor, compiled anew."""
+    bench.free()
+    torch._dynamo.reset()
+    result, sizes, began = Result(), bench.sizes, time.perf_counter()
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    bench.sizes = dataclasses.replace(sizes, rows=sizes.rows * rows)
+    try:
+        with torch._inductor.config.patch(settings):
+            trainee = bench.trainee()
+            bench.wait()
+            result.facts["seconds to the third step"] = f"{time.perf_counter() - began:.1f}"
+            parts = _parts(bench, trainee)
+        micro = sum(float(ms) for part, ms, _ in parts if part != "update")
+        result.facts["tokens a second, without the update"] = f"{bench.sizes.tokens / micro * 1000:,.0f}"
+    finally:
+        bench.sizes = sizes
+    if bench.on_gpu:
+        result.facts["peak allocated, 10^9 bytes"] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
+    result.tables.append((PARTS, parts))
+    bench.free()
+    torch._dynamo.reset()
     return result
 
 
