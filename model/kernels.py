@@ -1,6 +1,6 @@
 """Which kernels a GPU can run, attention's and fp8's, told without torch.
 
-fa2   FlashAttention 2, part of torch          Ampere and later    a step is about 6 % slower (estimated)
+fa2   FlashAttention 2, part of torch          Ampere and later    a step is about 7 % slower (estimated)
 fa3   FlashAttention 3, a package of its own   Hopper
 fa4   FlashAttention 4, a package of its own   Hopper, Blackwell   later releases return more than torch unpacks
 """
@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 FA4_PACKAGE, FA4_FITS = "flash-attn-4", "4.0.0b12"
-FA2_TIME = 1.92
-"""FlashAttention 2's time over 3's on an H100, forward and backward (published: anemoi#959; 4 takes as long as 3)"""
-ATTENTION_SHARE = 0.065
-"""of a step of run 6 that FlashAttention 3 takes (estimated from FLOPs: 17 of 260 ms a micro-step at 500 TFLOP/s)"""
+FA2_TIME = 49.4 / 30.6
+"""FlashAttention 2's time over 4's in a micro-step of a d24, forward and backward (measured on one H100 80GB HBM3 with
+torch 2.11: LOG, 2026-11-26)"""
+ATTENTION_SHARE = 30.6 / 268
+"""of that micro-step that FlashAttention 4 takes (measured there)"""
 FA2_COST = (FA2_TIME - 1) * ATTENTION_SHARE
-"""estimated share of a step that FlashAttention 2 takes longer on Hopper and Blackwell: 6 %"""
+"""estimated share of a step that FlashAttention 2 takes longer on Hopper and Blackwell: 7 %"""
 BF16_TIME = 740 / 630
 """a bf16 step's time over an fp8 one's: tokens per second of a d26 on 8xH100, published"""
 

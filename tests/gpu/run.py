@@ -45,20 +45,20 @@ class Step:
     title: str
 
 
-STEPS = (  # in the order of what a lease that ends early should have seen
-    Step("products", "steps.kernels:products", 90, "fp8 products and loss against fp32"),
-    Step("attention", "steps.kernels:attend", 90, "attention against the reference, and its time"),
-    Step("compiled", "steps.training:compiled", 210, "the fp8 step: compiling, graphs, memory"),
-    Step("steps", "steps.training:steps", 60, "steps: tokens a second, host against GPU"),
-    Step("profile", "steps.profile:profiled", 45, "one micro-step by component"),
-    Step("checkpoint", "steps.state:checkpoint", 60, "what a checkpoint costs training"),
-    Step("resume", "steps.state:resume", 60, "exact resume"),
-    Step("rates", "steps.kernels:rates", 30, "what the card gives: a copy, and each product"),
-    Step("doubled", "steps.training:doubled", 120, "the step with twice the rows"),
-    Step("tuned", "steps.training:tuned", 200, "the step as Inductor's coordinate descent tunes it"),
-    Step("forks", "steps.kernels:forks", 60, "CORE's masked forks with and without cuDNN"),
+STEPS = (  # in the order of what a lease that ends early should have seen; limits: about twice what an H100 took
+    Step("products", "steps.kernels:products", 60, "fp8 products and loss against fp32"),
+    Step("attention", "steps.kernels:attend", 60, "attention against the reference, and its time"),
+    Step("compiled", "steps.training:compiled", 150, "the fp8 step: compiling, graphs, memory"),
+    Step("steps", "steps.training:steps", 30, "steps: tokens a second, host against GPU"),
+    Step("profile", "steps.profile:profiled", 20, "one micro-step by component"),
+    Step("rates", "steps.kernels:rates", 20, "what the card gives: a copy, and each product"),
+    Step("checkpoint", "steps.state:checkpoint", 30, "what a checkpoint costs training"),
+    Step("tuned", "steps.training:tuned", 120, "a block under other settings of the compiler"),
+    Step("forks", "steps.kernels:forks", 40, "CORE's masked forks with and without cuDNN"),
     Step("ranks", "steps.state:ranks", 60, "two ranks on the one device"),
-    Step("plain", "steps.training:plain", 90, "the same step of plain torch modules"),
+    Step("resume", "steps.state:resume", 120, "exact resume"),
+    Step("doubled", "steps.training:doubled", 120, "the step with twice the rows"),
+    Step("plain", "steps.training:plain", 60, "the same step of plain torch modules"),
     Step("curves", "steps.training:curves", 180, "fp8 against bf16"),
 )
 

@@ -60,7 +60,7 @@ def test_the_kernel_chosen(
 def test_a_slower_kernel_is_an_error_where_it_is_paid_for(
     wanted: str, capability: tuple[int, int], have: dict[str, str], missing: str
 ) -> None:
-    slower = f"FlashAttention 2, 6% of each step slower (estimated): {missing}"
+    slower = f"FlashAttention 2, 7% of each step slower (estimated): {missing}"
     with pytest.raises(BackendError) as refused:
         choose_backend(wanted, capability, have, strict=True)
     assert str(refused.value) == f"attention would run on {slower}; install it, or accept that with --allow-fa2"

@@ -22,6 +22,7 @@ from torch._dynamo.utils import compilation_time_metrics, counters
 import model.attention
 import model.gpt
 from bench import Bench, Result, Trainee, relative
+from model import fp8
 from model.hyper import StepHyper
 
 PHASES = 14
@@ -110,21 +111,22 @@ def _block_against_fp32(bench: Bench, trainee: Trainee, result: Result) -> None:
         )
         return [out.detach(), *torch.autograd.grad(out, [inputs, *which.parameters()], dy.to(dtype))]
 
-    with torch.no_grad():
-        for weight in (*block.parameters(), *plain.parameters()):
-            if not weight.any():
-                weight.copy_(
-                    torch.randn(
-                        weight.shape, generator=torch.Generator(bench.device).manual_seed(2), device=bench.device
-                    )
-                    * 0.02
-                )
+    _fill(block)
+    _fill(plain)
     names = ["output", "gradient by the input", *(name for name, _ in block.named_parameters())]
     pairs = zip(names, computed(block, torch.bfloat16), computed(plain, torch.float32), strict=True)
     rows = [[name, f"{relative(got, right):.4f}"] for name, got, right in pairs]
     result.tables.append((["block 0 in fp8, compiled, against fp32", "relative error"], rows))
     worst = max(float(error) for _, error in rows)
     result.check(worst < 0.3, f"a compiled block is wrong by {worst:.1%}")
+
+
+@torch.no_grad()
+def _fill(block: torch.nn.Module) -> None:
+    """Give numbers to the weights that begin as zeros: through them nothing would come."""
+    for weight in block.parameters():
+        if not weight.any():
+            weight.normal_(0, 0.02, generator=torch.Generator(weight.device).manual_seed(2))
 
 
 def _without_fp8(block: torch.nn.Module) -> torch.nn.Module:
@@ -194,27 +196,18 @@ def _parts(bench: Bench, trainee: Trainee) -> list[list[str]]:
 
 
 def doubled(bench: Bench) -> Result:
-    return _variant(bench, 2, {})
-
-
-def tuned(bench: Bench) -> Result:
-    return _variant(bench, 1, {"coordinate_descent_tuning": True})
-
-
-def _variant(bench: Bench, rows: int, settings: dict[str, bool]) -> Result:
-    """The parts of a step with another micro-batch, or with other settings of Inductor, compiled anew."""
+    """The parts of a step with twice the rows a micro-batch, compiled anew."""
     bench.free()
     torch._dynamo.reset()
     result, sizes, began = Result(), bench.sizes, time.perf_counter()
     if bench.on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    bench.sizes = dataclasses.replace(sizes, rows=sizes.rows * rows)
+    bench.sizes = dataclasses.replace(sizes, rows=2 * sizes.rows)
     try:
-        with torch._inductor.config.patch(settings):
-            trainee = bench.trainee()
-            bench.wait()
-            result.facts["seconds to the third step"] = f"{time.perf_counter() - began:.1f}"
-            parts = _parts(bench, trainee)
+        trainee = bench.trainee()
+        bench.wait()
+        result.facts["seconds to the third step"] = f"{time.perf_counter() - began:.1f}"
+        parts = _parts(bench, trainee)
         micro = sum(float(ms) for part, ms, _ in parts if part != "update")
         result.facts["tokens a second, without the update"] = f"{bench.sizes.tokens / micro * 1000:,.0f}"
     finally:
@@ -223,6 +216,46 @@ def _variant(bench: Bench, rows: int, settings: dict[str, bool]) -> Result:
         result.facts["peak allocated, 10^9 bytes"] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
     result.tables.append((PARTS, parts))
     bench.free()
+    torch._dynamo.reset()
+    return result
+
+
+def tuned(bench: Bench) -> Result:
+    """A block, forward and backward, under settings of Inductor that may find better tiles: is there something to
+    win?"""
+    bench.free()
+    result, rows, config = Result(), [], bench.sizes.config
+    with bench.device:
+        gpt = model.gpt.GPT(config, compute_dtype=torch.bfloat16)
+    gpt.init_weights(42)
+    fp8.apply(gpt, bench.sizes.tokens)
+    block = gpt.blocks[min(2, config.depth - 1)]
+    _fill(block)
+    shape = (bench.sizes.rows, config.seq_len, config.width)
+    generator = torch.Generator(bench.device).manual_seed(0)
+    x, x0, dy = (torch.randn(shape, generator=generator, device=bench.device).bfloat16() for _ in range(3))
+    inputs = [x.requires_grad_(), x0.requires_grad_(), *block.parameters()]
+    mix = [torch.tensor(value, device=bench.device) for value in (1.1, 0.2)]
+    others = (mix, None, gpt._rotary.tables(config.seq_len, x), model.attention.attention)
+
+    def forward() -> Tensor:
+        return block(x, x0, *others)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(), inputs, dy, allow_unused=True)
+
+    for settings in ((), ("max_autotune_pointwise",), ("coordinate_descent_tuning",)):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(dict.fromkeys(settings, True)):
+            block.compile(fullgraph=True, dynamic=False)
+            began = time.perf_counter()
+            both()
+            bench.wait()
+            compiling = time.perf_counter() - began
+        took = bench.medians({"forward": forward, "both": both})
+        cells = (took["forward"], took["both"] - took["forward"])
+        rows.append([settings[0] if settings else "as trained", *(f"{ms:.3f}" for ms in cells), f"{compiling:.1f}"])
+    result.tables.append((["one block, fp8", "forward ms", "backward ms", "seconds to compile"], rows))
     torch._dynamo.reset()
     return result
 
