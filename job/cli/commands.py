@@ -239,7 +239,7 @@ def evaluate(
     if bucket:
         bucket.pull_results(run_path)
     recipe = rescore.recipe_for_evaluation(run_path, core_bundle, overrides)
-    stages = ("prepare", *STAGES[2:]) if bucket else STAGES[2:]  # the bucket has the data that this machine may lack
+    stages = ("prepare", *STAGES[2:]) if bucket else STAGES[2:]  # which pulls what this machine lacks
     with rescore.asking(run_path, recipe, launch.recipe_document(recipe, run_id)) as asked:
         fuller = f"the run has a fuller score, which stays as it is; this one is in {asked.folder}"
         kept = fuller if asked.is_lesser else ""

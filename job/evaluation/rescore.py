@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import UsageError
+from job.evaluation.core_v1 import PUBLISHED_URL
 from job.evaluation.ledger import LEDGER
 from job.recipe.config import EvalConfig, Recipe, from_document, resolve
 from job.recipe.derive import derive
@@ -39,8 +40,13 @@ class Asked:
     """whether the run's own score says more"""
 
 
+FROM_BUCKET = ".recipe-from-bucket"
+"""a file beside a recipe.json that nobody gave on this machine: no path or address in it is followed"""
+
+
 def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequence[str]) -> Recipe:
-    """The run's recipe with another `eval` section; UsageError for a key of any other section."""
+    """The run's recipe with another `eval` section; UsageError for a key of any other section, and for a bundle that
+    only the bucket names."""
     recipe = from_document(recipe_of(run))
     foreign = [o for o in overrides if not o.startswith("eval.")]
     if foreign:
@@ -52,7 +58,15 @@ def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequenc
             flags[f"{section}.{key}"] = (recipe.sources[f"{section}.{key}"], value)
     if core_bundle is not None:
         flags["eval.core_bundle"] = ("--core-bundle", core_bundle)
-    return resolve(recipe.preset, flags, overrides)
+    asked = resolve(recipe.preset, flags, overrides)
+    bundle = asked.eval.core_bundle
+    named = core_bundle is not None or any(o.partition("=")[0].strip() == "eval.core_bundle" for o in overrides)
+    if (run / FROM_BUCKET).is_file() and bundle not in ("", PUBLISHED_URL) and not named:
+        raise UsageError(
+            f"the recipe of {run.name} came from the bucket and names the CORE bundle {bundle}, which is not followed:"
+            " say --core-bundle PATH"
+        )
+    return asked
 
 
 @contextlib.contextmanager

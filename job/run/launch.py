@@ -23,7 +23,7 @@ from typing import Any
 from job.addresses import recorded_argv
 from job.console import Console
 from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
-from job.evaluation.rescore import Asked, fullness, fullness_of_score
+from job.evaluation.rescore import FROM_BUCKET, Asked, fullness, fullness_of_score
 from job.machine import container, host
 from job.recipe.config import SCHEMA, Recipe, differing_keys
 from job.recipe.derive import derive, differing_values, micro_steps
@@ -121,6 +121,7 @@ def open_run(
         kept = json.dumps(document, indent=1).encode()
     if kept and kept != here:
         atomic_write(file, kept)
+    (run / FROM_BUCKET).unlink(missing_ok=True)
     return run
 
 
@@ -132,6 +133,7 @@ def existing_run(out: Path, run_id: str, bucket: Bucket | None = None) -> Path:
         bucket.check_history(run)
         if not (run / "recipe.json").is_file() and (stored := bucket.recipe(run_id)):
             read_recipe(stored, f"the recipe of {run_id} in the bucket")
+            atomic_write(run / FROM_BUCKET, b"")
             atomic_write(run / "recipe.json", stored)
     if not (run / "recipe.json").is_file():
         parent = out / "runs"

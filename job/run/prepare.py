@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from job.data import prepare as data
+from job.data.lock import alone
 from job.data.prepare import Prepared
+from job.errors import DataError
 from job.evaluation.fetch import SMOKE_BUNDLE, eval_bundle
 from job.evaluation.items import items_folder, seal_items
 from job.evaluation.leaks import seal_leaks
@@ -18,20 +20,60 @@ from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.store import store_of_environment
 from job.store.artifact_cache import ArtifactCache
-from job.store.checkpoint_folder import folder_of
-from job.store.sealed import is_sealed, sealing
+from job.store.checkpoint_folder import final_checkpoint, folder_of
+from job.store.sealed import content_id, is_content_id, is_sealed, open_sealed, sealing
+from job.store.stores import Store, pull_sealed
 from job.train.context import RankContext
 
 
 def main(context: RankContext) -> None:
     """The prepare stage, in one process that starts its own packers."""
-    recipe = context.recipe()
-    trains = context.run is not None and not is_sealed(folder_of(context.run, context.rows_of_the_run()))
-    prepared = prepare_rows(context, whole=not trains)
+    recipe, asked = context.recipe(), context.is_asked
+    if asked:
+        prepared = rows_of_the_model(context)
+    else:
+        trains = context.run is not None and not is_sealed(folder_of(context.run, context.rows_of_the_run()))
+        prepared = prepare_rows(context, whole=not trains)
     seal_smoke_bundle(prepared, recipe.data.seed)
     seal_eval_items(context.out, recipe, prepared, context.reporter)
-    if prepared.is_whole:
+    if prepared.is_whole and not asked:
         count_leaks(context.out, recipe, prepared, context.reporter, from_text=context.run is None)
+
+
+def rows_of_the_model(context: RankContext) -> Prepared:
+    """What the finished model was trained on, as the store has it."""
+    store = store_of_environment()
+    assert context.run and store
+    made_from = final_checkpoint(context.run, context.rows_of_the_run(), verify=False).made_from
+    if not is_content_id(made_from.get("prepared")):
+        raise DataError(f"the finished model of run {context.run.name} does not say what rows it was trained on")
+    return pull(context.out / "prepared" / made_from["prepared"], store, context.reporter)
+
+
+def pull(root: Path, store: Store, reporter: Reporter) -> Prepared:
+    """The prepared set `root`, of which `store` gives what is not here. Nothing is made, and no text is opened: the
+    recipe beside a model in a bucket may be anybody's. DataError where a part of the set is nowhere."""
+
+    def take(name: str, kind: str) -> None:
+        if not is_sealed(root / name):
+            pull_sealed(store, f"prepared/{root.name}/{name}", root / name, kind=kind)
+        made_from = open_sealed(root / name, kind=kind).made_from
+        belongs = (made_from.get("prepared", root.name), made_from.get("part", name)) == (root.name, name)
+        if not belongs or (name == "set" and content_id(kind, made_from) != root.name):
+            raise DataError(f"{root / name} belongs elsewhere; delete {root}, here and in the bucket, and run again")
+
+    with alone(root, reporter):
+        for name, kind in (("set", "prepared"), ("tokenizer", "tokenizer"), ("val", "val")):
+            take(name, kind)
+        files = open_sealed(root / "set", kind="prepared").facts["files"]
+        for index in range(len(files)):
+            take(f"rows/{index:05d}", "rows")
+            reporter.progress("pull", index + 1, len(files), "files of rows")
+        prepared = Prepared.open(root)
+    reporter.emit(
+        "prepare.done", id=prepared.id, **{key: prepared.metadata[key] for key in (*data.REPORTED, "crop_share")}
+    )
+    return prepared
 
 
 def prepare_rows(context: RankContext, *, whole: bool) -> Prepared:

@@ -23,6 +23,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,10 @@ class Unsealed:
 def content_id(kind: str, made_from: Mapping[str, Any]) -> str:
     """The id of what `made_from` makes: 16 hex digits of SHA-256 over kind and inputs."""
     return hashlib.sha256(canonical_json([SCHEMA, kind, made_from]).encode()).hexdigest()[:16]
+
+
+def is_content_id(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
 
 
 def sha256_file(path: Path) -> str:

@@ -101,6 +101,11 @@ class RankContext:
         """Training rows that the whole run consumes."""
         return derive(self.recipe()).rows
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether this is an evaluation of a finished run, which its own recipe does not ask for."""
+        return "answers" in self._document()
+
     def answers(self) -> Path:
         """Where the evaluation's answers go; below the run's folder."""
         assert self.run

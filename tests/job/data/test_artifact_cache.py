@@ -12,7 +12,7 @@ import pytest
 
 from job.data.prepare import Prepared
 from job.data.rows import Rows
-from job.errors import StorageError
+from job.errors import DataError, StorageError
 from job.evaluation.bundle import open_bundle
 from job.evaluation.items import seal_items
 from job.evaluation.leaks import seal_leaks
@@ -118,6 +118,28 @@ def test_a_part_of_other_inputs_is_not_taken(first, store, tmp_path, helpers, da
     second = helpers.small_prepare(tmp_path / "second", data, rows=ROWS, store=store, reporter=recorder)
     assert contents(second.path) == contents(first.path)
     assert ["was made from something else" in text for text in warnings(recorder)] == [True]
+
+
+def test_a_set_is_pulled_by_its_id_and_nothing_is_made(first, store, hub, tmp_path, helpers):
+    recorder, root = helpers.Recorder(), tmp_path / "second" / "prepared" / first.id
+    second = stage.pull(root, store, recorder)
+    wanted = {name: hash for name, hash in contents(first.path).items() if not name.startswith("split/")}
+    assert hub.requests == [] and contents(second.path) == wanted
+    assert [(kind, fields["id"]) for kind, fields in recorder.events] == [("prepare.done", first.id)]
+    shutil.rmtree(root)
+    rows = store.root / "prepared" / first.id / "rows"
+    shutil.rmtree(rows / "00000")
+    shutil.copytree(rows / "00001", rows / "00000")
+    with pytest.raises(DataError, match="00000 belongs elsewhere"):
+        stage.pull(root, store, recorder)
+    shutil.copytree(root.parent / first.id, other := root.with_name("0" * 16))
+    with pytest.raises(DataError, match="set belongs elsewhere"):
+        stage.pull(other, store, recorder)
+    shutil.rmtree(rows / "00000")
+    shutil.rmtree(root)
+    with pytest.raises(DataError, match="rows/00000 is not there or was never sealed"):
+        stage.pull(root, store, recorder)
+    assert hub.requests == []
 
 
 def test_a_store_that_cannot_be_listed_is_a_warning(hub, tmp_path, helpers, data):

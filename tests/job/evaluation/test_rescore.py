@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from job.errors import UsageError
+from job.evaluation.core_v1 import PUBLISHED_URL
 from job.evaluation.ledger import ANSWERS, LEDGER
-from job.evaluation.rescore import asking, fullness, fullness_of_score
+from job.evaluation.rescore import FROM_BUCKET, asking, fullness, fullness_of_score, recipe_for_evaluation
 from job.recipe.config import EvalConfig, resolve
 from job.recipe.derive import derive
 from job.run.bucket import Bucket
@@ -180,3 +182,22 @@ def test_a_disk_with_a_lesser_score_takes_the_fuller_one_from_the_bucket(scored,
         answer(stored, items)
         bucket.pull_results(run)
         assert cap_of(run) == kept and is_sealed(run / "report") is (kept == (12, 12))
+
+
+def test_a_recipe_of_the_buckets_decides_no_path_and_no_address(tmp_path: Path) -> None:
+    def bundle_of(run: Path, *words: str, named: str | None = None) -> str:
+        return recipe_for_evaluation(run, named, words).eval.core_bundle
+
+    for number, bundle in enumerate(("", PUBLISHED_URL, "/etc", "http://169.254.169.254/latest")):
+        run = tmp_path / str(number)
+        run.mkdir()
+        document = recipe_document(resolve("smoke", {"eval.core_bundle": ("--core-bundle", bundle)}, []), run.name)
+        (run / "recipe.json").write_text(json.dumps(document))
+        assert bundle_of(run) == bundle
+        (run / FROM_BUCKET).touch()
+        assert bundle_of(run, named="mine") == bundle_of(run, "eval.core_bundle=mine") == "mine"
+        if bundle in ("", PUBLISHED_URL):
+            assert bundle_of(run, "eval.cap=3") == bundle
+        else:
+            with pytest.raises(UsageError, match=f"came from the bucket and names the CORE bundle {bundle}"):
+                bundle_of(run, "eval.cap=3")
