@@ -54,6 +54,7 @@ cuda) ;;
     || install --no-deps --index-url "$TORCH_INDEX/$TORCH" -r torch.txt ;;
 esac
 install -r runtime.txt
+cp "$lock" /opt/speedrun/installed.lock
 # 380 MB that no run touches: the packages' own tests, and symbol tables that only a debugger of torch would read
 packages=/opt/speedrun/lib/python3.11/site-packages
 find $packages -depth -type d -name tests -exec rm -rf {} +
@@ -120,7 +121,9 @@ WORKDIR /
 ENTRYPOINT ["speedrun"]
 CMD ["--help"]
 ARG REVISION=unknown
-ENV SPEEDRUN_REVISION=${REVISION}
+# what it is called, noted with each run; only a registry knows its digest: docker run -e SPEEDRUN_IMAGE=NAME@sha256:...
+ARG IMAGE=
+ENV SPEEDRUN_REVISION=${REVISION} SPEEDRUN_IMAGE=${IMAGE}
 ARG SOURCE=https://github.com/YOUR-NAME/gpt2-speedrun
 LABEL org.opencontainers.image.title="gpt2-speedrun" \
     org.opencontainers.image.description="Train a GPT to GPT-2 XL's CORE score: one command, an honest verdict in your bucket" \

@@ -28,7 +28,7 @@ IMAGE := gpt2-speedrun
 TARGET := runtime
 IMAGE_TORCH = $(or $(CUDA),$(if $(filter command,$(origin TORCH)),$(TORCH)),cuda)
 BUILD = docker build --build-arg TORCH=$(IMAGE_TORCH) \
-    --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) \
+    --build-arg IMAGE=$(IMAGE) --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) \
     --build-arg SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct 2>/dev/null || echo 0) $(if $(COMPAT),--build-context compat=$(COMPAT)) $(BUILD_FLAGS)
 
 # The last thing that a finished environment gets is a file named after all that it was made from.
@@ -133,7 +133,7 @@ $(ENVIRONMENT):
 	         lock=requirements-cuda.lock; }; \
 	fi; \
 	echo "Installing $$lock"; \
-	$(PIP) install $(LOCKED) -r $$lock
+	$(PIP) install $(LOCKED) -r $$lock && cp $$lock .venv/installed.lock
 	@touch $@
 
 # --- SkyPilot, for the tests of sky/: an environment of its own, since it needs an older click than wandb

@@ -103,9 +103,10 @@ def prepare(recipe: Any, out: Path, bucket: Any, console: Console, dry_run: bool
       speedrun prepare --preset smoke --data my-texts/
     """
     from job.run import launch
+    from job.run.dry_run import describe_plan
 
     if dry_run:
-        click.echo(launch.describe_plan(out, None, recipe, ("prepare",), ranks=1))
+        click.echo(describe_plan(out, None, recipe, ("prepare",), ranks=1))
         return
     launch.prepare_alone(out, recipe, console=console, bucket=bucket)
 
@@ -221,6 +222,7 @@ def evaluate(
     from job.evaluation.ledger import Ledger, table_lines
     from job.report.result import build_result
     from job.run import launch
+    from job.run.dry_run import describe_plan
     from job.run.nodes import nodes_here
 
     if (run_id is None) == (hf is None):
@@ -244,7 +246,7 @@ def evaluate(
         fuller = f"the run has a fuller score, which stays as it is; this one is in {asked.folder}"
         kept = fuller if asked.is_lesser else ""
         if dry_run:
-            plan = launch.describe_plan(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks)
+            plan = describe_plan(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks)
             click.echo(f"{plan}\n{kept}".rstrip())
             return
         launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, asked=asked, bucket=bucket)
@@ -315,6 +317,7 @@ def _run(
     container.check_temporary_folder()  # torch wants one as it is imported
     from job.plan.measured import RUN_ID
     from job.run import launch, preflight
+    from job.run.dry_run import describe_plan
     from job.run.join import join
     from job.run.nodes import nodes_here
     from job.run.supervise import ignore_signals
@@ -323,7 +326,7 @@ def _run(
     nodes = nodes_here(ranks, run_id, recipe.preset)
     notes = [*([note] if note else []), *preflight.about_comm(recipe, nodes.world_size)]
     if dry_run:
-        plan = launch.describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size)
+        plan = describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size)
         click.echo("\n".join([plan, *notes]))
         return
     machine = preflight.this_machine()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 
-REVISION = "SPEEDRUN_REVISION"
-"""the environment variable in which an image names the commit it was built from"""
+REVISION, IMAGE = "SPEEDRUN_REVISION", "SPEEDRUN_IMAGE"
+"""the environment variables in which an image names the commit that it was built from, and itself"""
+INSTALLED_LOCK = "installed.lock"
+"""what an environment was installed from, a copy in its folder (Makefile, Dockerfile)"""
 
 
 def usable_cores() -> int:
@@ -121,10 +124,24 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Fields of the event attempt.started: host, versions and CPU."""
+    """Fields of the event attempt.started: host, versions, CPU and provenance."""
     cpu = {"model": cpu_name(), "cores": usable_cores(), "bf16": has_fast_bf16()}
     known = versions("torch", "torchao", "numpy", "rustbpe", "tiktoken", "gpt2-speedrun")
-    return {"host": platform.node(), "versions": known, "cpu": cpu}
+    return {"host": platform.node(), "versions": known, "cpu": cpu, "provenance": provenance()}
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, image, SHA-256 of the lock that the environment is of, driver and names of the GPUs; None or empty where
+    nobody says."""
+    lock, gpus = Path(sys.prefix) / INSTALLED_LOCK, Path("/proc/driver/nvidia/gpus")
+    named = [re.search(r"^Model:\s*(.+)", file.read_text(), re.MULTILINE) for file in gpus.glob("*/information")]
+    return {
+        "commit": revision(),
+        "image": os.environ.get(IMAGE) or None,
+        "lock": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
+        "driver": driver(),
+        "gpus": [found[1].strip() for found in named if found],
+    }
 
 
 def driver() -> str | None:

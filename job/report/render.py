@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,10 @@ def machine_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     cores = f", {machine['cores']} cores" if machine["cores"] else ""
     ranks = f"{machine['world_size']} x {machine['device']}, {machine['threads']} threads each, {machine['dtype']}"
     known = [("processor", machine["cpu"] and machine["cpu"] + cores), ("training ran on", machine["device"] and ranks)]
+    origin = result["provenance"] or {}
+    gpus = Counter(origin.get("gpus", []))
+    known += [("GPUs", ", ".join(f"{count} x {name}" for name, count in gpus.items()))]
+    known += [(name, origin.get(name)) for name in ("driver", "commit", "image", "lock")]
     return [(name, value) for name, value in [*known, *result["versions"].items()] if value]
 
 

@@ -78,6 +78,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path |
         "usd": None,
         "machine": _machine(record),
         "versions": {name: str(version) for name, version in sorted(versions.items())},
+        "provenance": _provenance(record),
         "hashes": _hashes(run, recipe, record, ledger),
     }
 
@@ -127,6 +128,13 @@ def _machine(record: Record) -> dict[str, Any]:
     cpu = record.machine.get("cpu") or {}
     train = {key: record.train.get(key) for key in ("device", "world_size", "threads", "dtype")}
     return {"cpu": cpu.get("model"), "cores": cpu.get("cores"), "cpu_bf16": cpu.get("bf16")} | train
+
+
+def _provenance(record: Record) -> dict[str, Any] | None:
+    """Of the newest attempt that trained, or of the newest; None for a run of an earlier version."""
+    lives = {life.number: life.first for life in record.attempts}
+    newest = record.train.get("attempt", max(lives, default=0))
+    return lives.get(newest, {}).get("provenance")
 
 
 def _hashes(run: Path, recipe: dict[str, Any], record: Record, ledger: Ledger | None) -> dict[str, str | None]:

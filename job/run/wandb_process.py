@@ -222,7 +222,7 @@ class WandbSender:
             id=identity,
             name=os.environ.get("WANDB_NAME") or self.run.name,
             resume="allow",
-            config={"preset": recipe["preset"]} | values,
+            config={"preset": recipe["preset"], "provenance": self.events.record.machine.get("provenance")} | values,
             settings=settings(wandb, self.run, mode),
         )
         for folder in stale:

@@ -20,7 +20,9 @@ from job.store.sealed import sealing
 
 SEQ_LEN, BATCH_ROWS = 256, 32
 VERSIONS = {"python": "3.11.2", "torch": "2.13.0+cpu"}
-MACHINE = {"host": "here", "versions": VERSIONS, "cpu": {"model": "Imaginary CPU", "cores": 2, "bf16": True}}
+PROVENANCE = {"commit": "12ab34", "image": None, "lock": "f" * 64, "driver": "580.1", "gpus": ["NVIDIA H100"] * 8}
+CPU = {"model": "Imaginary CPU", "cores": 2, "bf16": True}
+MACHINE = {"host": "here", "versions": VERSIONS, "cpu": CPU, "provenance": PROVENANCE}
 DERIVED = {"total_parameters": 7340114, "flops_per_token": 27132336}
 
 TASKS = (

@@ -116,7 +116,18 @@ def test_the_page_shows_what_was_measured(run):
     assert bpb == "Validation bits per byte, 2.469 at step 50, 1.700 at step 200; the bigram model is at 2.250"
     assert loss.startswith("Training loss in nats per token, 8.30 at first, 3.2")
     assert "args):\n    return 0" in page.text
-    for word in ("word_choice", "50.0 %", "−0.200", "multiple choice", "train", "-o", "feedc0de", "Imaginary CPU"):
+    for word in (
+        "word_choice",
+        "50.0 %",
+        "−0.200",
+        "multiple choice",
+        "train",
+        "-o",
+        "feedc0de",
+        "Imaginary CPU",
+        "8 x NVIDIA H100",
+        "12ab34",
+    ):
         assert word in page.text
 
 

@@ -30,6 +30,7 @@ def test_schema_is_a_schema():
 def test_whole_run_exactly(run):
     result = checked(run.whole().path)
     hashes = result.pop("hashes")
+    assert result.pop("provenance")["gpus"] == ["NVIDIA H100"] * 8
     assert result == {
         "schema": 1,
         "run_id": "smoke",
