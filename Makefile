@@ -43,7 +43,7 @@ endif
 SKY := .sky-env/made-from-$(shell \
     { cat tests/cluster/requirements.txt; echo "$(CURDIR)"; } 2>/dev/null | cksum | cut -d" " -f1)
 
-.PHONY: help smoke test slow chaos services container cluster byhand lint bench gpu image push compose lock sizes clean
+.PHONY: help hf smoke test slow chaos services container cluster byhand lint bench gpu image push compose lock sizes clean
 .DELETE_ON_ERROR:
 
 help: ## list these commands
@@ -103,6 +103,9 @@ compose: ## the smoke in a container, its record in a real S3 server in another;
 	mkdir -p out/compose
 	OWNER=$$(id -u) docker compose --file docker/compose.yaml run --rm --build fetch; \
 	code=$$?; docker compose --file docker/compose.yaml down --volumes; exit $$code
+
+hf: $(PROJECT) ## into .venv what `speedrun evaluate --hf` needs besides (17 MB); its tests are skipped without
+	@$(PIP) install $(LOCKED) --no-deps -r requirements-hf.lock
 
 clean: ## remove .venv and caches; out/ stays
 	rm -rf .venv .sky-env .lock-env build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -189,6 +192,9 @@ lock: ## make the locks from pyproject.toml and SkyPilot's; CUDA=cu126 makes the
 	    --constraints requirements-cuda.lock --no-emit-package torch)
 	printf '%s\n' '# but stands here, with the hashes of its CPU builds:' 'torch==$(TORCH_VERSION) \' >>requirements.lock
 	printf '    --hash=sha256:%s \\\n' $(TORCH_CPU_HASHES) | sed '$$s/ .$$//' >>requirements.lock
+	$(call lock,requirements-hf.lock,$(WHEELS) pyproject.toml --extra hf --python-platform aarch64-apple-darwin \
+	    --constraints requirements.lock --no-emit-package torch \
+	    $$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' requirements.lock))
 	$(call lock,tests/container/requirements.txt,$(WHEELS) tests/container/requirements.in \
 	    --python-platform x86_64-manylinux_2_28)
 	for lock in requirements.lock requirements-cuda.lock; do echo '# Python: $(PYTHONS)' >>$$lock; done

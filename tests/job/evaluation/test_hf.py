@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,20 +11,21 @@ import pytest
 import torch
 
 from job.errors import DataError, UsageError
-from job.evaluation import score
+from job.evaluation import hf, score
 from job.evaluation.bundle import open_bundle
 from job.evaluation.ledger import read_answers
 from job.reporter import Reporter
 from job.run import hf_launch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [hf])")
-hf = pytest.importorskip("job.evaluation.hf")
+IS_HERE = importlib.util.find_spec("transformers") is not None
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not IS_HERE, reason="transformers is not installed: make hf")]
 
 POSITIONS = 59
 
 
 def write_gpt2(folder, positions):
     """A folder as save_pretrained makes it."""
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -65,6 +67,8 @@ def test_special_tokens_in_text_stay_text_and_bos_is_the_tokenizers(loaded):
 
 
 def test_every_answer_equals_the_references(make_bundle, tmp_path, gpt2, loaded, reference):
+    from transformers import AutoModelForCausalLM
+
     model, tokenizer = loaded
     assert model.max_positions == POSITIONS
     bundle = open_bundle(make_bundle())
@@ -77,7 +81,7 @@ def test_every_answer_equals_the_references(make_bundle, tmp_path, gpt2, loaded,
         "token_budget": 500,
     }
     score.evaluate(score.Forward(model, share_prefix=False), tokenizer, bundle, tmp_path / "eval", **options)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
+    whole = AutoModelForCausalLM.from_pretrained(gpt2)
     cropped = 0
     for task in bundle.tasks:
         answers = read_answers(tmp_path / "eval" / task.label / "answers.csv")
@@ -223,12 +227,36 @@ def test_damaged_files_are_one_sentence(gpt2, tmp_path, name, content):
 
 
 def test_quantised_weights_and_a_tokenizer_beyond_the_embedding_are_refused(gpt2, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     folder = copied(gpt2, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (folder / "config.json").write_text(json.dumps(quantised))
     with pytest.raises(DataError, match="holds quantised weights"):
         hf.load(folder, "cpu")
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**config | {"vocab_size": 100})).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(**config | {"vocab_size": 100})).save_pretrained(folder)
     with pytest.raises(DataError, match=r"its tokenizer has ids up to .*, its embedding 100 rows"):
         hf.load(folder, "cpu")
+
+
+def test_logits_that_are_no_numbers_name_task_and_item(gpt2, make_bundle, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = copied(gpt2, tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    next(tensor for name, tensor in weights.items() if name.endswith("h.0.mlp.c_fc.weight"))[0, 0] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    model, tokenizer = hf.load(file.parent, "cpu")
+    bundle = open_bundle(make_bundle())
+    with pytest.raises(DataError, match=f"{bundle.tasks[0].label}"):
+        score.evaluate(
+            score.Forward(model, share_prefix=False),
+            tokenizer,
+            bundle,
+            tmp_path / "eval",
+            cap=None,
+            reporter=Reporter(),
+            made_from={"weights": "w", "tokenizer": "t", "dtype": model.dtype, "backend": "cpu"},
+            max_tokens=model.max_positions,
+        )
