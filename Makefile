@@ -35,6 +35,7 @@ BUILD = docker build --build-arg TORCH=$(IMAGE_TORCH) \
 MADE_FROM := $(shell { cat requirements.lock requirements-cuda.lock; echo $(TORCH) "$(CURDIR)"; } | cksum | cut -d" " -f1)
 ENVIRONMENT := .venv/made-from-$(MADE_FROM)
 PROJECT := .venv/project-installed
+HF := .venv/hf-installed
 ifeq ($(origin PYTHON),command line)
 ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(shell .venv/bin/python -c '$(VERSION)' 2>/dev/null))
 .PHONY: $(ENVIRONMENT)
@@ -64,7 +65,7 @@ slow: $(PROJECT) $(SKY) ## all slow tests: the next three
 services: container
 	@$(MAKE) --no-print-directory cluster
 
-chaos: $(PROJECT) ## kill -9 everywhere, many processes and nodes, a faulty S3 server, real CORE items, compiled steps
+chaos: $(HF) ## kill -9 everywhere, many processes and nodes, a faulty S3 server, real CORE items, compiled steps
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "slow and not by_hand" --numprocesses 2 --dist loadfile \
 	    --ignore tests/container --ignore tests/cluster
 
@@ -104,8 +105,11 @@ compose: ## the smoke in a container, its record in a real S3 server in another;
 	OWNER=$$(id -u) docker compose --file docker/compose.yaml run --rm --build fetch; \
 	code=$$?; docker compose --file docker/compose.yaml down --volumes; exit $$code
 
-hf: $(PROJECT) ## into .venv what `speedrun evaluate --hf` needs besides (17 MB); its tests are skipped without
+hf: $(HF) ## into .venv what `speedrun evaluate --hf` needs besides (17 MB)
+
+$(HF): $(PROJECT) requirements-hf.lock
 	@$(PIP) install $(LOCKED) --no-deps -r requirements-hf.lock
+	@touch $@
 
 clean: ## remove .venv and caches; out/ stays
 	rm -rf .venv .sky-env .lock-env build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -210,8 +210,8 @@ def evaluate(
     as_json: bool,
     console: Console,
 ) -> None:
-    """Score a finished model: bits per byte, tasks, samples; then its report. Where the run has a score that says more
-    (CORE before a smoke score, more items before fewer), that one and the report stay, and this one goes beside it.
+    """Score a finished model: bits per byte, tasks, samples; then its report. Evaluations stand side by side; the run's
+    score is the fullest of them (CORE before a smoke score, more items before fewer).
 
     \b
     Example:
@@ -219,8 +219,7 @@ def evaluate(
       speedrun evaluate --hf models/gpt2 -o eval.cap=1000
     """
     from job.evaluation import rescore
-    from job.evaluation.ledger import Ledger, table_lines
-    from job.report.result import build_result
+    from job.evaluation.ledger import Ledger, newest, table_lines
     from job.run import launch
     from job.run.dry_run import describe_plan
     from job.run.nodes import nodes_here
@@ -243,19 +242,15 @@ def evaluate(
     recipe = rescore.recipe_for_evaluation(run_path, core_bundle, overrides)
     stages = ("prepare", *STAGES[2:]) if bucket else STAGES[2:]  # which pulls what this machine lacks
     with rescore.asking(run_path, recipe, launch.recipe_document(recipe, run_id)) as asked:
-        fuller = f"the run has a fuller score, which stays as it is; this one is in {asked.folder}"
-        kept = fuller if asked.is_lesser else ""
+        kept = "the run has a fuller score, which stays its own; this one goes beside it" if asked.is_lesser else ""
         if dry_run:
             plan = describe_plan(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks)
             click.echo(f"{plan}\n{kept}".rstrip())
             return
         launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, asked=asked, bucket=bucket)
-    if not asked.is_lesser:
-        _show_result(run_path, as_json, console)
-    elif as_json:
-        click.echo(json.dumps(build_result(run_path, asked.folder), indent=1))
-    elif console.verbosity >= 0:
-        click.echo("\n".join([*table_lines(Ledger.open(asked.folder)), kept]))
+    if not as_json and console.verbosity >= 0:
+        click.echo("\n".join([*table_lines(Ledger.open(newest(run_path / "eval"))), *([kept] if kept else []), ""]))
+    _show_result(run_path, as_json, console)
 
 
 @main.command()

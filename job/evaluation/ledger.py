@@ -1,7 +1,11 @@
 """The ledger: every answer kept, and what follows from the answers.
 
-    out/<label>/answers.csv    sealed; one line per item: line, gold, chosen, right, margin
-    out/ledger/ledger.json     sealed; the metric, its error, one entry per task, and what it was made from
+    eval/<id>/<label>/answers.csv    sealed; one line per item: line, gold, chosen, right, margin
+    eval/<id>/ledger/ledger.json     sealed; the metric, its error, one entry per task, and what it was made from
+
+The id is a hash of what an evaluation is made from (weights, tokenizer, bundle, cap, precision, scorer), so that
+evaluations stand side by side and none overwrites another. Earlier versions had one in eval/ itself and lesser ones in
+eval/lesser/<name>/; these are read.
 
 `line` is the item's line in the task's file. `margin` is in nats and positive exactly when the answer is right (0 on
 a tie): for multiple_choice and schema the lowest mean token loss among the wrong options minus that of the right one;
@@ -27,13 +31,13 @@ import csv
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from job.errors import DataError
 from job.evaluation.bundle import Task
-from job.store.sealed import content_id, is_sealed, open_sealed, sealing
+from job.store.sealed import MANIFEST, Sealed, content_id, is_sealed, open_sealed, sealing
 
 ANSWERS = "eval_answers"
 LEDGER = "eval_ledger"
@@ -90,7 +94,7 @@ class Ledger:
 
     @classmethod
     def open(cls, out: Path) -> Ledger:
-        """The ledger sealed below `out`; DataError when it is not there or damaged."""
+        """The ledger sealed in the folder of an evaluation; DataError when it is not there or damaged."""
         folder = open_sealed(Path(out) / "ledger", kind=LEDGER)
         document = json.loads((folder.path / "ledger.json").read_text(encoding="utf-8"))
         return cls(**{**document, "tasks": tuple(TaskResult(**task) for task in document["tasks"])})
@@ -153,6 +157,28 @@ def table_lines(ledger: Ledger) -> list[str]:
 
 
 # ---- on disk
+
+
+def folder_of(evaluations: Path, made_from: Mapping[str, Any]) -> Path:
+    """Where the evaluation made from this stands, or will, below a run's eval/."""
+    return evaluations / content_id(LEDGER, made_from)
+
+
+def sealed_ledgers(evaluations: Path) -> dict[Path, Sealed]:
+    """The sealed ledgers below a run's eval/, by the folder of their evaluation."""
+    folders = [evaluations, *sorted(evaluations.glob("*")), *sorted(evaluations.glob("lesser/*"))]
+    return {folder: open_sealed(folder / "ledger", kind=LEDGER) for folder in folders if is_sealed(folder / "ledger")}
+
+
+def newest(evaluations: Path) -> Path:
+    """The folder of the evaluation that ended last on this machine."""
+    return max(sealed_ledgers(evaluations), key=lambda folder: (folder / "ledger" / MANIFEST).stat().st_mtime_ns)
+
+
+def fullness(name: str, cap: int | None) -> tuple[bool, float]:
+    """An order of evaluations: CORE says more than the smoke score, then more items a task (None or 0: all) say
+    more."""
+    return name == "core", cap or math.inf
 
 
 def sealed_answers(out: Path, label: str, made_from: dict[str, Any]) -> tuple[list[Answer], float] | None:

@@ -1,11 +1,8 @@
-"""`speedrun evaluate --run-id`: the recipe of another evaluation of a finished model, and the folder of its answers.
+"""`speedrun evaluate --run-id`: another evaluation of a finished model, beside those that it has.
 
-The run's recipe stays as it was begun, so that the run's own command is still accepted. An evaluation that says no more
-than the score that the run has (a smaller cap, or the smoke score where CORE is known) goes to a folder of its own, and
-report and result.json stay as they are:
-
-    eval/<task>/ ...  eval/ledger/                    the run's score, the fullest that there was
-    eval/lesser/core-20/{<task>/ ..., ledger/}        CORE with at most 20 items a task, asked for later
+The run's recipe stays as it was begun, so that the run's own command is still accepted. The run's score is the fullest
+of its evaluations (CORE before the smoke score, then more items a task); one that says less is a lesser one, whose
+events the run's record leaves out.
 """
 
 from __future__ import annotations
@@ -13,31 +10,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from job.errors import UsageError
 from job.evaluation.core_v1 import PUBLISHED_URL
-from job.evaluation.ledger import LEDGER
+from job.evaluation.ledger import fullness, sealed_ledgers
 from job.recipe.config import EvalConfig, Recipe, from_document, resolve
 from job.recipe.derive import derive
 from job.store.checkpoint_folder import KIND, folder_of
 from job.store.documents import hashed, recipe_of
 from job.store.sealed import atomic_write, is_sealed, open_sealed
 
+LESSER, FULLER = "lesser", "fuller"
+
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """An evaluation: its recipe, the file with the recipe's document for the ranks, and the folder of its answers."""
+    """An evaluation: its recipe, the file with the recipe's document for the ranks, and whether the run's score says
+    more."""
 
     recipe: Recipe
     document: Path
-    folder: Path
     is_lesser: bool
-    """whether the run's own score says more"""
 
 
 FROM_BUCKET = ".recipe-from-bucket"
@@ -72,33 +68,22 @@ def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequenc
 @contextlib.contextmanager
 def asking(run: Path, recipe: Recipe, document: dict) -> Iterator[Asked]:
     """The evaluation of `run` by `recipe`; `document` is its recipe.json, given to the ranks as a temporary file."""
-    lesser = fullness(recipe.eval) < fullness_of_score(run, derive(recipe).rows)
-    folder = run / "eval"
-    if lesser:
-        folder /= f"lesser/{'core' if recipe.eval.core_bundle else 'smoke'}-{recipe.eval.cap or 'all'}"
+    lesser = fullness_asked(recipe.eval) < fullness_of_score(run, derive(recipe).rows)
     with tempfile.TemporaryDirectory(prefix="speedrun-") as scratch:
         file = Path(scratch) / "recipe.json"
-        atomic_write(file, json.dumps(hashed(document | {"answers": folder.relative_to(run).as_posix()})).encode())
-        yield Asked(recipe, file, folder, lesser)
+        atomic_write(file, json.dumps(hashed(document | {"asked": LESSER if lesser else FULLER})).encode())
+        yield Asked(recipe, file, lesser)
 
 
-def fullness(asked: EvalConfig) -> tuple[bool, float]:
-    """An order of evaluations: CORE says more than the smoke score, then more items a task say more."""
-    return bool(asked.core_bundle), asked.cap or math.inf
+def fullness_asked(asked: EvalConfig) -> tuple[bool, float]:
+    """`fullness` of the score that will be."""
+    return fullness("core" if asked.core_bundle else "smoke_score", asked.cap)
 
 
 def fullness_of_score(run: Path, rows: int) -> tuple[bool, float]:
     """`fullness` of the run's score of its finished model, which trained on `rows`; (False, 0) where it has none."""
-    folder = run / "eval" / "ledger"
-    if not is_sealed(folder):
-        return False, 0.0
-    sealed = open_sealed(folder, kind=LEDGER)
     final = folder_of(run, rows)
-    if is_sealed(final) and open_sealed(final, kind=KIND, verify=False).id != sealed.made_from["weights"]:
-        return False, 0.0
-    return fullness_of_ledger(sealed.facts, sealed.made_from)
-
-
-def fullness_of_ledger(facts: Mapping[str, Any], made_from: Mapping[str, Any]) -> tuple[bool, float]:
-    """`fullness` of the score of which a sealed ledger says this."""
-    return facts["name"] == "core", made_from["cap"] or math.inf
+    weights = open_sealed(final, kind=KIND, verify=False).id if is_sealed(final) else None
+    ledgers = sealed_ledgers(run / "eval").values()
+    mine = (ledger for ledger in ledgers if weights in (None, ledger.made_from["weights"]))
+    return max((fullness(ledger.facts["name"], ledger.made_from["cap"]) for ledger in mine), default=(False, 0.0))

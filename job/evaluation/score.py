@@ -35,7 +35,7 @@ from job.errors import DataError
 from job.evaluation.batches import Batch, plain_shape, plan_batches, share, tensors_of
 from job.evaluation.bundle import LANGUAGE_MODELING, Bundle, Task
 from job.evaluation.items import seal_items
-from job.evaluation.ledger import Answer, Ledger, make_ledger, seal_answers, seal_ledger, sealed_answers
+from job.evaluation.ledger import Answer, Ledger, folder_of, make_ledger, seal_answers, seal_ledger, sealed_answers
 from job.evaluation.prompts import Encoder, Item
 from job.reporter import Reporter
 from job.train.ranks import Ranks
@@ -196,7 +196,7 @@ def evaluate(
     workers: int = 1,
     ranks: Ranks | None = None,
 ) -> Ledger:
-    """Score every task of `bundle` that is not sealed below `out` yet; seal and return the ledger.
+    """Score every task of `bundle` that is not sealed below `out`/<id> yet; seal and return the ledger.
 
     made_from: the model, {"weights", "tokenizer", "dtype", "backend"}; with bundle, cap (items per task) and max_tokens
     (the model's context) it decides whether sealed answers are this model's. items: the folder of `seal_items`, whose
@@ -218,8 +218,8 @@ def evaluate(
     first = seal() if ranks.rank == 0 else None
     ranks.all_gather(None)  # the other ranks wait while the first one makes what is missing
     tokens = first or seal()
-    made_from = {**made_from, "bundle": bundle.id, "cap": cap, "max_tokens": max_tokens, "scorer": VERSION}
-    total, done, results = sum(len(task_items) for task_items in tokens.values()), 0, []
+    made_from = made_from | {"bundle": bundle.id, "cap": cap, "max_tokens": max_tokens, "scorer": VERSION}
+    out, total, done, results = folder_of(out, made_from), sum(map(len, tokens.values())), 0, []
     for task in bundle.tasks:
         task_from = {**made_from, "task": task.label}
         known = ranks.all_gather(sealed_answers(out, task.label, task_from) if ranks.rank == 0 else None)[0]

@@ -20,6 +20,7 @@ from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.evaluation.fetch import eval_bundle
 from job.evaluation.items import items_folder
+from job.evaluation.rescore import LESSER
 from job.evaluation.score import Forward
 from job.evaluation.score import evaluate as score_bundle
 from job.machine import host
@@ -50,9 +51,8 @@ def main(context: RankContext) -> None:
     backend = choose_backend(device, recipe)
     model = load(derived.config, final, device, recipe.train.dtype)
     with joined(context.rank, context.world_size, context.reporter) as ranks:
-        if context.answers() != context.run / "eval":  # beside the run's own score, which has the rest
-            reporter = LesserReporter(context.reporter, context.answers().name)
-            score(context, model, prepared, final, ranks, backend, reporter)
+        if context.asked == LESSER:  # beside the run's own score, which has the rest
+            score(context, model, prepared, final, ranks, backend, LesserReporter(context.reporter))
             return
         seal_bits_per_byte(context, model, prepared, final, ranks)
         score(context, model, prepared, final, ranks, backend, context.reporter)
@@ -63,11 +63,11 @@ def main(context: RankContext) -> None:
 class LesserReporter(Reporter):
     """Marks each event as one of a lesser evaluation, which the run's record leaves out (job/evaluation/rescore.py)."""
 
-    def __init__(self, reporter: Reporter, name: str) -> None:
-        self._reporter, self._name = reporter, name
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
 
     def emit(self, kind: str, **fields: Any) -> None:
-        self._reporter.emit(kind, lesser=self._name, **fields)
+        self._reporter.emit(kind, lesser=True, **fields)
 
     def progress(self, stage: str, done: float, total: float, unit: str) -> None:
         self._reporter.progress(stage, done, total, unit)
@@ -125,6 +125,7 @@ def score(
 ) -> None:
     """CORE from the recipe's bundle, or the smoke score from the bundle made of held-out text."""
     recipe = context.recipe()
+    assert context.run
     cap = recipe.eval.cap or None
     if ranks.rank == 0:
         eval_bundle(context.out, recipe, prepared, reporter)  # fetched by one rank, found by the others
@@ -136,7 +137,7 @@ def score(
         Forward(model, reporter=context.reporter),
         prepared.tokenizer,
         bundle,
-        context.answers(),
+        context.run / "eval",
         cap=cap,
         reporter=reporter,
         made_from=answered_by,

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from job.evaluation.ledger import sealed_ledgers
 from job.report import result as results
 from job.report import words
 from job.store.attempt import Record, fold
@@ -53,8 +54,9 @@ def report_files(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def input_hashes(run: Path) -> dict[str, str]:
     """SHA-256 of the files that a report is made from, by their path in the run's folder."""
-    evaluation = [run / "eval" / name / MANIFEST for name in ("bpb", "ledger")]
-    files = [run / "recipe.json", *(run / "events").glob("*.jsonl"), *(file for file in evaluation if file.is_file())]
+    evaluations = [folder / "ledger" / MANIFEST for folder in sealed_ledgers(run / "eval")]
+    sealed = [file for file in (run / "eval" / "bpb" / MANIFEST, *evaluations) if file.is_file()]
+    files = [run / "recipe.json", *(run / "events").glob("*.jsonl"), *sealed]
     return {file.relative_to(run).as_posix(): sha256_file(file) for file in files}
 
 
@@ -71,6 +73,7 @@ def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str
         "when": words.moment(record.attempts[0].start) if record.attempts else "",
         "score_name": words.score_name(result),
         "tasks": task_rows(record, result),
+        "evaluations": words.evaluation_rows(result),
         "settings": settings,
         "derived": [(name, _plain(d["value"]), d["why"], d["source"]) for name, d in recipe["derived"].items()],
         "stages": stage_rows(result),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import ExitCode
-from job.evaluation.ledger import Ledger
+from job.evaluation.ledger import Ledger, fullness, sealed_ledgers
 from job.store.attempt import Record, fold
 from job.store.checkpoint_folder import OPTIMIZER
 from job.store.documents import canonical_json, recipe_of
@@ -25,15 +25,15 @@ TASK_KEYS = ("kind", "n", "shots", "accuracy", "centered", "se", "seconds")
 LEAK_KEYS = ("bundle", "words", "documents", "shared", "by_task")
 
 
-def build_result(run: Path, answers: Path | None = None) -> dict[str, Any]:
-    """The result of the run in folder `run`, valid against `result.schema.json`; its score that of `answers`.
+def build_result(run: Path) -> dict[str, Any]:
+    """The result of the run in folder `run`, valid against `result.schema.json`.
 
     Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged.
     """
-    return result_of(run, recipe_of(run), present(fold(run)), answers)
+    return result_of(run, recipe_of(run), present(fold(run)))
 
 
-def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path | None = None) -> dict[str, Any]:
+def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, Any]:
     """`build_result` from parts that are already read: `recipe.json`'s document and the present record."""
     derived = recipe["derived"]
     planned_steps = derived["steps"]["value"]
@@ -46,21 +46,22 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path |
     elif record.validations:
         measured = record.validations[max(record.validations)]["bpb"]
     val_bpb = finite(measured)
-    answers = answers or run / "eval"
-    ledger = Ledger.open(answers) if is_sealed(answers / "ledger") else None
-    score = _score(ledger)
+    ledgers = evaluations(run)
+    fullest = {ledger.name: ledger for ledger in ledgers.values()}
+    core, smoke = _score(fullest.get("core")), _score(fullest.get("smoke_score"))
     versions = record.machine.get("versions") or {}
     return {
         "schema": SCHEMA,
         "run_id": recipe["run_id"],
         "preset": recipe["preset"],
         "evidence": recipe["evidence"],
-        "state": _state(record, planned_steps, measured, score),
+        "state": _state(record, planned_steps, measured, core or smoke),
         "learned": None if val_bpb is None or bigram_bpb is None else val_bpb < bigram_bpb,
         "val_bpb": val_bpb,
         "bigram_bpb": bigram_bpb,
-        "core": score if ledger and ledger.name == "core" else None,
-        "smoke_score": score if ledger and ledger.name == "smoke_score" else None,
+        "core": core,
+        "smoke_score": smoke,
+        "evaluations": [_evaluation(name, ledger) for name, ledger in reversed(ledgers.items())],
         "leaks": {key: record.leaks[key] for key in LEAK_KEYS} if record.leaks else None,
         "steps": len(record.steps),
         "planned_steps": planned_steps,
@@ -79,7 +80,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, answers: Path |
         "machine": _machine(record),
         "versions": {name: str(version) for name, version in sorted(versions.items())},
         "provenance": _provenance(record),
-        "hashes": _hashes(run, recipe, record, ledger),
+        "hashes": _hashes(run, recipe, record, fullest.get("core") or fullest.get("smoke_score")),
     }
 
 
@@ -114,6 +115,17 @@ def _state(record: Record, planned_steps: int, bpb: float | None, score: dict[st
     if ended == ExitCode.DIVERGED or not all(map(math.isfinite, measured)):
         return "diverged"
     return "complete" if len(record.steps) >= planned_steps and bpb is not None and score is not None else "incomplete"
+
+
+def evaluations(run: Path) -> dict[str, Ledger]:
+    """The run's evaluations by their ids (of earlier versions, names), the fullest last."""
+    ledgers = {folder.name: Ledger.open(folder) for folder in sealed_ledgers(run / "eval")}
+    return dict(sorted(ledgers.items(), key=lambda item: (fullness(item[1].name, item[1].cap), item[0])))
+
+
+def _evaluation(name: str, ledger: Ledger) -> dict[str, Any]:
+    made_from = {key: ledger.made_from.get(key) for key in ("bundle", "weights", "dtype", "backend")}
+    return {"id": name, "name": ledger.name, "metric": ledger.metric, "se": ledger.se, "cap": ledger.cap, **made_from}
 
 
 def _score(ledger: Ledger | None) -> dict[str, Any] | None:

@@ -116,6 +116,19 @@ def score_name(result: dict[str, Any]) -> str:
     return "CORE" if result["core"] else "smoke score" if result["smoke_score"] else "score"
 
 
+def evaluation_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(which score, its value, of how many items and computed by what) of every evaluation, the fullest first."""
+    names = {"core": "CORE", "smoke_score": "smoke score"}
+    return [
+        (
+            names[e["name"]] + (" with a cap, which is not CORE itself" if e["name"] == "core" and e["cap"] else ""),
+            with_error(e, 4),
+            ", ".join([_cap(e), *filter(None, (e["dtype"], e["backend"]))]),
+        )
+        for e in result["evaluations"]
+    ]
+
+
 def with_error(score: dict[str, Any], digits: int) -> str:
     """The metric and its standard error by item sampling."""
     return f"{number(score['metric'], digits)} ± {number(score['se'], digits)}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +19,13 @@ from pathlib import Path, PurePosixPath
 from job.console import Console
 from job.errors import DataError, UsageError
 from job.evaluation.ledger import ANSWERS, LEDGER
-from job.evaluation.rescore import fullness_of_ledger
 from job.store import VARIABLE, open_store
 from job.store.attempt import Attempt, newest_attempt
 from job.store.checkpoint_folder import KIND as CHECKPOINT
 from job.store.checkpoint_folder import folder_of
 from job.store.fence import claimed, read_claim, run_key, stored_claim
-from job.store.sealed import MANIFEST, atomic_write, is_sealed, open_sealed
-from job.store.stores import S3_URL, Store, pull_sealed, sealed_names, stored_manifest
+from job.store.sealed import MANIFEST, atomic_write, is_sealed
+from job.store.stores import S3_URL, Store, pull_sealed, sealed_names
 
 PULLS = 8
 """small files and folders that are pulled at once"""
@@ -165,7 +163,6 @@ class Bucket:
         """Pull what this disk lacks of the run: claims, events, answers, and the finished model."""
         began = time.monotonic()
         self.pull_record(run, before=attempt.number)
-        self._drop_lesser_score(run)
         wanted = [*self._answers(run), (folder_of(run, final_rows), CHECKPOINT)]
         keys = [self._key(run, folder) for folder, _ in wanted]
         with ThreadPoolExecutor(PULLS) as pool:
@@ -181,7 +178,6 @@ class Bucket:
     def pull_results(self, run: Path) -> None:
         """What a report is made from: claims, events and answers. What is damaged is not there."""
         self.pull_record(run)
-        self._drop_lesser_score(run)
         with ThreadPoolExecutor(PULLS) as pool:
             list(pool.map(lambda item: self._pull(self._key(run, item[0]), *item), self._answers(run)))
 
@@ -207,23 +203,6 @@ class Bucket:
     def pull_checkpoint(self, run: Path, folder: Path) -> None:
         """Make `folder` the checkpoint that the bucket has; DataError when it is damaged there."""
         pull_sealed(self.store, self._key(run, folder), folder, kind=CHECKPOINT)
-
-    def _drop_lesser_score(self, run: Path) -> None:
-        """Remove this disk's score, and its report, where the bucket's score of the same weights says more."""
-        ledger = run / "eval" / "ledger"
-        if not is_sealed(ledger):
-            return
-        try:
-            mine, stored = open_sealed(ledger, kind=LEDGER), stored_manifest(self.store, self._key(run, ledger))
-        except DataError:
-            return
-        if not stored or stored["made_from"]["weights"] != mine.made_from["weights"]:
-            return
-        if fullness_of_ledger(stored["facts"], stored["made_from"]) > fullness_of_ledger(mine.facts, mine.made_from):
-            answers = [folder for folder, kind in self._answers(run) if kind == ANSWERS]
-            scored = {folder for folder in answers if folder.parent == ledger.parent}
-            for folder in (run / "report", *scored, ledger):  # the ledger last: cut short, it is done again
-                shutil.rmtree(folder, ignore_errors=True)
 
     def _answers(self, run: Path) -> list[tuple[Path, str]]:
         kinds = {"ledger": LEDGER, BPB: BPB}

@@ -1,6 +1,6 @@
 """`speedrun evaluate --hf DIR`: scoring another model with the evaluator of our own.
 
-    out/hf/<name of DIR>/{<task>/, ledger/, items/, logs/}
+    out/hf/<name of DIR>/{<id>/{<task>/, ledger/}, items/, logs/}
 
 The supervisor's side; needs no torch. `job/evaluation/hf_stage.py` is what the ranks run.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from job.console import Console
 from job.errors import DataError, UsageError
 from job.evaluation.core_v1 import PUBLISHED_URL
-from job.evaluation.ledger import Ledger
+from job.evaluation.ledger import Ledger, newest
 from job.recipe.config import EvalConfig, resolve
 from job.reporter import Reporter
 from job.run.fruitless import RankDied, without_attempts
@@ -53,7 +53,7 @@ def evaluate(out: Path, folder: Path, asked: EvalConfig, *, ranks: int, console:
             supervise("evaluate", started, reporter=Reporter(), console=console, interrupts=interrupts)
         except RankDied as died:
             raise without_attempts(died) from None
-    return Ledger.open(results)
+    return Ledger.open(newest(results))
 
 
 def folder_of(out: Path, folder: Path) -> Path:

@@ -23,7 +23,7 @@ from typing import Any
 from job.addresses import recorded_argv
 from job.console import Console
 from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
-from job.evaluation.rescore import FROM_BUCKET, Asked, fullness, fullness_of_score
+from job.evaluation.rescore import FROM_BUCKET, Asked, fullness_asked, fullness_of_score
 from job.machine import container, host
 from job.recipe.config import SCHEMA, Recipe, differing_keys
 from job.recipe.derive import derive, differing_values, micro_steps
@@ -44,7 +44,7 @@ from job.run.wandb_client import wandb_logging
 from job.store.attempt import Attempt, fold
 from job.store.checkpoint_folder import CheckpointManager, drop_optimizer, folder_of, identity, newest_usable
 from job.store.documents import hashed, read_recipe
-from job.store.sealed import MANIFEST, atomic_write, is_sealed
+from job.store.sealed import atomic_write, is_sealed
 from job.store.stores import Store
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -152,7 +152,7 @@ def is_done(stage: str, run: Path, recipe: Recipe) -> bool:
     if stage == "pretrain":
         return is_sealed(final)
     if stage == "evaluate":
-        return is_sealed(final) and fullness_of_score(run, derive(recipe).rows) >= fullness(recipe.eval)
+        return is_sealed(final) and fullness_of_score(run, derive(recipe).rows) >= fullness_asked(recipe.eval)
     return False
 
 
@@ -203,9 +203,7 @@ def execute(
                 attempt.check_newest()
                 started = time.monotonic()
                 attempt.emit("stage.started", stage=stage)
-                if stage == "report" and asked and asked.is_lesser and is_sealed(run / "report"):
-                    (run / "report" / MANIFEST).touch()  # so that the uploader takes it for this attempt's
-                elif stage == "report":
+                if stage == "report":
                     write_report(run)
                 else:
                     _run_ranks(stage, start)

@@ -28,7 +28,7 @@ from job.train.context import RankContext
 
 def main(context: RankContext) -> None:
     """The prepare stage, in one process that starts its own packers."""
-    recipe, asked = context.recipe(), context.is_asked
+    recipe, asked = context.recipe(), bool(context.asked)
     if asked:
         prepared = rows_of_the_model(context)
     else:

@@ -4,7 +4,7 @@
     recipe.json                      ------>   first of all
     checkpoints/<rows>/              ------>   newest first; those beyond the newest KEEP are removed there too
     compiled/<id>/                   ------>
-    eval/<task>/ ...                 ------>
+    eval/<id>/<task>/ ...            ------>
     prepared/<id>/**                 ------>   whatever is sealed, what makes the set whole last
     events/N.jsonl, report/          ------>   every minute, and last of all, with the ends of logs/, postmortem.json
 

@@ -102,14 +102,10 @@ class RankContext:
         return derive(self.recipe()).rows
 
     @property
-    def is_asked(self) -> bool:
-        """Whether this is an evaluation of a finished run, which its own recipe does not ask for."""
-        return "answers" in self._document()
-
-    def answers(self) -> Path:
-        """Where the evaluation's answers go; below the run's folder."""
-        assert self.run
-        return self.run / self._document().get("answers", "eval")
+    def asked(self) -> str:
+        """What kind of evaluation was asked for by `speedrun evaluate` (job/evaluation/rescore.py); "" for the run's
+        own."""
+        return self._document().get("asked", "")
 
     def _document(self) -> dict[str, Any]:
         return read_recipe(self.recipe_file.read_bytes(), self.recipe_file)

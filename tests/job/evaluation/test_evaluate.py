@@ -9,7 +9,7 @@ import torch
 from job.errors import UsageError
 from job.evaluation import score
 from job.evaluation.bundle import open_bundle
-from job.evaluation.ledger import Ledger
+from job.evaluation.ledger import Ledger, newest
 from job.reporter import Reporter
 from job.train.ranks import ProcessRanks
 
@@ -51,14 +51,15 @@ def test_a_bundle_is_scored_sealed_and_told(make_bundle, tmp_path, tiny_gpt, tok
     bundle = open_bundle(make_bundle())
     seen = Recorder()
     ledger = run(tiny_gpt, tokenizer, bundle, tmp_path / "eval", reporter=seen)
-    assert Ledger.open(tmp_path / "eval") == ledger and ledger.name == "smoke_score"
+    folder = newest(tmp_path / "eval")
+    assert Ledger.open(folder) == ledger and ledger.name == "smoke_score"
     assert ledger.made_from["bundle"] == bundle.id and ledger.made_from["dtype"] == "float32"
     assert [task.n for task in ledger.tasks] == [9, 7, 8]
     assert [kind for kind, _ in seen.events] == ["eval.task"] * 3 + ["eval.done"]
     assert seen.events[0][1].keys() == {"task", "type", "n", "shots", "accuracy", "baseline", "centered", "seconds"}
     assert seen.events[-1][1]["metric"] == ledger.metric and seen.events[-1][1]["name"] == "smoke_score"
     assert seen.done[-1] == ("evaluate", 24, 24, "items")
-    lines = (tmp_path / "eval" / "who" / "answers.csv").read_text().splitlines()
+    lines = (folder / "who" / "answers.csv").read_text().splitlines()
     assert lines[0] == "line,gold,chosen,right,margin" and len(lines) == 8
 
 
@@ -76,7 +77,9 @@ def test_what_is_sealed_is_not_scored_again_and_a_kill_goes_on_where_it_fell(
 
     with pytest.raises(Killed):
         run(tiny_gpt, tokenizer, bundle, tmp_path / "eval", reporter=KilledInTheLastTask())
-    assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == ["items", "pick", "who"]
+    assert sorted(p.name for p in newest(tmp_path / "whole").iterdir()) == ["ledger", "next", "pick", "who"]
+    half = tmp_path / "eval" / newest(tmp_path / "whole").name
+    assert sorted(p.name for p in half.iterdir()) == ["pick", "who"]
 
     original = score._score_task
 
@@ -111,7 +114,7 @@ def _rank(rank: int, size: int, store: str, bundle_path: str, out: str, model, t
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     ledger = run(model, tokenizer, open_bundle(bundle_path), Path(out), token_budget=100 * size, ranks=ProcessRanks())
     torch.distributed.destroy_process_group()
-    assert timeless(Ledger.open(Path(out))) == timeless(ledger)
+    assert timeless(Ledger.open(newest(Path(out)))) == timeless(ledger)
 
 
 @pytest.mark.slow
@@ -121,11 +124,10 @@ def test_any_number_of_ranks_and_any_budget_give_the_same_ledger(make_bundle, tm
     alone = run(tiny_gpt, tokenizer, open_bundle(folder), tmp_path / "alone")
     arguments = (size, str(tmp_path / "store"), str(folder), str(tmp_path / "many"), tiny_gpt, tokenizer)
     torch.multiprocessing.spawn(_rank, arguments, nprocs=size)
-    assert timeless(Ledger.open(tmp_path / "many")) == timeless(alone)
+    assert timeless(Ledger.open(newest(tmp_path / "many"))) == timeless(alone)
     for label in ("pick", "who", "next"):
-        assert (tmp_path / "many" / label / "answers.csv").read_bytes() == (
-            tmp_path / "alone" / label / "answers.csv"
-        ).read_bytes()
+        many, one = (newest(tmp_path / name) / label / "answers.csv" for name in ("many", "alone"))
+        assert many.read_bytes() == one.read_bytes()
 
 
 def test_cudnn_plans_no_attention_while_tasks_are_scored(make_bundle, tmp_path, tiny_gpt, tokenizer):

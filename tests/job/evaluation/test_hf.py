@@ -13,7 +13,7 @@ import torch
 from job.errors import DataError, UsageError
 from job.evaluation import hf, score
 from job.evaluation.bundle import open_bundle
-from job.evaluation.ledger import read_answers
+from job.evaluation.ledger import newest, read_answers
 from job.reporter import Reporter
 from job.run import hf_launch
 
@@ -84,7 +84,7 @@ def test_every_answer_equals_the_references(make_bundle, tmp_path, gpt2, loaded,
     whole = AutoModelForCausalLM.from_pretrained(gpt2)
     cropped = 0
     for task in bundle.tasks:
-        answers = read_answers(tmp_path / "eval" / task.label / "answers.csv")
+        answers = read_answers(newest(tmp_path / "eval") / task.label / "answers.csv")
         pool = reference.pool_of(list(task.examples), None)
         for i, answer in enumerate(answers):
             encode = lambda text: tokenizer.encode_batch([text])[0]  # noqa: E731

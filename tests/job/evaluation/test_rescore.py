@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,18 @@ import pytest
 
 from job.errors import UsageError
 from job.evaluation.core_v1 import PUBLISHED_URL
-from job.evaluation.ledger import ANSWERS, LEDGER
-from job.evaluation.rescore import FROM_BUCKET, asking, fullness, fullness_of_score, recipe_for_evaluation
+from job.evaluation.ledger import LEDGER, fullness, sealed_ledgers
+from job.evaluation.ledger import folder_of as evaluation_folder
+from job.evaluation.rescore import FROM_BUCKET, LESSER, asking, fullness_asked, fullness_of_score, recipe_for_evaluation
 from job.recipe.config import EvalConfig, resolve
 from job.recipe.derive import derive
 from job.run.bucket import Bucket
 from job.run.launch import is_done, recipe_document
 from job.store.attempt import Record, fold_event
 from job.store.checkpoint_folder import KIND, folder_of
-from job.store.sealed import content_id, is_sealed, open_sealed, sealing
+from job.store.sealed import content_id, open_sealed, sealing
 from job.store.stores import FolderStore
 
-KINDS = {"ledger": LEDGER, "copa": ANSWERS}
 RECIPE = resolve("smoke", {}, ["train.steps=12"])
 
 
@@ -34,7 +33,7 @@ def asked(cap: int, bundle: str = "") -> EvalConfig:
 
 def test_core_says_more_than_the_smoke_score_and_more_items_say_more() -> None:
     order = [asked(12), asked(100), asked(0), asked(20, "core.zip"), asked(500, "core.zip"), asked(0, "core.zip")]
-    assert sorted(reversed(order), key=fullness) == order
+    assert sorted(reversed(order), key=fullness_asked) == order
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def scored(tmp_path: Path):
         with sealing(folder_of(tmp_path, derive(RECIPE).rows), kind=KIND, made_from=made_from):
             pass
         ledger = {"weights": weights or content_id(KIND, made_from), "cap": cap}
-        with sealing(tmp_path / "eval" / "ledger", kind=LEDGER, made_from=ledger) as folder:
+        with sealing(evaluation_folder(tmp_path / "eval", ledger) / "ledger", kind=LEDGER, made_from=ledger) as folder:
             folder.facts |= {"name": name}
         return tmp_path
 
@@ -54,26 +53,38 @@ def scored(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "cap", "evaluation", "folder"),
+    ("name", "cap", "evaluation", "is_lesser"),
     [
-        ("smoke_score", 12, asked(12), "eval"),
-        ("smoke_score", 12, asked(0), "eval"),
-        ("smoke_score", 12, asked(11), "eval/lesser/smoke-11"),
-        ("smoke_score", None, asked(12), "eval/lesser/smoke-12"),
-        ("smoke_score", None, asked(20, "core.zip"), "eval"),
-        ("core", 20, asked(0), "eval/lesser/smoke-all"),
-        ("core", None, asked(20, "core.zip"), "eval/lesser/core-20"),
-        ("core", None, asked(0, "core.zip"), "eval"),
+        ("smoke_score", 12, asked(12), False),
+        ("smoke_score", 12, asked(0), False),
+        ("smoke_score", 12, asked(11), True),
+        ("smoke_score", None, asked(12), True),
+        ("smoke_score", None, asked(20, "core.zip"), False),
+        ("core", 20, asked(0), True),
+        ("core", None, asked(20, "core.zip"), True),
+        ("core", None, asked(0, "core.zip"), False),
     ],
 )
-def test_where_an_evaluation_goes(scored, name: str, cap: int | None, evaluation: EvalConfig, folder: str) -> None:
+def test_which_evaluation_is_a_lesser_one(
+    scored, name: str, cap: int | None, evaluation: EvalConfig, is_lesser: bool
+) -> None:
     run, recipe = scored(name, cap), dataclasses.replace(RECIPE, eval=evaluation)
     with asking(run, recipe, recipe_document(recipe, "r")) as made:
-        assert made.folder == run / folder
-        assert made.is_lesser == (folder != "eval")
+        assert made.is_lesser is is_lesser
         document = json.loads(made.document.read_text())
-        assert document["answers"] == folder and document["recipe"]["eval"]["cap"] == evaluation.cap
-    assert is_done("evaluate", run, recipe) == (made.is_lesser or fullness(evaluation) == fullness_of_score(run, 0))
+        assert (document["asked"] == LESSER) is is_lesser
+        assert document["recipe"]["eval"]["cap"] == evaluation.cap
+    assert is_done("evaluate", run, recipe) == (is_lesser or fullness_asked(evaluation) == fullness(name, cap))
+
+
+@pytest.mark.parametrize("earlier", ["eval", "eval/lesser/core-20"])
+def test_evaluations_of_earlier_versions_are_read(scored, earlier: str) -> None:
+    run = scored("smoke_score", 12)
+    ledger = {"weights": content_id(KIND, {"run": "r"}), "cap": 20}
+    with sealing(run / earlier / "ledger", kind=LEDGER, made_from=ledger) as folder:
+        folder.facts |= {"name": "core"}
+    assert len(sealed_ledgers(run / "eval")) == 2
+    assert fullness_of_score(run, derive(RECIPE).rows) == fullness("core", 20)
 
 
 def test_a_score_of_other_weights_is_none(scored, tmp_path: Path) -> None:
@@ -87,7 +98,7 @@ def test_the_record_leaves_lesser_evaluations_out() -> None:
     record = Record()
     told = {"t": 1.0, "attempt": 1, "kind": "eval.done", "metric": 0.25, "name": "core"}
     fold_event(record, told)
-    fold_event(record, told | {"t": 9.0, "metric": 0.5, "lesser": "core-20"})
+    fold_event(record, told | {"t": 9.0, "metric": 0.5, "lesser": True})
     assert record.score["metric"] == 0.25 and record.attempts[0].end == 9.0
 
 
@@ -100,45 +111,42 @@ def contents(*places: Path) -> dict[str, str]:
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def caps(out: Path) -> tuple[Any, Any]:
-    """Of the report's score and of the sealed ledger."""
-    run = out / "runs" / "t"
-    result = json.loads((run / "report" / "result.json").read_text())
-    return result["smoke_score"]["cap"], open_sealed(run / "eval" / "ledger", kind=LEDGER).made_from["cap"]
+def caps(out: Path) -> tuple[Any, list[Any]]:
+    """Of the report's score, and of all its evaluations."""
+    result = json.loads((out / "runs" / "t" / "report" / "result.json").read_text())
+    return result["smoke_score"]["cap"], [each["cap"] for each in result["evaluations"]]
 
 
 @pytest.mark.slow
-def test_a_lesser_evaluation_leaves_the_run_as_it_was(tmp_path: Path, speedrun) -> None:
+def test_a_lesser_evaluation_stands_beside_the_runs_own(tmp_path: Path, speedrun) -> None:
     speedrun(speedrun.tiny("run", tmp_path))
     run = tmp_path / "runs" / "t"
     command = speedrun.command("evaluate", "--run-id", "t", "--out", str(tmp_path), "-o", "eval.cap=9")
-    kept = [run / "recipe.json", run / "report", *(p for p in (run / "eval").iterdir())]
+    kept = [run / "recipe.json", *(p for p in (run / "eval").iterdir())]
     before = contents(*kept)
     said = speedrun(command).stdout
     assert "(at most 9 items a task; " in said
-    assert said.endswith(
-        f"the run has a fuller score, which stays as it is; this one is in {run}/eval/lesser/smoke-9\n"
-    )
-    assert json.loads(speedrun([*command, "--json", "-q"]).stdout)["smoke_score"]["cap"] == 9
-    assert contents(*kept) == before
+    assert "the run has a fuller score, which stays its own; this one goes beside it" in said
+    assert caps(tmp_path) == (12, [12, 9]) and contents(*kept) == before
+    assert json.loads(speedrun([*command, "--json", "-q"]).stdout)["smoke_score"]["cap"] == 12
     again = speedrun(speedrun.tiny("run", tmp_path)).stderr
-    assert "evaluate: done already" in again and caps(tmp_path) == (12, 12)
+    assert "evaluate: done already" in again and caps(tmp_path) == (12, [12, 9])
     speedrun(speedrun.command("report", "--run-id", "t", "--out", str(tmp_path)))
-    assert caps(tmp_path) == (12, 12)
+    assert caps(tmp_path) == (12, [12, 9])
     fuller = speedrun.command("evaluate", "--run-id", "t", "--out", str(tmp_path), "-o", "eval.cap=14")
     speedrun(fuller)
-    assert caps(tmp_path) == (14, 14)
+    assert caps(tmp_path) == (14, [14, 12, 9])
     speedrun(speedrun.tiny("run", tmp_path))
-    assert caps(tmp_path) == (14, 14) and contents(run / "recipe.json").items() <= before.items()
+    assert caps(tmp_path) == (14, [14, 12, 9]) and contents(*kept) == before
 
 
 @pytest.mark.slow
 def test_a_run_that_was_scored_with_a_cap_first_is_still_scored_as_it_says(tmp_path: Path, speedrun) -> None:
     speedrun(speedrun.tiny("pretrain", tmp_path))
     speedrun(speedrun.command("evaluate", "--run-id", "t", "--out", str(tmp_path), "-o", "eval.cap=9"))
-    assert caps(tmp_path) == (9, 9)
+    assert caps(tmp_path) == (9, [9])
     speedrun(speedrun.tiny("run", tmp_path))
-    assert caps(tmp_path) == (12, 12)
+    assert caps(tmp_path) == (12, [12, 9])
 
 
 @pytest.mark.slow
@@ -152,36 +160,22 @@ def test_on_another_machine_the_bucket_keeps_the_fuller_report(tmp_path: Path, s
         assert "(at most 9 items a task; " in said.stdout
         assert f"mirroring run t to the folder {bucket}\n" in said.stderr
         run = bucket / "runs" / "t"
-        assert open_sealed(run / "report", kind="report") and caps(bucket) == (12, 12)
-        assert open_sealed(run / "eval/lesser/smoke-9/ledger", kind=LEDGER).made_from["cap"] == 9
+        assert open_sealed(run / "report", kind="report") and caps(bucket) == (12, [12, 9])
     events = [json.loads(line) for line in (run / "events" / "3.jsonl").read_text().splitlines()]
     tasks = [event for event in events if event["kind"] == "eval.task"]
     assert len(tasks) == 22 and all(event["found"] for event in tasks), "machine b took the answers from the bucket"
     assert "pretrain: done already" in speedrun(speedrun.tiny("run", tmp_path / "c", *place)).stderr
 
 
-def test_a_disk_with_a_lesser_score_takes_the_fuller_one_from_the_bucket(scored, tmp_path: Path) -> None:
-    def answer(run: Path, items: int) -> None:
-        with sealing(run / "eval" / "copa", kind=ANSWERS, made_from={"cap": items}):
-            pass
-
-    def cap_of(run: Path) -> tuple[int, int]:
-        return tuple(open_sealed(run / "eval" / name, kind=kind).made_from["cap"] for name, kind in KINDS.items())
-
+def test_a_disk_with_a_lesser_score_has_the_fuller_one_of_the_bucket_beside_it(scored, tmp_path: Path) -> None:
     run = scored("smoke_score", 12)
-    answer(run, 12)
-    with sealing(run / "report", kind="report", made_from={}):
-        pass
-    bucket = Bucket(FolderStore(tmp_path / "bucket"), 1.0)
-    stored = tmp_path / "bucket" / "runs" / run.name
-    shutil.copytree(run / "eval", stored / "eval")
-    elsewhere = json.loads((run / "eval/ledger/manifest.json").read_text())["made_from"]
-    for items, kept in ((11, (12, 12)), (20, (20, 20))):
-        with sealing(stored / "eval/ledger", kind=LEDGER, made_from=elsewhere | {"cap": items}) as folder:
-            folder.facts |= {"name": "smoke_score"}
-        answer(stored, items)
-        bucket.pull_results(run)
-        assert cap_of(run) == kept and is_sealed(run / "report") is (kept == (12, 12))
+    elsewhere = {"weights": content_id(KIND, {"run": "r"}), "cap": 20}
+    stored = evaluation_folder(tmp_path / "bucket" / "runs" / run.name / "eval", elsewhere) / "ledger"
+    with sealing(stored, kind=LEDGER, made_from=elsewhere) as folder:
+        folder.facts |= {"name": "smoke_score"}
+    Bucket(FolderStore(tmp_path / "bucket"), 1.0).pull_results(run)
+    assert sorted(ledger.made_from["cap"] for ledger in sealed_ledgers(run / "eval").values()) == [12, 20]
+    assert fullness_of_score(run, derive(RECIPE).rows) == fullness("smoke_score", 20)
 
 
 def test_a_recipe_of_the_buckets_decides_no_path_and_no_address(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ranks_of, wait_for
-from job.evaluation.ledger import Ledger
+from job.evaluation.ledger import Ledger, newest
 from job.store.attempt import read_events
 from job.store.sealed import open_sealed
 
@@ -50,12 +50,13 @@ def evaluate(speedrun, out: Path, *more: str) -> list[str]:
 
 def findings(out: Path) -> dict:
     """Everything the evaluation found, but how long it took."""
-    folder = out / "runs" / "t" / "eval"
+    evaluations = out / "runs" / "t" / "eval"
+    folder = newest(evaluations)
     ledger = Ledger.open(folder).as_dict()
     for task in ledger["tasks"]:
         del task["seconds"]
     answers = {task["label"]: (folder / task["label"] / "answers.csv").read_text() for task in ledger["tasks"]}
-    return {"ledger": ledger, "answers": answers, "bpb": open_sealed(folder / "bpb", kind="bpb").facts}
+    return {"ledger": ledger, "answers": answers, "bpb": open_sealed(evaluations / "bpb", kind="bpb").facts}
 
 
 def wait_until(condition, process) -> None:
@@ -75,8 +76,9 @@ def test_any_number_of_ranks_finds_the_same(alone, copied, speedrun, ranks):
 
 def test_kills_in_several_tasks_leave_the_same_ledger(alone, copied, speedrun):
     out = copied("killed")
-    folder = out / "runs" / "t" / "eval"
-    labels = [task.label for task in Ledger.open(alone / "runs" / "t" / "eval").tasks]
+    whole = newest(alone / "runs" / "t" / "eval")
+    folder = out / "runs" / "t" / "eval" / whole.name
+    labels = [task.label for task in Ledger.open(whole).tasks]
     sealed_at: dict[str, int] = {}
     for label in (labels[2], labels[9], labels[16]):
         process = speedrun.start(evaluate(speedrun, out))
@@ -118,7 +120,7 @@ def test_a_damaged_model_is_not_scored(copied, speedrun):
 
 def test_prepare_makes_the_items_and_evaluation_finds_them(trained, alone):
     (made,) = (trained / "prepared").glob("*/items/*-12")
-    ledger = Ledger.open(alone / "runs" / "t" / "eval")
+    ledger = Ledger.open(newest(alone / "runs" / "t" / "eval"))
     assert made.name == f"{ledger.made_from['bundle']}-12" and len(list(made.iterdir())) == 22
     manifests = [json.loads((made / task.label / "manifest.json").read_text()) for task in ledger.tasks]
     assert {manifest["made_from"]["tokenizer"] for manifest in manifests} == {ledger.made_from["tokenizer"]}

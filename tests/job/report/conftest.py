@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from job.evaluation.bundle import Task
-from job.evaluation.ledger import Answer, make_ledger, seal_ledger
+from job.evaluation.ledger import Answer, folder_of, make_ledger, seal_ledger
 from job.store import attempt as attempts
 from job.store.attempt import Attempt
 from job.store.documents import hashed
@@ -136,8 +136,9 @@ class SyntheticRun:
             folder.facts |= {"bpb": bpb, "nats": 1.0, "bytes": 1, "tokens": 65536, "bigram_bpb": bigram}
         self.clock.pass_(30.0)
         tasks = [scored(*task) for task in self.tasks]
-        made_from = {"bundle": "b0b0b0b0b0b0b0b0", "cap": cap}
-        seal_ledger(self.path / "eval", make_ledger("core" if core else "smoke_score", tasks, made_from))
+        made_from = {"bundle": "c0c0c0c0c0c0c0c0" if core else "b0b0b0b0b0b0b0b0", "cap": cap}
+        ledger = make_ledger("core" if core else "smoke_score", tasks, made_from)
+        seal_ledger(folder_of(self.path / "eval", ledger.made_from), ledger)
         attempt.emit("stage.done", stage="evaluate", seconds=30.0)
 
     def whole(self) -> SyntheticRun:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from job.evaluation.ledger import newest
 from job.report.render import write_report
 from job.report.result import build_result
 from job.report.words import short, summary_lines
@@ -70,7 +71,7 @@ def test_the_folder_is_sealed_and_holds_the_result(run):
         "recipe.json",
         "events/1.jsonl",
         "eval/bpb/manifest.json",
-        "eval/ledger/manifest.json",
+        f"eval/{newest(run.path / 'eval').name}/ledger/manifest.json",
     }
 
 

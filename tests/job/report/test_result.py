@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 
 from job.errors import DataError, UsageError
+from job.evaluation.ledger import newest
 from job.report import result as results
 from job.report.result import build_result
 
@@ -30,6 +31,7 @@ def test_schema_is_a_schema():
 def test_whole_run_exactly(run):
     result = checked(run.whole().path)
     hashes = result.pop("hashes")
+    assert [each["name"] for each in result.pop("evaluations")] == ["smoke_score"]
     assert result.pop("provenance")["gpus"] == ["NVIDIA H100"] * 8
     assert result == {
         "schema": 1,
@@ -109,12 +111,29 @@ def test_the_newest_count_of_shared_documents(run):
     assert checked(run.path)["leaks"] == counted
 
 
-def test_schema_refuses_both_scores_at_once_and_unknown_keys(run):
+def test_schema_refuses_unknown_keys(run):
     result = build_result(run.whole().path)
-    with pytest.raises(jsonschema.ValidationError):
-        VALIDATOR.validate(result | {"core": result["smoke_score"]})
-    with pytest.raises(jsonschema.ValidationError):
-        VALIDATOR.validate(result | {"gpu": "none"})
+    for part in (result, result["evaluations"][0], result["provenance"]):
+        part["gpu"] = "none"
+        with pytest.raises(jsonschema.ValidationError):
+            VALIDATOR.validate(result)
+        del part["gpu"]
+    VALIDATOR.validate(result)
+
+
+def test_the_score_is_the_fullest_of_its_name_and_all_are_listed(run):
+    run.whole()
+    attempt = run.start()
+    for core, cap in ((True, 20), (False, 5), (True, 500)):
+        run.evaluate(attempt, core=core, cap=cap)
+    result = checked(run.path)
+    assert [(e["name"], e["cap"]) for e in result["evaluations"]] == [
+        ("core", 500),
+        ("core", 20),
+        ("smoke_score", None),
+        ("smoke_score", 5),
+    ]
+    assert (result["core"]["cap"], result["smoke_score"]["cap"]) == (500, None)
 
 
 def test_steps_done_again_count_once_in_the_clock_and_twice_on_the_node(run, clock):
@@ -192,6 +211,6 @@ def test_a_damaged_recipe_is_named(run):
 
 def test_a_damaged_ledger_is_named(run):
     run.whole()
-    (run.path / "eval" / "ledger" / "ledger.json").write_text("{}")
+    (newest(run.path / "eval") / "ledger" / "ledger.json").write_text("{}")
     with pytest.raises(DataError, match=r"ledger\.json"):
         build_result(run.path)

@@ -21,6 +21,7 @@ import pytest
 from gate import Gate
 from helpers import children, wait_for_event
 from job.console import Console
+from job.evaluation.ledger import newest
 from job.run.bucket import Bucket
 from job.store import open_store
 from job.store.attempt import Attempt, read_events
@@ -88,7 +89,8 @@ def test_the_bucket_has_all_that_the_disk_has(finished: tuple[Path, str], shared
     assert stored(shared) == contents(out)
     assert kinds(out)[-1] == "attempt.ended"
     uploads = [e for e in read_events(out / "runs" / "t") if e["kind"] == "upload.done"]
-    assert {"runs/t/checkpoints/" + FINAL, "runs/t/eval/ledger"} <= {e["folder"] for e in uploads}
+    ledger = newest(out / "runs" / "t" / "eval") / "ledger"
+    assert {"runs/t/checkpoints/" + FINAL, str(ledger.relative_to(out))} <= {e["folder"] for e in uploads}
 
 
 def test_a_log_keeps_no_address_that_shows_the_page(finished: tuple[Path, str], shared: Any) -> None:
