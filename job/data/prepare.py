@@ -47,6 +47,7 @@ from job.errors import DataError
 from job.recipe.config import DataConfig
 from job.reporter import Reporter
 from job.store.artifact_cache import Artifact, ArtifactCache
+from job.store.damaged import verify_once
 from job.store.sealed import Sealed, content_id, is_sealed, open_sealed, sealing
 from job.store.stores import Store
 
@@ -147,6 +148,7 @@ def prepare(
         )
     try:
         with alone(builder.root, reporter):
+            verify_once(builder.root, reporter)
             prepared = builder.build() if whole or hub is None else builder.begin()
     finally:
         if hub:
@@ -194,7 +196,7 @@ class DatasetBuilder:
         if not self._is_enough():
             tokenizer, tasks = self._start()
             self._seal_set(tokenizer, tasks[0], self._pack_all(tasks, tokenizer))
-        return Prepared.open(self.root, verify=True)
+        return Prepared.open(self.root)
 
     def begin(self) -> Prepared:
         """Make tokenizer, held-out rows and the first row file; the set so far."""

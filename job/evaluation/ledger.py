@@ -37,6 +37,8 @@ from typing import Any
 
 from job.errors import DataError
 from job.evaluation.bundle import Task
+from job.reporter import Reporter
+from job.store.damaged import usable
 from job.store.sealed import MANIFEST, Sealed, content_id, is_sealed, open_sealed, sealing
 
 ANSWERS = "eval_answers"
@@ -181,13 +183,13 @@ def fullness(name: str, cap: int | None) -> tuple[bool, float]:
     return name == "core", cap or math.inf
 
 
-def sealed_answers(out: Path, label: str, made_from: dict[str, Any]) -> tuple[list[Answer], float] | None:
+def sealed_answers(
+    out: Path, label: str, made_from: dict[str, Any], reporter: Reporter
+) -> tuple[list[Answer], float] | None:
     """The answers of a task and their seconds, if they are sealed and were made from exactly this; None otherwise."""
     folder = Path(out) / label
-    if not is_sealed(folder):
-        return None
-    sealed = open_sealed(folder, kind=ANSWERS)
-    if sealed.id != content_id(ANSWERS, made_from):
+    sealed = usable(folder, kind=ANSWERS, reporter=reporter)
+    if not sealed or sealed.id != content_id(ANSWERS, made_from):
         return None
     return read_answers(folder / "answers.csv"), float(sealed.facts["seconds"])
 

@@ -222,7 +222,7 @@ def evaluate(
     out, total, done, results = folder_of(out, made_from), sum(map(len, tokens.values())), 0, []
     for task in bundle.tasks:
         task_from = {**made_from, "task": task.label}
-        known = ranks.all_gather(sealed_answers(out, task.label, task_from) if ranks.rank == 0 else None)[0]
+        known = ranks.all_gather(sealed_answers(out, task.label, task_from, reporter) if ranks.rank == 0 else None)[0]
         found = known is not None
         if not found:
             known = _score_task(forward, task, tokens[task.label], token_budget, device, ranks)

@@ -27,7 +27,8 @@ from job.machine import host
 from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.store.checkpoint_folder import final_checkpoint
-from job.store.sealed import Sealed, is_sealed, open_sealed, sealing
+from job.store.damaged import usable
+from job.store.sealed import Sealed, open_sealed, sealing
 from job.train import checkpoint, validation
 from job.train.context import RankContext
 from job.train.kernels import choose_kernels, machine_of
@@ -99,8 +100,8 @@ def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, fin
     folder = context.run / "eval" / "bpb"
     recipe = context.recipe()
     made_from = {"weights": final.id, "prepared": prepared.id, "val_tokens": recipe.train.val_tokens}
-    missing = not is_sealed(folder) or open_sealed(folder, kind="bpb").made_from != made_from
-    if ranks.all_gather(missing)[0]:
+    known = usable(folder, kind="bpb", reporter=context.reporter) if ranks.rank == 0 else None
+    if ranks.all_gather(not known or known.made_from != made_from)[0]:
         measured = validation.validate(model, prepared, recipe, context.reporter)
         if ranks.rank == 0:
             trained = beating(Rows(prepared, seed=recipe.data.seed).chunks(final.facts["rows"]), context.reporter)

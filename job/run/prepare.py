@@ -21,6 +21,7 @@ from job.reporter import Reporter
 from job.store import store_of_environment
 from job.store.artifact_cache import ArtifactCache
 from job.store.checkpoint_folder import final_checkpoint, folder_of
+from job.store.damaged import verify_once
 from job.store.sealed import content_id, is_content_id, is_sealed, open_sealed, sealing
 from job.store.stores import Store, pull_sealed
 from job.train.context import RankContext
@@ -63,6 +64,7 @@ def pull(root: Path, store: Store, reporter: Reporter) -> Prepared:
             raise DataError(f"{root / name} belongs elsewhere; delete {root}, here and in the bucket, and run again")
 
     with alone(root, reporter):
+        verify_once(root, reporter)
         for name, kind in (("set", "prepared"), ("tokenizer", "tokenizer"), ("val", "val")):
             take(name, kind)
         files = open_sealed(root / "set", kind="prepared").facts["files"]

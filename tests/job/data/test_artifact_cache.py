@@ -32,7 +32,7 @@ UNUSED = "rows/00003"
 
 
 def contents(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and UNUSED not in str(path))
+    files = (path for path in folder.rglob("*") if path.is_file() and UNUSED not in str(path) and path.name[0] != ".")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -108,6 +108,19 @@ def test_what_is_missing_or_damaged_there_is_made_here(first, store, hub, tmp_pa
     assert [text.endswith(f"prepared/{first.id}/rows/00002 is made here instead") for text in warnings(recorder)] == [
         True
     ]
+
+
+def test_what_is_damaged_here_is_pulled_again(first, store, hub, tmp_path, helpers, data, monkeypatch):
+    before = contents(first.path)
+    file = first.path / "rows" / "00001" / "rows.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    monkeypatch.setattr("platform.node", lambda: "another machine")
+    recorder = helpers.Recorder()
+    again = helpers.small_prepare(tmp_path / "first", data, rows=ROWS, store=store, reporter=recorder)
+    assert hub.requests == [] and pulled(recorder) == [SHARD(1)] and len(warnings(recorder)) == 1
+    assert {name: hash for name, hash in contents(again.path).items() if not name.startswith((".", "rows/."))} == {
+        name: hash for name, hash in before.items() if not name.startswith(".")
+    }
 
 
 def test_a_part_of_other_inputs_is_not_taken(first, store, tmp_path, helpers, data):

@@ -23,6 +23,7 @@ from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import DataError, StorageError
 from job.store.documents import hashed
+from job.store.sealed import is_sealed
 
 ROOT = Path(__file__).parents[3]
 REAL_CORPUS = ROOT.parent / "shared" / "data" / "corpus" / "small"
@@ -230,30 +231,29 @@ def test_what_is_sealed_is_not_made_again(corpus, tmp_path, helpers, one_file_sh
     assert [fields.get("shard") for _, fields in reporter.events] == [None, "1.jsonl", None]
 
 
-def test_a_flipped_byte_is_refused_and_made_again_when_removed(corpus, tmp_path, helpers):
+def test_a_flipped_byte_is_moved_aside_and_made_again(corpus, tmp_path, helpers):
     prepared = helpers.small_prepare(tmp_path, helpers.config(corpus))
     file = prepared.row_files[0]
     good = file.read_bytes()
-    file.write_bytes(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
-    with pytest.raises(
-        DataError, match=r"rows.npy is not the file that was sealed .*; delete .*rows/00000 and run again"
-    ):
-        helpers.small_prepare(tmp_path, helpers.config(corpus))
-    file.unlink()
-    (file.parent / "manifest.json").unlink()
-    helpers.small_prepare(tmp_path, helpers.config(corpus))
-    assert file.read_bytes() == good
+    file.write_bytes(flipped := good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
+    reporter = helpers.Recorder()
+    helpers.small_prepare(tmp_path, helpers.config(corpus), reporter=reporter)
+    (said,) = (fields["text"] for kind, fields in reporter.events if kind == "warning")
+    assert f"{file} is not the file that was sealed" in said and file.read_bytes() == good
+    (aside,) = file.parents[1].glob(".00000.damaged-*")
+    assert (aside / file.name).read_bytes() == flipped
 
 
 @pytest.mark.parametrize("part", ["set", "tokenizer", "val", "rows/00000"])
-def test_a_manifest_of_another_version_is_refused(corpus, tmp_path, helpers, part):
+def test_a_manifest_of_another_version_is_moved_aside_and_the_part_made_again(corpus, tmp_path, helpers, part):
     prepared = helpers.small_prepare(tmp_path, helpers.config(corpus))
     manifest = prepared.path / part / "manifest.json"
-    manifest.write_text(json.dumps(hashed(json.loads(manifest.read_text()) | {"schema": 2})))
-    with pytest.raises(
-        DataError, match=rf"{part}/manifest.json is of another version \(not schema 1\); delete .*{part} and run again"
-    ):
-        helpers.small_prepare(tmp_path, helpers.config(corpus))
+    good = manifest.read_bytes()
+    manifest.write_text(json.dumps(hashed(json.loads(good) | {"schema": 2})))
+    reporter = helpers.Recorder()
+    helpers.small_prepare(tmp_path, helpers.config(corpus), reporter=reporter)
+    (said,) = (fields["text"] for kind, fields in reporter.events if kind == "warning")
+    assert f"{part}/manifest.json is of another version (not schema 1)" in said and is_sealed(manifest.parent)
 
 
 # ---- bad input
