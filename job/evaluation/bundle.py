@@ -157,6 +157,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
     with open(path, "rb") as file:
         if file.read(len(ZSTD_MAGIC)) == ZSTD_MAGIC:
             return _read_tar_zst(path)
+    check_size(path, path.stat().st_size, "has")  # and with it its list of entries, which zipfile reads at once
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         _check_entries(path, len(members))

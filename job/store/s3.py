@@ -16,6 +16,7 @@ again."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import threading
@@ -97,11 +98,14 @@ class Clients:
         small, bulk = (Config(retries={"mode": "standard", "total_max_attempts": n}) for n in (1, 3))
         try:
             session = boto3.session.Session()
+            with contextlib.suppress(*NETWORK):  # which the first request meets again, and then knows what to say
+                if credentials := session.get_credentials():
+                    credentials.get_frozen_credentials()
             return {
                 "small": session.client("s3", self._region, config=common.merge(small)),
                 "bulk": session.client("s3", self._region, config=common.merge(bulk)),
             }
-        except (BotoCoreError, ValueError) as error:
+        except (BotoCoreError, ValueError, OSError) as error:  # OSError: a file of a token, say
             raise UsageError(
                 f"the AWS settings cannot be used ({error}); correct the AWS_ variables or files"
             ) from error

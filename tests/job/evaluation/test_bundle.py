@@ -143,7 +143,13 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(make_bundle, tmp_path, m
     monkeypatch.setattr("job.evaluation.bundle.MAX_UNPACKED_BYTES", 1 << 10)
     files = files_of(make_bundle())
     for archive in (zipped(tmp_path / "a.zip", files), tarred(tmp_path / "a.tar.zst", files)):
-        refused(archive, archive.name, "unpacks to more than")
+        refused(archive, archive.name, "more than")
+
+
+def test_an_archive_larger_than_any_bundle_is_refused_before_its_list_of_entries_is_read(tmp_path):
+    with open(tmp_path / "a.zip", "wb") as file:
+        file.truncate((2 << 30) + 1)
+    refused(tmp_path / "a.zip", "a.zip has more than 2 GiB")
 
 
 def test_a_damaged_archive_is_refused(make_bundle, tmp_path):

@@ -240,6 +240,10 @@ def test_a_url_that_is_none_is_refused(url: str) -> None:
             "the AWS settings cannot be used .*; correct the AWS_ variables or files",
         ),
         ({"AWS_PROFILE": "nobody"}, "the AWS settings cannot be used .*nobody"),
+        (
+            {"AWS_ACCESS_KEY_ID": "", "AWS_WEB_IDENTITY_TOKEN_FILE": "/gone", "AWS_ROLE_ARN": "arn:aws:iam::1:role/x"},
+            "the AWS settings cannot be used .*/gone",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_usage_errors_at_once(
