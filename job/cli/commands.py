@@ -368,7 +368,8 @@ def _evaluate_hf(
     if as_json:
         click.echo(json.dumps(ledger.as_dict(), indent=1))
     elif console.verbosity >= 0:
-        click.echo("\n".join(table_lines(ledger)))
+        page = hf_launch.folder_of(out, folder) / "report" / "report.html"
+        click.echo("\n".join([*table_lines(ledger), f"page  {page}"]))
 
 
 def _show_result(run_path: Path, as_json: bool, console: Console) -> None:

@@ -32,6 +32,11 @@ def html(context: dict[str, Any], record: Record) -> str:
     return _environment().get_template("report.html.j2").render(context | more)
 
 
+def foreign_html(context: dict[str, Any]) -> str:
+    """The page of a model that no run of ours made."""
+    return _environment().get_template("foreign.html.j2").render(context | {"groups": groups(context["tasks"])})
+
+
 def markdown(context: dict[str, Any]) -> str:
     return _environment().get_template("report.md.j2").render(context | {"kinds": words.KINDS})
 

@@ -86,10 +86,17 @@ def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str
 
 def task_rows(record: Record, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The tasks of the score; before it is there, those that events report so far."""
-    if score := words.score_of(result):
-        entries = [task | {"baseline": score["baselines"][task["task"]]} for task in score["tasks"]]
-    else:
-        entries = [event | {"task": name, "kind": event["type"]} for name, event in record.tasks.items()]
+    if words.score_of(result):
+        return score_rows(result)
+    entries = [event | {"task": name, "kind": event["type"]} for name, event in record.tasks.items()]
+    return [{key: entry[key] for key in TASK_KEYS} for entry in entries]
+
+
+def score_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tasks of the score."""
+    score = words.score_of(result)
+    assert score
+    entries = [task | {"baseline": score["baselines"][task["task"]]} for task in score["tasks"]]
     return [{key: entry[key] for key in TASK_KEYS} for entry in entries]
 
 
@@ -108,11 +115,16 @@ def machine_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     cores = f", {machine['cores']} cores" if machine["cores"] else ""
     ranks = f"{machine['world_size']} x {machine['device']}, {machine['threads']} threads each, {machine['dtype']}"
     known = [("processor", machine["cpu"] and machine["cpu"] + cores), ("training ran on", machine["device"] and ranks)]
-    origin = result["provenance"] or {}
-    gpus = Counter(origin.get("gpus", []))
-    known += [("GPUs", ", ".join(f"{count} x {name}" for name, count in gpus.items()))]
-    known += [(name, origin.get(name)) for name in ("driver", "commit", "image", "lock")]
-    return [(name, value) for name, value in [*known, *result["versions"].items()] if value]
+    rows = [*known, *provenance_rows(result["provenance"]), *result["versions"].items()]
+    return [(name, value) for name, value in rows if value]
+
+
+def provenance_rows(provenance: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """GPUs, driver, commit, image and lock, where they are known."""
+    origin = provenance or {}
+    gpus = ", ".join(f"{count} x {name}" for name, count in Counter(origin.get("gpus", [])).items())
+    rows = [("GPUs", gpus), *((name, origin.get(name)) for name in ("driver", "commit", "image", "lock"))]
+    return [(name, value) for name, value in rows if value]
 
 
 def commands(run: Path, recipe: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, str]]:

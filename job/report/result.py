@@ -46,9 +46,9 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
     elif record.validations:
         measured = record.validations[max(record.validations)]["bpb"]
     val_bpb = finite(measured)
-    ledgers = evaluations(run)
-    fullest = {ledger.name: ledger for ledger in ledgers.values()}
-    core, smoke = _score(fullest.get("core")), _score(fullest.get("smoke_score"))
+    ledgers = evaluations(run / "eval")
+    core, smoke = fullest_scores(ledgers)
+    fullest = next(reversed(ledgers.values()), None)
     versions = record.machine.get("versions") or {}
     return {
         "schema": SCHEMA,
@@ -61,7 +61,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
         "bigram_bpb": bigram_bpb,
         "core": core,
         "smoke_score": smoke,
-        "evaluations": [_evaluation(name, ledger) for name, ledger in reversed(ledgers.items())],
+        "evaluations": [described(name, ledger) for name, ledger in reversed(ledgers.items())],
         "leaks": {key: record.leaks[key] for key in LEAK_KEYS} if record.leaks else None,
         "steps": len(record.steps),
         "planned_steps": planned_steps,
@@ -80,7 +80,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
         "machine": _machine(record),
         "versions": {name: str(version) for name, version in sorted(versions.items())},
         "provenance": _provenance(record),
-        "hashes": _hashes(run, recipe, record, fullest.get("core") or fullest.get("smoke_score")),
+        "hashes": _hashes(run, recipe, record, fullest),
     }
 
 
@@ -117,13 +117,19 @@ def _state(record: Record, planned_steps: int, bpb: float | None, score: dict[st
     return "complete" if len(record.steps) >= planned_steps and bpb is not None and score is not None else "incomplete"
 
 
-def evaluations(run: Path) -> dict[str, Ledger]:
-    """The run's evaluations by their ids (of earlier versions, names), the fullest last."""
-    ledgers = {folder.name: Ledger.open(folder) for folder in sealed_ledgers(run / "eval")}
+def evaluations(folder: Path) -> dict[str, Ledger]:
+    """The evaluations in `folder` by their ids (of earlier versions, names), the fullest last."""
+    ledgers = {each.name: Ledger.open(each) for each in sealed_ledgers(folder)}
     return dict(sorted(ledgers.items(), key=lambda item: (fullness(item[1].name, item[1].cap), item[0])))
 
 
-def _evaluation(name: str, ledger: Ledger) -> dict[str, Any]:
+def fullest_scores(ledgers: dict[str, Ledger]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """CORE and the smoke score, each of the fullest evaluation that gave one."""
+    fullest = {ledger.name: ledger for ledger in ledgers.values()}
+    return _score(fullest.get("core")), _score(fullest.get("smoke_score"))
+
+
+def described(name: str, ledger: Ledger) -> dict[str, Any]:
     made_from = {key: ledger.made_from.get(key) for key in ("bundle", "weights", "dtype", "backend")}
     return {"id": name, "name": ledger.name, "metric": ledger.metric, "se": ledger.se, "cap": ledger.cap, **made_from}
 

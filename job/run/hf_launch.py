@@ -1,6 +1,6 @@
 """`speedrun evaluate --hf DIR`: scoring another model with the evaluator of our own.
 
-    out/hf/<name of DIR>/{<id>/{<task>/, ledger/}, items/, logs/}
+    out/hf/<name of DIR>/{<id>/{<task>/, ledger/}, report/, items/, logs/}
 
 The supervisor's side; needs no torch. `job/evaluation/hf_stage.py` is what the ranks run.
 """
@@ -18,6 +18,7 @@ from job.errors import DataError, UsageError
 from job.evaluation.core_v1 import PUBLISHED_URL
 from job.evaluation.ledger import Ledger, newest
 from job.recipe.config import EvalConfig, resolve
+from job.report.foreign import write_foreign_report
 from job.reporter import Reporter
 from job.run.fruitless import RankDied, without_attempts
 from job.run.launch import check_writable
@@ -39,7 +40,8 @@ def options(core_bundle: str | None, overrides: Sequence[str]) -> EvalConfig:
 
 
 def evaluate(out: Path, folder: Path, asked: EvalConfig, *, ranks: int, console: Console) -> Ledger:
-    """Score the causal language model in `folder` on CORE, going on with the tasks that are sealed; its ledger."""
+    """Score the causal language model in `folder` on CORE, going on with the tasks that are sealed; its ledger, with
+    result and page beside it."""
     check(folder)
     check_writable(out)
     results = folder_of(out, folder)
@@ -53,7 +55,9 @@ def evaluate(out: Path, folder: Path, asked: EvalConfig, *, ranks: int, console:
             supervise("evaluate", started, reporter=Reporter(), console=console, interrupts=interrupts)
         except RankDied as died:
             raise without_attempts(died) from None
-    return Ledger.open(newest(results))
+    ledger = Ledger.open(newest(results))
+    write_foreign_report(results, folder.resolve().name)
+    return ledger
 
 
 def folder_of(out: Path, folder: Path) -> Path:

@@ -190,7 +190,13 @@ def test_the_command_scores_a_folder_and_two_ranks_give_the_same_ledger(core_arc
         for task in ledger["tasks"]:
             del task["seconds"]
     assert one == two
-    table = scored(tmp_path / "one").splitlines()
+    *table, page = scored(tmp_path / "one").splitlines()
+    report = tmp_path / "one" / "hf" / "gpt2" / "report"
+    assert page == f"page  {report / 'report.html'}"
+    result = json.loads((report / "result.json").read_text())
+    assert result["core"]["metric"] == one["metric"] and result["core"]["cap"] == 11 and result["model"] == "gpt2"
+    html = (report / "report.html").read_text()
+    assert all(word in html for word in ("<h1>gpt2</h1>", "hellaswag", result["evaluations"][0]["weights"]))
     assert table[-1].startswith(f"CORE {one['metric']:.4f} ± {one['se']:.4f} (at most 11 items a task; float32, cpu)")
     assert len(table) == 24
 
