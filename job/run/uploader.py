@@ -40,7 +40,7 @@ from job.store import open_store
 from job.store.attempt import newest_attempt
 from job.store.checkpoint_folder import KEEP, folder_of, folders
 from job.store.fence import Fenced, TakenOver, claim_key, run_key
-from job.store.sealed import MANIFEST, is_sealed
+from job.store.sealed import MANIFEST, is_sealed, open_sealed
 from job.store.stores import Store, push_sealed, sealed_names
 
 POLL = 0.5
@@ -170,8 +170,7 @@ class Live:
         sealed = is_sealed(folder) and (folder / MANIFEST).stat().st_mtime >= self.began
         if sealed:
             texts = {
-                name: (folder / name).read_text(encoding="utf-8")
-                for name in json.loads((folder / MANIFEST).read_text())["files"]
+                name: (folder / name).read_text(encoding="utf-8") for name in open_sealed(folder, kind="report").files
             }
         else:
             texts = report_files(self.run)[1]

@@ -200,6 +200,14 @@ def test_no_hub_at_all(tmp_path, helpers, monkeypatch):
         helpers.small_prepare(tmp_path, helpers.of_the_hub())
 
 
+@pytest.mark.parametrize("token", ["two\nlines", "caf\u00e9", "\u2603"])
+def test_a_token_that_is_no_header_is_named(hub, tmp_path, helpers, monkeypatch, token):
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: token)
+    with pytest.raises(DataError, match="HF_TOKEN") as refused:
+        helpers.small_prepare(tmp_path, helpers.of_the_hub())
+    assert token not in str(refused.value)
+
+
 def test_offline_is_said_and_what_is_here_is_used(hub, tmp_path, helpers, monkeypatch):
     helpers.small_prepare(tmp_path / "out", helpers.of_the_hub(), rows=1)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
