@@ -1,8 +1,9 @@
-"""The `sky` image in the hands of SkyPilot's own provisioning code (provision.py), up to the rsync that arrives; and
-without HOME."""
+"""The `sky` image in the hands of SkyPilot's own code (provision.py): provisioned, set up, a job run and its log and
+results fetched; and without HOME."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from helpers import free_ports
+from job.store.sealed import open_sealed
 
 pytestmark = pytest.mark.slow
 
@@ -51,18 +53,18 @@ class Rented:
         return (self.home / "provision.log").read_text(errors="replace")[-6000:]
 
 
-@pytest.fixture
-def rented(sky_image: Any, sky_env: Path, tmp_path: Path) -> Iterator[Rented]:
+@contextlib.contextmanager
+def rented(engine: Any, sky_env: Path, home: Path) -> Iterator[Rented]:
     """The container, with the sshd in it, is gone at the end."""
     (port,) = free_ports(1)
-    (tmp_path / ".ssh").mkdir(mode=0o700)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/sudo").write_text(SUDO)
-    (tmp_path / "bin/sudo").chmod(0o755)
-    key = tmp_path / ".ssh/key"
+    (home / ".ssh").mkdir(mode=0o700)
+    (home / "bin").mkdir()
+    (home / "bin/sudo").write_text(SUDO)
+    (home / "bin/sudo").chmod(0o755)
+    key = home / ".ssh/key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    (tmp_path / ".ssh/authorized_keys").write_text(key.with_suffix(".pub").read_text())
-    machine = Rented(sky_image.engine, tmp_path, port, sky_env / "bin/python")
+    (home / ".ssh/authorized_keys").write_text(key.with_suffix(".pub").read_text())
+    machine = Rented(engine, home, port, sky_env / "bin/python")
     try:
         yield machine
     finally:
@@ -70,37 +72,64 @@ def rented(sky_image: Any, sky_env: Path, tmp_path: Path) -> Iterator[Rented]:
         Path(f"/tmp/{machine.container}.sky.lifecycle.lock").unlink(missing_ok=True)
 
 
-def login(ended: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """What the login saw; SkyPilot prints around it."""
-    return next(json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{"))
+def said(ended: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    """What the login saw, and exit codes; SkyPilot prints around them."""
+    return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
 
 
 def run_options(repository: Path) -> list[str]:
     return yaml.safe_load((repository / "sky/speedrun.yaml").read_text())["config"]["docker"]["run_options"]
 
 
-def test_what_skypilot_sends_arrives_in_the_home_of_the_images_user(
-    rented: Rented, sky_image: Any, repository: Path
-) -> None:
-    ended = rented.provision(sky_image.name, *run_options(repository))
-    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-3000:]}\n{rented.log()}"
-    seen = login(ended)
-    assert seen.pop("speedrun").endswith("/bin/speedrun"), "the YAMLs call it by name"
-    assert seen == {"HOME": "/home/speedrun", "user": "speedrun", "writable": "yes"}
-    inside = ["exec", rented.container, "bash", "-c", "cat ~/.sky/sent; stat --format=%U ~/.sky/sent ~ ~/.ssh"]
-    assert rented.engine.docker(*inside).splitlines() == ["a file of SkyPilot's own", *["speedrun"] * 3]
+@pytest.fixture(scope="module")
+def provisioned(
+    sky_image: Any, sky_env: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Rented, dict[str, str], dict[str, int]]]:
+    """A machine on which SkyPilot has done all that provision.py does; what the login saw; exit codes."""
+    with rented(sky_image.engine, sky_env, tmp_path_factory.mktemp("rented")) as machine:
+        ended = machine.provision(sky_image.name, *run_options(repository))
+        assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-3000:]}\n{machine.log()}"
+        yield machine, *said(ended)
+
+
+def test_what_skypilot_sends_arrives_in_the_home_of_the_images_user(provisioned: Any) -> None:
+    machine, seen, _ = provisioned
+    assert seen["speedrun"].endswith("/bin/speedrun"), "the YAMLs call it by name"
+    assert (seen["HOME"], seen["user"], seen["writable"]) == ("/home/speedrun", "speedrun", "yes")
+    inside = ["exec", machine.container, "bash", "-c", "cat ~/.sky/sent; stat --format=%U ~/.sky/sent ~ ~/.ssh"]
+    assert machine.engine.docker(*inside).splitlines() == ["a file of SkyPilot's own", *["speedrun"] * 3]
+
+
+def test_the_set_up_of_each_cloud_succeeds_as_far_as_it_fetches_nothing(provisioned: Any) -> None:
+    machine, _, codes = provisioned
+    assert [codes[name] for name in ("nebius", "aws", "gcp", "lambda")] == [0] * 4, machine.log()
+    inside = "stat --format=%U ~/sky_workdir ~/.sky/sky_app; cat ~/.sky/ray_port.json"
+    *owners, ports = machine.engine.docker("exec", machine.container, "bash", "-c", inside).splitlines()
+    assert (owners, json.loads(ports)["ray_port"]) == (["speedrun"] * 2, 6380)
+
+
+def test_a_jobs_log_and_exit_code_and_what_it_made_come_back(provisioned: Any) -> None:
+    machine, _, codes = provisioned
+    log = (machine.home / "sky_logs/smoke/run.log").read_text()
+    assert codes["smoke"] == 0, log[-3000:]
+    assert log.splitlines()[-1].endswith("/home/speedrun/out/runs/smoke/report/report.html")
+    report = open_sealed(machine.home / "report", kind="report")
+    assert json.loads((report.path / "result.json").read_text())["state"] == "complete"
+    assert codes["nosuch"] == 2
+    assert "nosuch" in (machine.home / "sky_logs/nosuch/run.log").read_text()
 
 
 def test_without_home_in_the_image_nothing_arrives(
-    rented: Rented, sky_image: Any, sky_build: tuple[str, ...], repository: Path, tmp_path: Path
+    sky_image: Any, sky_env: Path, sky_build: tuple[str, ...], repository: Path, tmp_path: Path
 ) -> None:
     """Each login's home is root's then, and the folder for SkyPilot's first file is refused."""
     text = (repository / "Dockerfile").read_text()
     assert text.count(HOME) == 1
     (tmp_path / "Dockerfile").write_text(text.replace(HOME, ""))
     homeless = f"{sky_image.name}-homeless"
-    rented.engine.build(repository, homeless, *sky_build, f"--file={tmp_path / 'Dockerfile'}")
-    ended = rented.provision(homeless, *run_options(repository))
+    sky_image.engine.build(repository, homeless, *sky_build, f"--file={tmp_path / 'Dockerfile'}")
+    with rented(sky_image.engine, sky_env, tmp_path) as machine:
+        ended = machine.provision(homeless, *run_options(repository))
     assert ended.returncode != 0
-    assert login(ended)["HOME"] == "/root"
+    assert said(ended)[0]["HOME"] == "/root"
     assert re.search("mkdir: .*/root.*: Permission denied", ended.stderr), ended.stderr
