@@ -96,7 +96,7 @@ push: ## build it for SkyPilot and push it: make push IMAGE=ghcr.io/me/gpt2-spee
 	@case '$(IMAGE)' in *YOUR-NAME*|*/you/*) false;; */*) ;; *) false;; esac \
 	|| { echo "make: $(IMAGE) is no place to push to: say make push IMAGE=REGISTRY/NAME/gpt2-speedrun:TAG" >&2; \
 	     exit 2; }
-	$(BUILD) --target sky --tag $(IMAGE) .
+	$(BUILD) --platform linux/amd64 --target sky --tag $(IMAGE) .
 	docker push $(IMAGE)
 
 compose: ## the smoke in a container, its record in a real S3 server in another; the report is fetched to out/compose

@@ -60,7 +60,9 @@ def test_push_builds_the_target_that_skypilot_works_with() -> None:
     ]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.search(
-        r"docker build --build-arg TORCH=cu126 .*--target sky --tag registry\.example/me/gpt2-speedrun:1 \.", said
+        r"docker build --build-arg TORCH=cu126 .*"
+        r"--platform linux/amd64 --target sky --tag registry\.example/me/gpt2-speedrun:1 \.",
+        said,
     )
     assert said.endswith("docker push registry.example/me/gpt2-speedrun:1\n")
 
