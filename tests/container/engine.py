@@ -223,6 +223,10 @@ class Engine:
         """Bytes unpacked."""
         return int(self.docker("image", "inspect", "--format={{.Size}}", image))
 
+    def layers(self, image: str) -> list[int]:
+        """Bytes of each layer, unpacked."""
+        return [int(size) for size in self.docker("history", "--human=false", "--format={{.Size}}", image).split()]
+
     def configuration(self, image: str) -> dict:
         return json.loads(self.docker("image", "inspect", "--format={{json .Config}}", image))
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 LARGEST = 1_600_000_000
+LARGEST_LAYER = 1_000_000_000
 """bytes of the CPU image, unpacked"""
 OURS = (
     "/opt/speedrun/bin/speedrun /opt/speedrun/lib/python3.11/site-packages/{job,model,gpt2_speedrun-*} "
@@ -51,6 +52,13 @@ def test_container_structure_test(tools: Path, image: Any) -> None:
 
 def test_the_size(image: Any) -> None:
     assert image.engine.size(image.name) <= LARGEST
+
+
+def test_the_layers_are_no_larger_than_a_pull_can_bear(sky_image: Any) -> None:
+    """At most 1.5 GB packed, and packed is less; of the CUDA image that was measured by hand."""
+    layers = sky_image.engine.layers(sky_image.name)
+    assert max(layers) <= LARGEST_LAYER
+    assert sum(layers) == sky_image.engine.size(sky_image.name)
 
 
 def test_the_bill_of_materials_is_the_lock(tools: Path, image: Any, repository: Path) -> None:
