@@ -42,7 +42,7 @@ def weights(out: Path) -> dict[str, str]:
 
 def contents(out: Path) -> dict[str, str]:
     """MD5 by path of all that a run leaves on disk and a bucket should have: of logs those that say something."""
-    files = (p for p in out.rglob("*") if p.is_file() and p.suffix != ".lock")
+    files = (p for p in out.rglob("*") if p.is_file() and p.suffix != ".lock" and ".verified-" not in p.name)
     files = (p for p in files if p.parent.name != "logs" or (p.suffix == ".log" and p.stat().st_size))
     return {p.relative_to(out).as_posix(): hashlib.md5(p.read_bytes()).hexdigest() for p in files}
 
