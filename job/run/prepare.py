@@ -5,6 +5,7 @@ Needs no torch and no GPU: what a machine with GPUs would wait for is done befor
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from job.data import prepare as data
@@ -19,7 +20,7 @@ from job.machine import host
 from job.recipe.config import Recipe
 from job.reporter import Reporter
 from job.store import store_of_environment
-from job.store.artifact_cache import ArtifactCache
+from job.store.artifact_cache import AT_ONCE, ArtifactCache
 from job.store.checkpoint_folder import final_checkpoint, folder_of
 from job.store.damaged import verify_once
 from job.store.sealed import content_id, is_content_id, is_sealed, open_sealed, sealing
@@ -58,7 +59,7 @@ def pull(root: Path, store: Store, reporter: Reporter) -> Prepared:
     def take(name: str, kind: str) -> None:
         if not is_sealed(root / name):
             pull_sealed(store, f"prepared/{root.name}/{name}", root / name, kind=kind)
-        made_from = open_sealed(root / name, kind=kind).made_from
+        made_from = open_sealed(root / name, kind=kind, verify=False).made_from
         belongs = (made_from.get("prepared", root.name), made_from.get("part", name)) == (root.name, name)
         if not belongs or (name == "set" and content_id(kind, made_from) != root.name):
             raise DataError(f"{root / name} belongs elsewhere; delete {root}, here and in the bucket, and run again")
@@ -68,9 +69,10 @@ def pull(root: Path, store: Store, reporter: Reporter) -> Prepared:
         for name, kind in (("set", "prepared"), ("tokenizer", "tokenizer"), ("val", "val")):
             take(name, kind)
         files = open_sealed(root / "set", kind="prepared").facts["files"]
-        for index in range(len(files)):
-            take(f"rows/{index:05d}", "rows")
-            reporter.progress("pull", index + 1, len(files), "files of rows")
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            names = [f"rows/{index:05d}" for index in range(len(files))]
+            for done, _ in enumerate(threads.map(lambda name: take(name, "rows"), names), 1):
+                reporter.progress("pull", done, len(files), "files of rows")
         prepared = Prepared.open(root)
     reporter.emit(
         "prepare.done", id=prepared.id, **{key: prepared.metadata[key] for key in (*data.REPORTED, "crop_share")}

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from job.errors import DataError
 from job.reporter import Reporter
-from job.store.sealed import MANIFEST, Sealed, atomic_write, is_sealed, open_sealed, read_manifest, sha256_file
+from job.store.sealed import (
+    MANIFEST,
+    Sealed,
+    atomic_write,
+    is_sealed,
+    open_sealed,
+    read_manifest,
+    sha256_file,
+    storage_errors,
+)
 
 
 def usable(folder: Path, *, kind: str, reporter: Reporter) -> Sealed | None:
@@ -24,7 +33,8 @@ def usable(folder: Path, *, kind: str, reporter: Reporter) -> Sealed | None:
         return open_sealed(folder, kind=kind)
     except DataError as error:
         aside = folder.with_name(f".{folder.name}.damaged-{time.time_ns()}")
-        folder.rename(aside)
+        with storage_errors(folder):
+            folder.rename(aside)
         reporter.emit("warning", text=f"{error.args[0]}; it is made again, and what was there is in {aside}")
         return None
 
