@@ -115,6 +115,7 @@ def machine_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     cores = f", {machine['cores']} cores" if machine["cores"] else ""
     ranks = f"{machine['world_size']} x {machine['device']}, {machine['threads']} threads each, {machine['dtype']}"
     known = [("processor", machine["cpu"] and machine["cpu"] + cores), ("training ran on", machine["device"] and ranks)]
+    known += [("sealed by an earlier version, without a hash of itself", ", ".join(result["unhashed"]))]
     rows = [*known, *provenance_rows(result["provenance"]), *result["versions"].items()]
     return [(name, value) for name, value in rows if value]
 

@@ -16,9 +16,9 @@ from typing import Any
 from job.errors import ExitCode
 from job.evaluation.ledger import Ledger, fullness, sealed_ledgers
 from job.store.attempt import Record, fold
-from job.store.checkpoint_folder import OPTIMIZER
-from job.store.documents import canonical_json, recipe_of
-from job.store.sealed import is_sealed, open_sealed
+from job.store.checkpoint_folder import OPTIMIZER, folders
+from job.store.documents import HASH, canonical_json, recipe_of
+from job.store.sealed import MANIFEST, is_sealed, open_sealed, read_manifest
 
 SCHEMA = 1
 TASK_KEYS = ("kind", "n", "shots", "accuracy", "centered", "se", "seconds")
@@ -81,6 +81,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
         "versions": {name: str(version) for name, version in sorted(versions.items())},
         "provenance": _provenance(record),
         "hashes": _hashes(run, recipe, record, fullest),
+        "unhashed": _unhashed(run),
     }
 
 
@@ -171,6 +172,18 @@ def _hashes(run: Path, recipe: dict[str, Any], record: Record, ledger: Ledger | 
         "checkpoint": checkpoint,
         "bundle": ledger.made_from["bundle"] if ledger else None,
     }
+
+
+def _unhashed(run: Path) -> list[str]:
+    """Scores and checkpoints sealed by an earlier version, whose manifests carry no hash of themselves: a number that
+    was changed there is not noticed."""
+    rests_on = [run / "eval" / "bpb", *(folder / "ledger" for folder in sealed_ledgers(run / "eval")), *folders(run)]
+    manifests = {folder: folder / MANIFEST for folder in rests_on if is_sealed(folder)}
+    return [
+        folder.relative_to(run).as_posix()
+        for folder, file in manifests.items()
+        if HASH not in read_manifest(file.read_bytes(), file, f"delete {folder} and run again")
+    ]
 
 
 def _files_hash(folder: Path, kind: str) -> str | None:

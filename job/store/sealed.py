@@ -47,8 +47,6 @@ class Sealed:
     made_from: dict[str, Any]
     facts: dict[str, Any]
     files: dict[str, dict[str, Any]]
-    has_hash: bool = True
-    """whether the manifest carries a hash of itself; those of earlier versions do not"""
 
     def verify(self) -> Sealed:
         """Hash every file against the manifest; DataError names the first one that differs."""
@@ -239,7 +237,7 @@ def open_sealed(path: Path, *, kind: str, verify: bool = True) -> Sealed:
             found = "is missing" if size is None else f"has {size} bytes, not {entry['size']}"
             raise DataError(f"{file} {found}; {remedy}")
     parts = {name: manifest[name] for name in ("kind", "id", "made_from", "facts", "files")}
-    sealed = Sealed(path, **parts, has_hash=HASH in manifest)
+    sealed = Sealed(path, **parts)
     return sealed.verify() if verify else sealed
 
 

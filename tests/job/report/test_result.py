@@ -31,7 +31,7 @@ def test_schema_is_a_schema():
 def test_whole_run_exactly(run):
     result = checked(run.whole().path)
     hashes = result.pop("hashes")
-    assert [each["name"] for each in result.pop("evaluations")] == ["smoke_score"]
+    assert [each["name"] for each in result.pop("evaluations")] == ["smoke_score"] and result.pop("unhashed") == []
     assert result.pop("provenance")["gpus"] == ["NVIDIA H100"] * 8
     assert result == {
         "schema": 1,

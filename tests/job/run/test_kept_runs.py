@@ -42,6 +42,7 @@ def test_a_finished_run_opens_with_report(tmp_path: Path, speedrun, name: str) -
     scores = [[(task["task"], task["accuracy"]) for task in found["smoke_score"]["tasks"]] for found in (result, kept)]
     assert scores[0] == scores[1] and len(scores[1]) == 22
     assert result["smoke_score"]["metric"] == kept["smoke_score"]["metric"]
+    assert result["unhashed"][:2] == ["eval/bpb", "eval/ledger"] and len(result["unhashed"]) > 2
     assert f"{kept['val_bpb']:.3f}" in (run / "report" / "report.html").read_text()
 
 
