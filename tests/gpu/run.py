@@ -45,7 +45,7 @@ class Step:
     title: str
 
 
-STEPS = (  # in the order of what a lease that ends early should have seen; limits: about twice what an H100 took
+STEPS = (  # the first ones are what a rental that ends early should have seen; limits: about twice what an H100 took
     Step("products", "steps.kernels:products", 60, "fp8 products and loss against fp32"),
     Step("attention", "steps.kernels:attend", 60, "attention against the reference, and its time"),
     Step("compiled", "steps.training:compiled", 150, "the fp8 step: compiling, graphs, memory"),
