@@ -54,7 +54,16 @@ from job.store.stores import Store
 LEFT_OUT_NAMED = 5
 FORMAT = 1
 """Raised whenever the same inputs would give other bytes."""
-REPORTED = ("train_rows", "val_rows", "train_tokens", "val_tokens", "vocab_size", "seq_len", "bytes_per_token")
+REPORTED = (
+    "train_rows",
+    "val_rows",
+    "train_tokens",
+    "val_tokens",
+    "vocab_size",
+    "seq_len",
+    "bytes_per_token",
+    "crop_share",
+)
 HELD_OUT = "held-out"
 ASSUMED_CROP = 0.3
 """of a dataset's tokens, until its first shard is packed; less than job.data.hub.CROP_SHARE, since too few shards are
@@ -153,7 +162,7 @@ def prepare(
     finally:
         if hub:
             hub.close()
-    done = {key: prepared.metadata[key] for key in (*REPORTED, "crop_share")}
+    done = {key: prepared.metadata[key] for key in REPORTED}
     if data.source == "local":
         done["read"] = Counter(Path(file["name"]).suffix.lower() for file in builder.source.identity["files"])
     reporter.emit("prepare.done", id=prepared.id, **done)

@@ -9,22 +9,14 @@ from typing import Any
 from job.machine import host
 from job.report import page, words
 from job.report.render import provenance_rows, score_rows
-from job.report.result import described, evaluations, fullest_scores
+from job.report.result import SCHEMA, evaluations, scores_of
 from job.store.sealed import sealing
 
 
 def write_foreign_report(evaluated: Path, model: str) -> dict[str, Any]:
     """Seal `evaluated`/report/ (result.json, report.html) from the evaluations there, and return the result."""
     ledgers = evaluations(evaluated)
-    core, smoke = fullest_scores(ledgers)
-    result = {
-        "schema": 1,
-        "model": model,
-        "core": core,
-        "smoke_score": smoke,
-        "evaluations": [described(name, ledger) for name, ledger in reversed(ledgers.items())],
-        "provenance": host.provenance(),
-    }
+    result = {"schema": SCHEMA, "model": model, **scores_of(ledgers), "provenance": host.provenance()}
     with sealing(evaluated / "report", kind="report", made_from={"evaluations": sorted(ledgers)}) as folder:
         (folder.path / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         (folder.path / "report.html").write_text(page.foreign_html(context(result)), encoding="utf-8")
@@ -33,12 +25,11 @@ def write_foreign_report(evaluated: Path, model: str) -> dict[str, Any]:
 
 def context(result: dict[str, Any]) -> dict[str, Any]:
     """The variables of the template, ready to print."""
-    newest = result["evaluations"][0]
-    known = {"weights": newest["weights"], "bundle": newest["bundle"]}
+    fullest = result["evaluations"][0]
     return {
         "result": result,
         "verdict": words.score_sentence(result),
         "tasks": score_rows(result),
         "evaluations": words.evaluation_rows(result),
-        "facts": [*known.items(), *provenance_rows(result["provenance"])],
+        "facts": [*((name, fullest[name]) for name in ("weights", "bundle")), *provenance_rows(result["provenance"])],
     }

@@ -47,7 +47,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
         measured = record.validations[max(record.validations)]["bpb"]
     val_bpb = finite(measured)
     ledgers = evaluations(run / "eval")
-    core, smoke = fullest_scores(ledgers)
+    scores = scores_of(ledgers)
     fullest = next(reversed(ledgers.values()), None)
     versions = record.machine.get("versions") or {}
     return {
@@ -55,13 +55,11 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
         "run_id": recipe["run_id"],
         "preset": recipe["preset"],
         "evidence": recipe["evidence"],
-        "state": _state(record, planned_steps, measured, core or smoke),
+        "state": _state(record, planned_steps, measured, scores["core"] or scores["smoke_score"]),
         "learned": None if val_bpb is None or bigram_bpb is None else val_bpb < bigram_bpb,
         "val_bpb": val_bpb,
         "bigram_bpb": bigram_bpb,
-        "core": core,
-        "smoke_score": smoke,
-        "evaluations": [described(name, ledger) for name, ledger in reversed(ledgers.items())],
+        **scores,
         "leaks": {key: record.leaks[key] for key in LEAK_KEYS} if record.leaks else None,
         "steps": len(record.steps),
         "planned_steps": planned_steps,
@@ -124,13 +122,15 @@ def evaluations(folder: Path) -> dict[str, Ledger]:
     return dict(sorted(ledgers.items(), key=lambda item: (fullness(item[1].name, item[1].cap), item[0])))
 
 
-def fullest_scores(ledgers: dict[str, Ledger]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """CORE and the smoke score, each of the fullest evaluation that gave one."""
+def scores_of(ledgers: dict[str, Ledger]) -> dict[str, Any]:
+    """CORE and the smoke score, of the fullest evaluation that gave one each, and all evaluations, fullest first."""
     fullest = {ledger.name: ledger for ledger in ledgers.values()}
-    return _score(fullest.get("core")), _score(fullest.get("smoke_score"))
+    every = [_evaluation(name, ledger) for name, ledger in reversed(ledgers.items())]
+    scores = {name: _score(fullest.get(name)) for name in ("core", "smoke_score")}
+    return scores | {"evaluations": every}
 
 
-def described(name: str, ledger: Ledger) -> dict[str, Any]:
+def _evaluation(name: str, ledger: Ledger) -> dict[str, Any]:
     made_from = {key: ledger.made_from.get(key) for key in ("bundle", "weights", "dtype", "backend")}
     return {"id": name, "name": ledger.name, "metric": ledger.metric, "se": ledger.se, "cap": ledger.cap, **made_from}
 

@@ -74,9 +74,7 @@ def pull(root: Path, store: Store, reporter: Reporter) -> Prepared:
             for done, _ in enumerate(threads.map(lambda name: take(name, "rows"), names), 1):
                 reporter.progress("pull", done, len(files), "files of rows")
         prepared = Prepared.open(root)
-    reporter.emit(
-        "prepare.done", id=prepared.id, **{key: prepared.metadata[key] for key in (*data.REPORTED, "crop_share")}
-    )
+    reporter.emit("prepare.done", id=prepared.id, **{key: prepared.metadata[key] for key in data.REPORTED})
     return prepared
 
 
