@@ -19,10 +19,11 @@ from job.store.attempt import fold, read_events
 
 
 def prepared_hashes(out: Path) -> dict[str, str]:
-    """SHA-256 of every file below out/prepared, by path; manifests hold times and are left out."""
+    """SHA-256 by path of the files below out/prepared; manifests hold times, and notes say what was verified."""
     import hashlib
 
     files = (p for p in (out / "prepared").rglob("*") if p.is_file() and p.name != "manifest.json")
+    files = (p for p in files if ".verified-" not in p.name)
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
