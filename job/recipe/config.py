@@ -136,6 +136,12 @@ class TrainConfig:
     checkpoint_minutes: float = _key(
         10.0, "minutes between checkpoints, beside those by steps; 0 = none", _or_zero("minutes", "for none")
     )
+    upload_minutes: float = _key(
+        0.0,
+        "minutes between checkpoints that go to the bucket while training goes on, beside that of a stop and the"
+        " weights at the end; 0 = each",
+        _or_zero("minutes", "for each"),
+    )
     val_every: int = _key(0, "steps between validations; 0 = at the end only", _or_zero("steps", "for the end only"))
     val_tokens: int = _key(41_943_040, "validation tokens; fewer when the held-out text has fewer", _positive("tokens"))
     silence_seconds: float = _key(
@@ -208,7 +214,7 @@ SECTIONS: dict[str, type] = {
 FREE = frozenset(
     {f"comm.{field.name}" for field in dataclasses.fields(CommConfig)}
     | {f"train.{name}" for name in ("attention", "threads", "device_batch_size", "compile_cache", "silence_seconds")}
-    | {"train.checkpoint_every", "train.checkpoint_minutes"}
+    | {"train.checkpoint_every", "train.checkpoint_minutes", "train.upload_minutes"}
 )
 """keys of the machine, its kernels and its caches: a run may go on with other values"""
 

@@ -2,7 +2,8 @@
 
     local disk                                 bucket, the same keys
     recipe.json                      ------>   first of all
-    checkpoints/<rows>/              ------>   newest first; those beyond the newest KEEP are removed there too
+    checkpoints/<rows>/              ------>   the newest, where train.upload_minutes have passed since the last, at a
+                                               stop, and the final one; those beyond the newest KEEP are removed there
     compiled/<id>/                   ------>
     eval/<id>/<task>/ ...            ------>
     prepared/<id>/**                 ------>   whatever is sealed, what makes the set whole last
@@ -70,9 +71,14 @@ class Mirror:
         final_rows: int,
         reporter: Reporter,
         before_checkpoint: Callable[[], None] = lambda: None,
+        minutes: float = 0.0,
     ) -> None:
+        """minutes: between two checkpoints that are uploaded while training goes on."""
         self.store, self.out, self.run, self.final_rows, self.reporter = store, out, run, final_rows, reporter
-        self._before_checkpoint = before_checkpoint
+        self._before_checkpoint, self._minutes = before_checkpoint, minutes
+        self._last_checkpoint = time.time()
+        self.ending = False
+        """nothing comes after: the newest checkpoint is uploaded however young the last one is"""
         self.prepared: set[str] = set()
         self._known: dict[str, str] = {}
         self._done: dict[str, tuple[int, int]] = {}
@@ -115,6 +121,7 @@ class Mirror:
         first = self._before_checkpoint if is_checkpoint else lambda: None
         size = push_sealed(self.store, key, path, first, known=self._known)
         if is_checkpoint:
+            self._last_checkpoint = (path / MANIFEST).stat().st_mtime
             remove_older(self.store, self._key(path.parent), int(path.name), self.final_rows)
         return size
 
@@ -126,11 +133,19 @@ class Mirror:
     def _wanted(self) -> Iterator[Path]:
         if self.run:
             yield self.run / "recipe.json"
-            yield from folders(self.run)
+            yield from self._checkpoints(self.run)
             yield from sorted(sealed_below(self.out / "compiled"))
             yield from sorted(sealed_below(self.run / "eval"))
         for set_id in sorted(self.prepared):
             yield from sorted(sealed_below(self.out / "prepared" / set_id), key=lambda p: (p.name in LAST_OF_A_SET, p))
+
+    def _checkpoints(self, run: Path) -> list[Path]:
+        """The newest, if it is wanted: what is older is needed by nobody once there is a newer one."""
+        for newest in folders(run)[:1]:
+            age = (newest / MANIFEST).stat().st_mtime - self._last_checkpoint
+            if not self._minutes or self.ending or int(newest.name) == self.final_rows or age >= 60 * self._minutes:
+                return [newest]
+        return []
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.out).as_posix()
@@ -230,6 +245,7 @@ class Uploader:
                 case {"do": "beat"}:
                     self.reporter.send_beat()
                 case {"do": "flush"}:
+                    self.mirror.ending = True
                     self.reporter.send({"left": self.mirror.pending()})
                     self._flush.set()
                 case {"do": "last"}:
@@ -318,7 +334,7 @@ def _mark(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def main(url: str, out: str, run: str, attempt: str, final_rows: str) -> None:
+def main(url: str, out: str, run: str, attempt: str, final_rows: str, minutes: str) -> None:
     os.nice(10)
     reporter = RankReporter.of_child()
     store, live = open_store(url), None
@@ -326,7 +342,7 @@ def main(url: str, out: str, run: str, attempt: str, final_rows: str) -> None:
         store = Fenced(store, Path(run).name, int(attempt))
         live = Live(store, Path(run), int(attempt), reporter)
     recorded = live.events if live else lambda: None
-    mirror = Mirror(store, Path(out), Path(run) if run else None, int(final_rows), reporter, recorded)
+    mirror = Mirror(store, Path(out), Path(run) if run else None, int(final_rows), reporter, recorded, float(minutes))
     Uploader(mirror, live, reporter).run()
     os._exit(0)
 

@@ -225,14 +225,15 @@ def uploading(
     console: Console,
     interrupts: Interrupts,
     logs: Path | None = None,
+    minutes: float = 0.0,
 ) -> Iterator[Uploads]:
     """The uploads of a run, or with `run` None of prepared sets alone; without a bucket, none. The uploader ends with
-    the block."""
+    the block. minutes: train.upload_minutes."""
     if bucket is None:
         yield Uploads()
         return
     number = attempt.number if attempt else 0
-    arguments = [str(out), str(run or ""), str(number), str(final_rows)]
+    arguments = [str(out), str(run or ""), str(number), str(final_rows), str(minutes)]
     log = (logs or (run or out) / "logs") / f"{number}.upload.log"
     uploads = BucketUploads(bucket, arguments, run or out / "prepared", log, attempt or Reporter(), console, interrupts)
     try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -30,8 +29,6 @@ from job.store.sealed import (
     is_sealed,
     open_sealed,
     seal_written,
-    storage_errors,
-    write_manifest,
 )
 
 KIND = "checkpoint"
@@ -215,23 +212,6 @@ class CheckpointManager:
                 raise
         finally:
             sweep_parts(self._run)
-
-
-def drop_optimizer(folder: Path) -> None:
-    """Make the final checkpoint weights only: first a manifest without the optimizer's files, then the files
-    themselves."""
-    sealed = open_sealed(folder, kind=KIND, verify=False)
-    dropped = [name for name in sealed.files if name.startswith(OPTIMIZER)]
-    if not dropped:
-        return
-    files = {name: entry for name, entry in sealed.files.items() if name not in dropped}
-    slices = {name: s for name, s in sealed.facts["slices"].items() if s[0]["file"] in files}
-    with storage_errors(folder):
-        write_manifest(
-            folder, kind=KIND, made_from=sealed.made_from, facts=sealed.facts | {"slices": slices}, files=files
-        )
-        for name in dropped:
-            os.unlink(folder / name)
 
 
 def final_checkpoint(run: Path, rows: int, *, verify: bool = True) -> Sealed:

@@ -45,11 +45,17 @@ class Writer:
     """Copies this rank's state and writes it while training goes on; one checkpoint at a time."""
 
     def __init__(
-        self, optimizer: Optimizer, context: RankContext, belongs_to: dict[str, Any], rows_per_step: int
+        self,
+        optimizer: Optimizer,
+        context: RankContext,
+        belongs_to: dict[str, Any],
+        rows_per_step: int,
+        steps: int | None = None,
     ) -> None:
-        """belongs_to: the `identity` of the run, which the manifest has as what the checkpoint is made from."""
+        """belongs_to: the `identity` of the run, which the manifest has as what the checkpoint is made from. steps: of
+        the whole run; that of its end is the weights alone, since nothing goes on from there."""
         self._optimizer, self._context = optimizer, context
-        self._belongs_to, self._rows_per_step = belongs_to, rows_per_step
+        self._belongs_to, self._rows_per_step, self._steps = belongs_to, rows_per_step, steps
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._error: BaseException | None = None
         self._step = -1
@@ -72,7 +78,7 @@ class Writer:
         self.finish()
         started = time.perf_counter()
         self._step = step
-        slices = self._slices()
+        slices = self._optimizer.weight_slices() if step == self._steps else self._slices()
         for s in slices:
             self._buffers[s.name, s.start].copy_(s.tensor, non_blocking=True)
         if any(s.tensor.is_cuda for s in slices):
@@ -140,7 +146,8 @@ def _without_buffers(error: BaseException, size: int) -> BaseException:
 
 def _by_file(slices: Sequence[Slice]) -> list[tuple[str, list[Slice]]]:
     weights = [s for s in slices if s.name.startswith(WEIGHT)]
-    return [("weights-", weights), (OPTIMIZER, [s for s in slices if not s.name.startswith(WEIGHT)])]
+    by_file = [("weights-", weights), (OPTIMIZER, [s for s in slices if not s.name.startswith(WEIGHT)])]
+    return [(prefix, mine) for prefix, mine in by_file if mine]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

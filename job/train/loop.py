@@ -60,7 +60,9 @@ class Run:
 
     def __post_init__(self) -> None:
         belongs_to = checkpoint_folder.identity(self.recipe, self.prepared.id)
-        self.writer = checkpoint.Writer(self.optimizer, self.context, belongs_to, self.batches.rows_per_step)
+        self.writer = checkpoint.Writer(
+            self.optimizer, self.context, belongs_to, self.batches.rows_per_step, self.derived.steps
+        )
         self.slow_ranks = SlowRanks()
         self.metrics = StepMetrics(self.batches.device, self.optimizer.flagged, functools.partial(record_step, self))
 

@@ -20,7 +20,7 @@ from job.run.bucket import Bucket
 from job.run.supervise import Interrupts
 from job.run.uploader import Live, Mirror
 from job.store.attempt import Attempt, read_events
-from job.store.checkpoint_folder import KIND, drop_optimizer, folder_of
+from job.store.checkpoint_folder import KIND, folder_of
 from job.store.fence import Fenced, TakenOver, newest_claimed
 from job.store.sealed import MANIFEST, sealing
 from job.store.stores import FolderStore, pull_sealed, push_sealed
@@ -101,7 +101,6 @@ def test_the_newest_checkpoint_comes_first_and_what_makes_a_set_whole_last(store
     assert order == [
         f"{RUN}/recipe.json",
         f"{RUN}/checkpoints/{16:015d}",
-        f"{RUN}/checkpoints/{8:015d}",
         f"{RUN}/eval/task",
         "prepared/p/items/x/y",
         "prepared/p/rows/00000",
@@ -125,17 +124,22 @@ def test_the_bucket_keeps_the_checkpoints_that_the_disk_keeps_and_the_final_one(
     assert checkpoints_in(store) == [16, 24, FINAL]
 
 
-def test_weights_only_is_followed_without_putting_the_weights_again(store: Failing, out: Path) -> None:
-    final = checkpoint(out, FINAL)
-    work, _ = mirror(store, out)
+def test_checkpoints_are_uploaded_so_far_apart_and_at_the_end(store: Failing, out: Path) -> None:
+    work = Mirror(store, out, out / RUN, FINAL, Kept(), minutes=45)
+    for minutes, rows in ((10, 8), (46, 16), (60, 24), (92, 32)):
+        sealed = checkpoint(out, rows) / MANIFEST
+        os.utime(sealed, (time.time() + 60 * minutes,) * 2)
+        upload_all(work)
+    assert checkpoints_in(store) == [16, 32], "at 46 and 92 minutes"
+    checkpoint(out, 40)
+    assert work.pending() == []
+    work.ending = True
     upload_all(work)
-    store.puts.clear()
-    drop_optimizer(final)
-    assert upload_all(work) == [f"{RUN}/checkpoints/{FINAL:015d}"]
-    assert store.puts == []
-    assert sorted(Path(key).name for key in store.list(f"{RUN}/checkpoints")) == [MANIFEST, "weights-0"]
-    pulled = pull_sealed(store, f"{RUN}/checkpoints/{FINAL:015d}", out / "pulled", kind=KIND)
-    assert list(pulled.verify().files) == ["weights-0"]
+    assert checkpoints_in(store) == [32, 40]
+    work = Mirror(store, out, out / RUN, FINAL, Kept(), minutes=45)
+    checkpoint(out, FINAL)
+    upload_all(work)
+    assert checkpoints_in(store) == [32, 40, FINAL]
 
 
 def test_a_failure_is_an_event_and_a_later_try(store: Failing, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
