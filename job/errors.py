@@ -79,6 +79,10 @@ class SilentRankError(SpeedrunError):
     exit_code = ExitCode.SILENT_RANK
 
 
+class BudgetReached(SpeedrunError):
+    exit_code = ExitCode.BUDGET
+
+
 class InterruptedRun(SpeedrunError):
     exit_code = ExitCode.RESUME
 

@@ -302,6 +302,7 @@ def _run(
     dry_run: bool,
     as_json: bool,
     console: Console,
+    limits: Any,
     strict: bool = False,
     allow_fa2: bool = False,
     note: str | None = None,
@@ -328,6 +329,8 @@ def _run(
     notes += preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2, machine=machine)
     if strict and bucket and nodes.ranks > 1 and run_id != RUN_ID:
         notes += preflight.about_try8(bucket.store, machine)
+    cap, quote = limits.here(recipe, machine, nodes.count)
+    notes += [] if quote is None else [cap.sentence(quote)]
     for sentence in notes:
         console.say(sentence)
     if strict and bucket is None:
@@ -339,7 +342,9 @@ def _run(
         join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)
         return
     run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=nodes.world_size, bucket=bucket)
-    launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, bucket=bucket, fresh=fresh)
+    launch.execute(
+        out, run_path, recipe, stages, console=console, nodes=nodes, bucket=bucket, fresh=fresh, cap=cap, quote=quote
+    )
     ignore_signals()  # all is sealed
     if "report" in stages:
         _show_result(run_path, as_json, console)

@@ -77,11 +77,15 @@ def json_option(command: Callable) -> Callable:
     )
 
 
-def recipe_options(default_preset: str, *, published_line: bool = False) -> Callable[[Callable], Callable]:
-    """The options that make a recipe, with or without the leaderboard's flags; the command is given `recipe`."""
+def recipe_options(
+    default_preset: str, *, published_line: bool = False, several: bool = False
+) -> Callable[[Callable], Callable]:
+    """The options that make a recipe, with or without the leaderboard's flags; the command is given `recipe`, or
+    `recipes` where it takes several presets by their names alone."""
 
     def decorate(command: Callable) -> Callable:
         @(line_options if published_line else lambda command: command)
+        @(click.argument("presets", nargs=-1, metavar="[PRESET]...") if several else lambda command: command)
         @click.option("--preset", metavar="NAME", help=f"Named recipe.  [default: {default_preset}]")
         @click.option(
             "-o",
@@ -105,6 +109,7 @@ def recipe_options(default_preset: str, *, published_line: bool = False) -> Call
             overrides: tuple[str, ...],
             data: tuple[str, ...],
             core_bundle: str | None,
+            presets: tuple[str, ...] = (),
             **others: Any,
         ) -> Any:
             from job.recipe.config import resolve
@@ -117,6 +122,11 @@ def recipe_options(default_preset: str, *, published_line: bool = False) -> Call
                 flags["data.paths"] = ("--data", data)
             if core_bundle is not None:
                 flags["eval.core_bundle"] = ("--core-bundle", core_bundle)
+            if presets and preset:
+                raise UsageError(f"--preset {preset} and {presets[0]} contradict each other; give one of them")
+            if several:
+                names = presets or (preset or default_preset,)
+                return command(recipes=[resolve(name, flags, overrides) for name in names], **others)
             return command(recipe=resolve(preset or default_preset, flags, overrides), **others)
 
         return wrapped
@@ -139,9 +149,44 @@ def run_options(command: Callable) -> Callable:
     run_id = click.option("--run-id", metavar="ID", help=name)
     discard = "Discard what this run id has and start anew; prepared data are kept."
     fresh = click.option("--fresh", is_flag=True, help=discard)
-    for option in (talk_options, json_option, dry_option, fresh, ranks_option, run_id, bucket_options, out_option):
+    talk = (talk_options, json_option, dry_option)
+    for option in (*talk, fresh, ranks_option, run_id, money_options, bucket_options, out_option):
         command = option(command)
     return command
+
+
+def money_options(command: Callable) -> Callable:
+    """What the run may cost (job/plan/cap.py); the command is given `limits`."""
+
+    @click.option(
+        "--max-usd",
+        type=float,
+        metavar="DOLLARS",
+        help="Stop in time, with a checkpoint and exit code 20, so that all attempts together cost no more.",
+    )
+    @click.option("--max-hours", type=float, metavar="HOURS", help="The same, of hours of this machine.")
+    @click.option(
+        "--price",
+        type=float,
+        metavar="DOLLARS",
+        help="What all machines of the run cost an hour.  [default: by SkyPilot's variables, where it rented them]",
+    )
+    @click.option(
+        "--price-at-most", type=float, metavar="DOLLARS", help="The price that counts where nobody says another."
+    )
+    @functools.wraps(command)
+    def wrapped(
+        max_usd: float | None,
+        max_hours: float | None,
+        price: float | None,
+        price_at_most: float | None,
+        **others: Any,
+    ) -> Any:
+        from job.plan.cap import Limits
+
+        return command(limits=Limits(max_usd, max_hours, price, price_at_most), **others)
+
+    return wrapped
 
 
 def machine_options(command: Callable) -> Callable:

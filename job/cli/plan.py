@@ -14,29 +14,35 @@ PRICE = "[default: the leaderboard's $3 an H100]"
 
 
 @click.command()
-@recipe_options("run6")
+@recipe_options("run6", several=True)
 @click.option("--gpu", metavar="NAME", help=f"h100, h200, a100-80gb, or cpu for a plan without a GPU.  {AS_PRESET}")
 @click.option("--gpus", type=int, metavar="N", help=f"How many, in one node.  {AS_PRESET}")
 @click.option("--price", type=float, metavar="DOLLARS", help=f"What the whole node costs an hour.  {PRICE}")
 @click.option(
     "--measured",
     metavar="PLACE",
-    help="Take the step that `speedrun try8` measured: the bucket where it was tried, or its try8.json.",
+    help="Take the step that was measured: the bucket with a trial of sky/try8.yaml or sky/try.yaml, or a try8.json.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, and nothing else, on stdout.")
 def plan(
-    recipe: Any, gpu: str | None, gpus: int | None, price: float | None, measured: str | None, as_json: bool
+    recipes: list[Any], gpu: str | None, gpus: int | None, price: float | None, measured: str | None, as_json: bool
 ) -> None:
     """What a run would need and cost, before anything is rented: steps, text, memory, minutes, dollars. Computes, and
-    does nothing else.
+    does nothing else. Several presets stand side by side.
 
     \b
     Example:
-      speedrun plan --preset run6 --price 24
+      speedrun plan run6 --price 24
+      speedrun plan run6 fast
     """
     from job.plan.measured import Measured
-    from job.plan.page import page
+    from job.plan.page import page, side_by_side
     from job.plan.quote import make_plan
 
-    made = make_plan(recipe, gpu, gpus, price, measured=Measured.at(measured) if measured else None)
-    click.echo(json.dumps(made.document(), indent=1) if as_json else page(made))
+    found = Measured.at(measured) if measured else None
+    made = [make_plan(recipe, gpu, gpus, price, measured=found) for recipe in recipes]
+    if as_json:
+        documents = [each.document() for each in made]
+        click.echo(json.dumps(documents if len(made) > 1 else documents[0], indent=1))
+    else:
+        click.echo(side_by_side(made) if len(made) > 1 else page(made[0]))

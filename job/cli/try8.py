@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from job.cli.options import bucket_options, machine_options, out_option, ranks_option, recipe_options, talk_options
+from job.cli.options import (
+    bucket_options,
+    machine_options,
+    money_options,
+    out_option,
+    ranks_option,
+    recipe_options,
+    talk_options,
+)
 from job.console import Console
 from job.errors import UsageError
 
@@ -17,6 +25,7 @@ from job.errors import UsageError
 @out_option
 @bucket_options
 @machine_options
+@money_options
 @ranks_option
 @click.option(
     "--minutes", type=click.FloatRange(min=0, min_open=True), default=8.5, show_default=True, help="At most for all."
@@ -28,6 +37,7 @@ def try8(
     bucket: Any,
     strict: bool,
     allow_fa2: bool,
+    limits: Any,
     ranks: int | None,
     minutes: float,
     console: Console,
@@ -43,7 +53,15 @@ def try8(
 
     if bucket is None:
         raise UsageError("a trial is of the bucket too: give --bucket s3://bucket/prefix")
-    words = ["--preset", recipe.preset, "--out", str(out), *["--strict"] * strict, *["--allow-fa2"] * allow_fa2]
+    words = [
+        "--preset",
+        recipe.preset,
+        "--out",
+        str(out),
+        *["--strict"] * strict,
+        *["--allow-fa2"] * allow_fa2,
+        *limits.words(),
+    ]
     for key in (key for key, source in recipe.sources.items() if source.startswith("-")):
         section, name = key.split(".")
         value = getattr(getattr(recipe, section), name)

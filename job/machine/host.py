@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.machine import cgroup
+from job.machine import cgroup, cloud
 
 if TYPE_CHECKING:
     import torch
@@ -124,10 +124,11 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Fields of the event attempt.started: host, versions, CPU and provenance."""
+    """Fields of the event attempt.started: host, its boot and whether it is rented, versions, CPU and provenance."""
     cpu = {"model": cpu_name(), "cores": usable_cores(), "bf16": has_fast_bf16()}
     known = versions("torch", "torchao", "numpy", "rustbpe", "tiktoken", "gpt2-speedrun")
-    return {"host": platform.node(), "versions": known, "cpu": cpu, "provenance": provenance()}
+    here = {"host": platform.node(), "boot": cloud.boot(), "rented": cloud.rental() is not None}
+    return {**here, "versions": known, "cpu": cpu, "provenance": provenance()}
 
 
 def provenance() -> dict[str, Any]:

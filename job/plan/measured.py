@@ -1,4 +1,5 @@
-"""What `speedrun try8` found (job/run/try8.py): the plan's step by it, and whether a machine's kind has passed."""
+"""What `speedrun try8` (job/run/try8.py) or a run of sky/try.yaml found: the plan's step by it, and whether a machine's
+kind has passed."""
 
 from __future__ import annotations
 
@@ -10,14 +11,16 @@ from typing import Any
 
 from job.errors import DataError, UsageError
 from job.machine.gpus import CUDA_NAMES, GPU
-from job.plan.steptime import step_seconds
-from job.recipe.config import CommConfig, Recipe, from_document
+from job.plan.steptime import optimizer_seconds, step_seconds
+from job.recipe.config import Recipe, from_document
 from job.recipe.derive import Derived, derive
+from job.recipe.leaderboard import UNTIMED_STEPS
 from job.store import open_store
 from job.store.fence import run_key
 from job.store.stores import Store
 
 RUN_ID = "try8"
+TRY_RESULT, TRY_RECIPE = f"{run_key('try')}/report/result.json", f"{run_key('try')}/recipe.json"
 KEY = f"{run_key(RUN_ID)}/try8.json"
 VARIANTS = MappingProxyType(
     {
@@ -42,15 +45,28 @@ class Measured:
 
     @classmethod
     def at(cls, place: str) -> Measured:
-        """That of the file or the bucket `place`; DataError where none is there."""
+        """That of the file or the bucket `place`, of try8 before one of try; DataError where none is there."""
         path = Path(place)
-        data = path.read_bytes() if path.is_file() else open_store(place).get(KEY)
-        if data is None:
-            raise DataError(f"{place} has no {KEY}: name the file of a trial, or a bucket with one (sky/try8.yaml)")
+        store = None if path.is_file() else open_store(place)
+        data = path.read_bytes() if store is None else store.get(KEY)
         try:
-            return cls.of(json.loads(data))
-        except (ValueError, KeyError, TypeError) as error:
+            if data is not None:
+                return cls.of(json.loads(data))
+            if store and (result := store.get(TRY_RESULT)):
+                return cls.of_try(json.loads(result), json.loads(store.get(TRY_RECIPE) or b""))
+        except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
             raise DataError(f"{place} holds no trial of `speedrun try8` ({error!r}): make one anew") from None
+        raise DataError(
+            f"{place} has no {KEY}, and no {TRY_RESULT}: name the file of a trial, or a bucket with one"
+            " (sky/try8.yaml, sky/try.yaml)"
+        )
+
+    @classmethod
+    def of_try(cls, result: dict[str, Any], recipe: dict[str, Any]) -> Measured:
+        """By the result and the recipe of a run of sky/try.yaml, on one GPU."""
+        seconds = result["clocks"]["training_s"] / (result["steps"] - UNTIMED_STEPS)
+        origin = result["provenance"]
+        return cls(from_document(recipe), origin["gpus"][0], len(origin["gpus"]), origin["commit"], {"on": seconds})
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Measured:
@@ -58,27 +74,40 @@ class Measured:
         seconds = {variant: found["median"] for variant, found in document["step_seconds"].items()}
         return cls(from_document(document["run"]), stack["gpu"], stack["gpus"], stack["revision"], seconds)
 
-    def factor(self, comm: CommConfig, gpu: GPU, gpus: int) -> float:
-        """By how much a step with `comm` takes longer than the fit says; UsageError for another node."""
-        if (CUDA_NAMES.get(self.gpu), self.gpus) != (gpu.name, gpus):
-            raise UsageError(f"the trial was of {self.gpus} x {self.gpu}, the plan is of {gpus} x {gpu.title}")
-        variant = next(
-            (name for name, keys in VARIANTS.items() if keys.items() <= dataclasses.asdict(comm).items()), ""
-        )
-        if variant not in self.step_seconds:
-            raise UsageError(f"the trial did not come to measure {comm}: plan without --measured, or make one anew")
-        derived, fp8 = derive(self.recipe), self.recipe.train.fp8
-        return self.step_seconds[variant] / step_seconds(derived.config, derived.batch_tokens, gpu, gpus, fp8)
+    def carried_to(self, recipe: Recipe, derived: Derived, gpu: GPU, gpus: int) -> float:
+        """Seconds of a step of `recipe` there; UsageError for another node, unless it was one such GPU.
 
-    def has_the_step_of(self, recipe: Recipe, derived: Derived) -> bool:
-        """Whether it is the step of `recipe` itself that was measured."""
-        mine = derive(self.recipe)
-        return (mine.config, mine.batch_tokens, self.recipe.train.fp8, self.recipe.train.device_batch_size) == (
-            derived.config,
-            derived.batch_tokens,
-            recipe.train.fp8,
-            recipe.train.device_batch_size,
+        From a node to the same node all of a step is scaled by what was measured. From one GPU to several it is the
+        forward and backward pass; transport and optimizer, which one GPU does not have so, stay the model's.
+        """
+        variant = next(
+            (name for name, keys in VARIANTS.items() if keys.items() <= dataclasses.asdict(recipe.comm).items()), ""
         )
+        known = CUDA_NAMES.get(self.gpu) == gpu.name and self.gpus in (1, gpus)
+        if not known:
+            raise UsageError(f"the trial was of {self.gpus} x {self.gpu}, the plan is of {gpus} x {gpu.title}")
+        if self.gpus == 1:
+            variant = next(iter(self.step_seconds))
+        if variant not in self.step_seconds:
+            raise UsageError(
+                f"the trial did not come to measure {recipe.comm}: plan without --measured, or make one anew"
+            )
+        mine, fp8 = derive(self.recipe), self.recipe.train.fp8
+        modelled = step_seconds(mine.config, mine.batch_tokens, gpu, self.gpus, fp8)
+        planned = step_seconds(derived.config, derived.batch_tokens, gpu, gpus, recipe.train.fp8)
+        if self.gpus == gpus:
+            return planned * self.step_seconds[variant] / modelled
+        mine_apart, apart = (
+            optimizer_seconds(config, gpu, n) for config, n in ((mine.config, 1), (derived.config, gpus))
+        )
+        return (planned - apart) * (self.step_seconds[variant] - mine_apart) / (modelled - mine_apart) + apart
+
+    def has_the_step_of(self, recipe: Recipe, derived: Derived, gpus: int) -> bool:
+        """Whether it is the step of `recipe` itself, on as many GPUs, that was measured."""
+        mine = derive(self.recipe)
+        wanted, train = (derived.config, derived.batch_tokens, gpus), recipe.train
+        same = (mine.config, mine.batch_tokens, self.gpus) == wanted and self.recipe.train.fp8 == train.fp8
+        return same and self.recipe.train.device_batch_size == train.device_batch_size
 
 
 def has_passed(store: Store, revision: str | None, gpu: str) -> bool:

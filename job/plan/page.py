@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from job.plan.memory import RESERVE
+from job.plan.money import PREEMPTIONS, bids
+from job.plan.prices import CONTROLLER, STORAGE
+from job.plan.published_runs import CORE_SD, chance, runs_needed
 from job.plan.quote import OnNode, Plan, assumptions, warnings
 from job.recipe.leaderboard import GPT2_XL_CORE
 
@@ -22,6 +25,51 @@ def page(plan: Plan) -> str:
     return "\n".join(
         line.rstrip() for section in (_head, _model, _training, _text, _node, _notes) for line in section(plan)
     )
+
+
+def side_by_side(plans: Sequence[Plan]) -> str:
+    """What tells the plans apart, a column for each, without a newline at the end."""
+    columns = [_summary(plan) for plan in plans]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    cells = [
+        ["", *names],
+        *(
+            [plan.recipe.preset, *(column.get(name, "-") for name in names)]
+            for plan, column in zip(plans, columns, strict=True)
+        ),
+    ]
+    widths = [max(map(len, column)) for column in cells]
+    rows = zip(*cells, strict=True)
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _summary(plan: Plan) -> dict[str, str]:
+    run, on_node, derived = plan.run, plan.on_node, plan.derived
+    said = {
+        "model": f"d{derived.config.depth}, {derived.scaling.total_parameters.value / 1e6:,.0f} M parameters",
+        "tokens": f"{derived.scaling.tokens.value / GIGA:.2f} G in {derived.steps:,} steps",
+    }
+    if on_node is None:
+        return said | {"machine": "a CPU, minutes"}
+    evidence = "published" if plan.is_published else "estimated"
+    said |= {
+        "machine": f"{on_node.node.gpus} x {on_node.node.gpu.title}",
+        "step": f"{on_node.step_seconds * 1e3:,.0f} ms (estimated)",
+        "training, timed": f"{_span(*on_node.training)} min ({evidence})",
+        "boot to teardown": f"{_span(*on_node.minutes)} min (estimated)",
+    }
+    if on_node.dollars:
+        said[f"at ${on_node.node.price:.2f} an hour"] = "${:.2f} to ${:.2f} (estimated)".format(*on_node.dollars)
+    for bid in bids(on_node.stages, on_node.upload, on_node.node.gpus):
+        said[bid.offer.name] = "${:.2f} to ${:.2f}".format(*bid.node)
+    said["uploaded"] = f"{on_node.upload.total / GIGA:.1f} GB"
+    if _scores_as_published(plan):
+        runs = f"mean of {run.core_runs}" if run.core_runs > 1 else "one run"
+        said["CORE"] = f"{run.core:.4f} ({'' if plan.is_published else 'of ' + run.name + ', '}{runs}, published)"
+        said["one run passes"] = f"{chance(run.core):.0%} (estimated)"
+    return said
 
 
 def _head(plan: Plan) -> Iterator[str]:
@@ -41,14 +89,16 @@ def _head(plan: Plan) -> Iterator[str]:
 
 
 def _bill(on_node: OnNode) -> str:
-    price, spot = on_node.node.price, on_node.node.spot
-    if price is None:
+    if on_node.dollars is None:
         return ", dollars unknown: --price"
-    low, high = (minutes / 60 for minutes in on_node.minutes)
-    words = f", ${low * price:.2f} to ${high * price:.2f} at ${price:.2f}/h"
-    if spot:
-        words += f"\nas spot at ${spot:.2f}/h: ${low * spot:.2f} to ${high * spot:.2f}, without preemptions"
-    return words
+    low, high = on_node.dollars
+    return f", ${low:.2f} to ${high:.2f} at ${on_node.node.price:.2f}/h"
+
+
+def _scores_as_published(plan: Plan) -> bool:
+    """Whether the published score of the closest run may be expected of this one: it learns as much from the same."""
+    far = ("depth", "steps", "text", "precision")
+    return len(plan.differences) <= TOO_FAR and not any(each.startswith(far) for each in plan.differences)
 
 
 def _published(plan: Plan) -> str:
@@ -61,6 +111,11 @@ def _published(plan: Plan) -> str:
         f" {GPT2_XL_CORE}, {run.bpb:.4f} bits"
         f" per byte on {run.dataset}."
     )
+    if _scores_as_published(plan):
+        result += (
+            f" One run of such a recipe passes {chance(run.core):.0%} of the time (a CORE varies by {CORE_SD} from run"
+            f" to run, published); {runs_needed(run.core) or 'more than 1,000'} runs would show it at p < 0.01."
+        )
     return f"It is {result}" if not differences else f"Closest published recipe ({'; '.join(differences)}): {result}"
 
 
@@ -155,11 +210,34 @@ def _node(plan: Plan) -> Iterator[str]:
     yield from _paragraph(
         f"step {on_node.step_seconds * 1e3:,.0f} ms in {on_node.micro_steps} micro-steps a GPU,"
         f" {plan.derived.batch_tokens / on_node.step_seconds:,.0f} tokens a second, by"
-        f" {'what try8 measured' if plan.measured else 'the fit'}{published}"
+        f" {'what was measured' if plan.measured else 'the fit'}{published}"
     )
     for stage in on_node.stages:
         yield from _row(stage.name, _span(stage.low, stage.high), stage.basis)
     yield from _row("minutes on the node", _span(*on_node.minutes), "")
+    yield from _bids(on_node)
+
+
+def _bids(on_node: OnNode) -> Iterator[str]:
+    """What each offer of sky/*.yaml and docs/cloud.md would cost."""
+    found = bids(on_node.stages, on_node.upload, on_node.node.gpus)
+    if not found:
+        return
+    upload = on_node.upload
+    yield from _title("By cloud, dollars (prices: SkyPilot's catalog, November 2026)")
+    yield f"{'':<26}{'an hour':>9}{'the node':>20}{'egress':>9}{'at most':>10}"
+    for bid in found:
+        node = f"{bid.node[0]:.2f} to {bid.node[1]:.2f}"
+        egress = "unknown" if bid.egress is None else f"{bid.egress:.2f}"
+        yield f"{bid.offer.name:<26}{bid.offer.hour:>9.2f}{node:>20}{egress:>9}{bid.ceiling:>10.2f}"
+    yield from _paragraph(
+        f"As spot with none to {PREEMPTIONS} preemptions. Egress: {upload.total / GIGA:.1f} GB to a bucket outside of"
+        f" the cloud (text {upload.text / GIGA:.1f}, once; checkpoints {upload.checkpoints / GIGA:.1f}, weights"
+        f" {upload.last / GIGA:.1f}) at list prices from memory, free within a region. At most: the slowest at the"
+        " highest price that the file lets SkyPilot pay."
+        f" Besides: storage ${STORAGE * upload.total / GIGA:.2f} a month (S3's list price), and the controller of"
+        f" `sky jobs` ${CONTROLLER[0]:.2f} to ${CONTROLLER[1]:.2f} an hour while it is up (a guess)."
+    )
 
 
 def _notes(plan: Plan) -> Iterator[str]:

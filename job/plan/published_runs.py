@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from statistics import NormalDist
 from typing import Any
 
-from job.recipe.leaderboard import UNTIMED_STEPS
+from job.recipe.leaderboard import GPT2_XL_CORE, UNTIMED_STEPS
 from model import scaling
 from model.config import GPTConfig
 
@@ -74,6 +76,24 @@ RUNS = (
     Run("PR #830", "d22, Aug 2026, not merged", "climbmix", 22, "head", 9.4, ONE, 81.835 * 60, 0.2618, 6, 0.71879,
         device_rows=32, vocab_size=49152, besides="gains in some norms; its step count is derived"),
 )  # fmt: skip
+
+
+CORE_SD = 0.0057
+"""of CORE from run to run, of one recipe: between the 0.0052 of seven runs and the 0.0062 of twenty (published)"""
+
+
+def chance(core: float) -> float:
+    """That one run passes GPT-2 XL's CORE, where the mean of its recipe is `core`."""
+    return 1 - NormalDist(core, CORE_SD).cdf(GPT2_XL_CORE)
+
+
+def runs_needed(core: float, p: float = 0.01, most: int = 1000) -> int | None:
+    """Runs until a one-sided t-test of a recipe with mean `core` against GPT-2 XL's is expected to fall below `p`; None
+    where more than `most`."""
+    from scipy.special import stdtrit
+
+    margin = (core - GPT2_XL_CORE) / CORE_SD
+    return next((n for n in range(2, most + 1) if margin * math.sqrt(n) >= stdtrit(n - 1, 1 - p)), None)
 
 
 def closest(config: GPTConfig, batch_tokens: int, steps: int, fp8: bool, dataset: str) -> tuple[Run, list[str]]:

@@ -20,7 +20,16 @@ from job.errors import UsageError
 from job.machine.gpus import GPU, PRICE_SOURCE, check_count, check_price, find_gpu
 from job.plan import money, published_runs
 from job.plan.measured import Measured
-from job.plan.memory import RESERVE, HostMemory, Memory, host_memory, largest_batch, step_memory
+from job.plan.memory import (
+    RESERVE,
+    HostMemory,
+    Memory,
+    checkpoint_bytes,
+    host_memory,
+    largest_batch,
+    parameter_bytes,
+    step_memory,
+)
 from job.plan.steptime import BEYOND, expected_error, optimizer_seconds, published_fit, step_seconds
 from job.recipe.config import DataConfig, Recipe, preset_header
 from job.recipe.derive import Derived, derive, micro_steps
@@ -29,7 +38,6 @@ from model.kernels import BF16_TIME
 
 CHARS_PER_TOKEN = 4.11
 """characters a token, from Run 6's 147 shards for its 8.9e9 tokens, vocabulary 32,768"""
-TRAINING = "training, timed"
 DEVICE_BATCHES = (8, 16, 32)
 CPU_SPEEDS = {"a laptop (0.1 TFLOP/s)": 1e11, "a server with bf16 matrix instructions (1 TFLOP/s)": 1e12}
 """assumed: what the matrix products of a small model reach on a CPU"""
@@ -71,6 +79,7 @@ class OnNode:
     largest: Memory | None
     host: HostMemory
     stages: list[money.Stage]
+    upload: money.Upload
 
     @property
     def minutes(self) -> tuple[float, float]:
@@ -79,7 +88,7 @@ class OnNode:
     @property
     def training(self) -> tuple[float, float]:
         """Minutes of the timed steps, least and most."""
-        return next((stage.low, stage.high) for stage in self.stages if stage.name == TRAINING)
+        return next((stage.low, stage.high) for stage in self.stages if stage.name == money.TRAINING)
 
     @property
     def dollars(self) -> tuple[float, float] | None:
@@ -125,6 +134,8 @@ class Plan:
                 "bpb": self.run.bpb,
                 "seconds": self.run.seconds,
                 "step_seconds": self.run.step_seconds,
+                "chance_of_one_run": published_runs.chance(self.run.core),
+                "runs_for_one_percent": published_runs.runs_needed(self.run.core),
             },
             "node": None if self.on_node is None else _node_document(self.on_node),
             "cpu_minutes": self.cpu_minutes,
@@ -194,8 +205,9 @@ def place(
     micro = micro_steps(recipe, derived, gpus)
     seconds = step_seconds(config, derived.batch_tokens, gpu, gpus, train.fp8)
     if measured:
-        seconds *= measured.factor(recipe.comm, gpu, gpus)
+        seconds = measured.carried_to(recipe, derived, gpu, gpus)
     per_rank = derived.rows_per_step // gpus
+    upload = _upload(recipe, derived, seconds, gpus)
     batches = sorted({*DEVICE_BATCHES, train.device_batch_size})
     work = money.Work(
         config=config,
@@ -207,6 +219,7 @@ def place(
         validations=1 + _before_the_end(derived.steps, train.val_every),
         val_tokens=train.val_tokens,
         core_cap=recipe.eval.cap,
+        upload=upload,
     )
     return OnNode(
         node=node,
@@ -216,6 +229,21 @@ def place(
         largest=largest_batch(config, per_rank * gpus, gpus, train.fp8, gpu.memory),
         host=host_memory(config, gpus),
         stages=money.stages(work, gpu, gpus, _training(recipe, derived, seconds, node, published, measured)),
+        upload=upload,
+    )
+
+
+def _upload(recipe: Recipe, derived: Derived, seconds: float, gpus: int) -> money.Upload:
+    """What goes into a bucket that has no text yet, from a run that nothing stops."""
+    train, minutes = recipe.train, derived.steps * seconds / 60
+    made = _before_the_end(derived.steps, train.checkpoint_every)
+    made = max(made, int(minutes / train.checkpoint_minutes) if train.checkpoint_minutes else 0)
+    sent = min(made, int(minutes / train.upload_minutes)) if train.upload_minutes else made
+    rows = derived.rows + math.ceil(train.val_tokens / recipe.model.seq_len)
+    return money.Upload(
+        text=2.0 * rows * (recipe.model.seq_len + 1),
+        checkpoints=float(sent * checkpoint_bytes(derived.config, gpus)),
+        last=float(parameter_bytes(derived.config)),
     )
 
 
@@ -232,13 +260,15 @@ def _training(
     measured: Measured | None,
 ) -> money.Stage:
     minutes = max(0, derived.steps - UNTIMED_STEPS) * seconds / 60
-    if measured and measured.has_the_step_of(recipe, derived):
-        return money.Stage(TRAINING, minutes, minutes, "the measured step")
+    if measured and measured.has_the_step_of(recipe, derived, node.gpus):
+        return money.Stage(money.TRAINING, minutes, minutes, "the measured step")
     if measured is None and published is not None and (node.gpu.name, node.gpus) == ("h100", published_runs.GPUS):
         minutes = published.seconds / 60
-        return money.Stage(TRAINING, minutes, minutes, f"published: {published.name}")
+        return money.Stage(money.TRAINING, minutes, minutes, f"published: {published.name}")
     error = expected_error(derived.config, node.gpu)
-    return money.Stage(TRAINING, minutes * (1 - error), minutes * (1 + error), f"step time, {error:.1%} either way")
+    return money.Stage(
+        money.TRAINING, minutes * (1 - error), minutes * (1 + error), f"step time, {error:.1%} either way"
+    )
 
 
 def text_needed(data: DataConfig, rows: int, seq_len: int, val_tokens: int) -> Text:
@@ -294,7 +324,7 @@ def assumptions(plan: Plan) -> list[str]:
     )
     if measured := plan.measured:
         said.append(
-            f"it is scaled to the step that try8 measured on {measured.gpus} x {measured.gpu} with image"
+            f"it is scaled to the step that was measured on {measured.gpus} x {measured.gpu} with image"
             f" {(measured.revision or 'unknown')[:12]}"
         )
     if not plan.recipe.train.fp8:
@@ -319,7 +349,10 @@ def assumptions(plan: Plan) -> list[str]:
     said.append(
         PRICE_SOURCE if node.spot is not None else f"no price of the {node.gpu.title} is known here: give --price"
     )
-    said.append("not in the bill: the controller, traffic out of the cloud, storage, repeated steps after a preemption")
+    said.append(
+        f"a preemption is priced with at most {money.LOST:.0f} minutes of steps done again, a boot, a start and a"
+        f" compilation; {money.PREEMPTIONS} of them at most are assumed, and nobody knows"
+    )
     return said
 
 
@@ -341,4 +374,6 @@ def _node_document(on_node: OnNode) -> dict[str, Any]:
         "stages_minutes": [dataclasses.asdict(stage) for stage in on_node.stages],
         "minutes": on_node.minutes,
         "dollars": on_node.dollars,
+        "upload_bytes": dataclasses.asdict(on_node.upload),
+        "bids": [dataclasses.asdict(bid) for bid in money.bids(on_node.stages, on_node.upload, node.gpus)],
     }

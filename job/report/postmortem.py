@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import MEANING, ExitCode
+from job.report.receipt import receipt
 from job.store.attempt import fold, read_events
 from job.store.checkpoint_folder import folders
 from job.store.fence import run_key
@@ -26,13 +27,14 @@ def postmortem(run: Path, attempt: int, argv: Sequence[str], store_url: str | No
     """argv: the words of the command after `speedrun`. store_url: of the bucket, None where there is none.
 
     {"attempt", "exit_code", "meaning", "reason", "stage", "step": the last one whose loss is known, "died": as the
-    event has it, "node_s": seconds over all attempts, "usd": None while no price is known, "safe", "command"}
+    event has it, "node_s": seconds over all attempts, "usd": of all, None while no price is known, "safe", "command"}
     """
     record = fold(run)
     life = record.attempts[-1]
     stages = [span.stage for span in record.stages if span.attempt == attempt]
     events = [event for event in read_events(run) if event["kind"] in ("attempt.ended", "upload.done")]
     uploaded = {event["folder"] for event in events if event["kind"] == "upload.done"}
+    bill = receipt(run)
     code = ExitCode(life.exit_code if life.exit_code is not None else ExitCode.BUG)
     return {
         "schema": 1,
@@ -45,7 +47,7 @@ def postmortem(run: Path, attempt: int, argv: Sequence[str], store_url: str | No
         "step": max(record.steps, default=None),
         "died": events[-1].get("died") if events else None,
         "node_s": round(record.node_seconds, 3),
-        "usd": None,
+        "usd": bill and bill["usd"],
         "safe": {
             "checkpoint": _newest_checkpoint(run, record.checkpoints, uploaded, store_url),
             "prepared": record.prepared.get("id"),

@@ -15,6 +15,7 @@ from typing import Any
 from job.evaluation.ledger import sealed_ledgers
 from job.report import result as results
 from job.report import words
+from job.report.receipt import receipt
 from job.store.attempt import Record, fold
 from job.store.documents import canonical_json, recipe_of
 from job.store.sealed import MANIFEST, sealing, sha256_file
@@ -23,7 +24,7 @@ TASK_KEYS = ("task", "kind", "n", "shots", "accuracy", "baseline", "centered")
 
 
 def write_report(run: Path) -> dict[str, Any]:
-    """Seal `run`/report/ (result.json, report.md, report.html) and return the result.
+    """Seal `run`/report/ (result.json, report.md, report.html; receipt.json where a price is known); the result.
 
     Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged, StorageError when
     the disk refuses.
@@ -45,7 +46,9 @@ def report_files(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
     record = results.present(fold(run))
     result = results.result_of(run, recipe, record)
     context = describe(run, recipe, record, result)
+    bill = {"receipt.json": json.dumps(context["receipt"], indent=1) + "\n"} if context["receipt"] else {}
     return result, {
+        **bill,
         "result.json": json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": page.markdown(context),
         "report.html": page.html(context, record),
@@ -74,6 +77,7 @@ def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str
         "score_name": words.score_name(result),
         "tasks": task_rows(record, result),
         "evaluations": words.evaluation_rows(result),
+        "receipt": receipt(run),
         "settings": settings,
         "derived": [(name, _plain(d["value"]), d["why"], d["source"]) for name, d in recipe["derived"].items()],
         "stages": stage_rows(result),

@@ -15,6 +15,7 @@ from typing import Any
 
 from job.errors import ExitCode
 from job.evaluation.ledger import Ledger, fullness, sealed_ledgers
+from job.report.receipt import receipt
 from job.store.attempt import Record, fold
 from job.store.checkpoint_folder import OPTIMIZER, folders
 from job.store.documents import HASH, canonical_json, recipe_of
@@ -50,6 +51,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
     scores = scores_of(ledgers)
     fullest = next(reversed(ledgers.values()), None)
     versions = record.machine.get("versions") or {}
+    bill = receipt(run)
     return {
         "schema": SCHEMA,
         "run_id": recipe["run_id"],
@@ -69,12 +71,12 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
         "clocks": {
             "training_s": round(record.training_seconds, 3),
             "node_s": round(record.node_seconds, 3),
-            "billed_s": None,
+            "billed_s": bill and bill["seconds"],
         },
         "stages_s": {stage: round(seconds, 3) for stage, seconds in record.stage_seconds().items()},
         "attempts": len(record.attempts),
         "unusable_events": len(record.unusable),
-        "usd": None,
+        "usd": bill and float(bill["usd"]),
         "machine": _machine(record),
         "versions": {name: str(version) for name, version in sorted(versions.items())},
         "provenance": _provenance(record),

@@ -150,6 +150,7 @@ def summary_lines(result: dict[str, Any], page: Path) -> list[str]:
         score_name(result): points,
         "trained": f"{short(result['tokens'])} tokens {steps}, {short(result['flops'], 'FLOP')}",
         "time": duration(result["clocks"]["node_s"]) + (f"   ({stages})" if stages else ""),
+        **({} if result["usd"] is None else {"cost": f"${result['usd']:.2f}   (boot and teardown included)"}),
         "page": str(page),
     }
     if lines := result["unusable_events"]:

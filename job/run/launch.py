@@ -25,12 +25,14 @@ from job.console import Console
 from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
 from job.evaluation.rescore import FROM_BUCKET, Asked, fullness_asked, fullness_of_score
 from job.machine import container, host
+from job.plan.cap import UNBOUNDED, Cap, Quote
 from job.recipe.config import SCHEMA, Recipe, differing_keys
 from job.recipe.derive import derive, differing_values, micro_steps
 from job.report import postmortem
 from job.report.render import write_report
 from job.reporter import Reporter
 from job.run.bucket import Bucket
+from job.run.budget import Budget
 from job.run.compile_cache import Caches
 from job.run.fruitless import RankDied, judged, without_attempts
 from job.run.node_checkpoints import SplitCheckpointManager, fetch, share
@@ -42,7 +44,7 @@ from job.run.supervise import Interrupts, supervise
 from job.run.uploader_client import AnnouncingReporter, Uploads, uploading
 from job.run.wandb_client import wandb_logging
 from job.store.attempt import Attempt, fold
-from job.store.checkpoint_folder import CheckpointManager, drop_optimizer, folder_of, identity, newest_usable
+from job.store.checkpoint_folder import CheckpointManager, folder_of, identity, newest_usable
 from job.store.documents import hashed, read_recipe
 from job.store.sealed import atomic_write, is_sealed
 from job.store.stores import Store
@@ -167,32 +169,37 @@ def execute(
     asked: Asked | None = None,
     bucket: Bucket | None = None,
     fresh: bool = False,
+    cap: Cap = UNBOUNDED,
+    quote: Quote | None = None,
 ) -> None:
     """On the first node: claim an attempt and bring every stage of `stages` to its end; with `asked`, that evaluation
     too if one is done.
 
-    With a `bucket` the run goes on from what is there, unless `fresh` discards that, and is mirrored there.
+    With a `bucket` the run goes on from what is there, unless `fresh` discards that, and is mirrored there. Where it
+    has a `quote` it stops, with BudgetReached, in time to stay within the `cap`.
     Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
     """
     notes = ({"fresh": True} if fresh else {}) | ({"same": same_command(recipe, nodes)} if nodes.count > 1 else {})
     store = bucket.store if bucket else None
     attempt = Attempt.claim(run, store, **notes)
-    attempt.emit("attempt.started", argv=recorded_argv(), nodes=nodes.count, **host.describe())
-    final = folder_of(run, derive(recipe).rows)
+    here = {"nodes": nodes.count, **dataclasses.asdict(cap), **host.describe()}
+    attempt.emit("attempt.started", argv=recorded_argv(), **here)
+    final_rows, every = derive(recipe).rows, recipe.train.upload_minutes
     node = NodeContext(out, run, nodes, recipe.train.threads, store, asked=asked.document if asked else None)
     with (
         Interrupts() as interrupts,
         Preemption(interrupts).watched(),
         first_link(nodes, interrupts, console, attempt.number) as link,
-        uploading(bucket, out, run, attempt, int(final.name), console, interrupts) as uploads,
+        uploading(bucket, out, run, attempt, final_rows, console, interrupts, minutes=every) as uploads,
         _last_word(attempt, uploads, store),
     ):
         link.meet()
         if bucket:
-            bucket.begin(run, attempt, int(final.name), console, fresh=fresh)
+            bucket.begin(run, attempt, final_rows, console, fresh=fresh)
         uploads.start()
-        start = _Start(node, recipe, attempt, console, interrupts, link, uploads, bucket)
-        with wandb_logging(run, attempt, console):  # wandb's id of the run follows from its first event
+        budget = Budget(cap, quote, run, interrupts, attempt, trained=is_done("pretrain", run, recipe))
+        start = _Start(node, recipe, attempt, console, interrupts, link, uploads, bucket, budget)
+        with budget.explaining(), wandb_logging(run, attempt, console):  # wandb's id follows from the first event
             for stage in stages:
                 interrupts.check(stage)
                 link.check()
@@ -209,8 +216,6 @@ def execute(
                     _run_ranks(stage, start)
                 attempt.emit("stage.done", stage=stage, seconds=time.monotonic() - started)
                 console.say(f"{stage}: done in {time.monotonic() - started:.1f} s")
-        if "report" in stages:
-            drop_optimizer(final)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +230,7 @@ class _Start:
     link: NodeLink
     uploads: Uploads
     bucket: Bucket | None
+    budget: Budget
 
 
 def _run_ranks(stage: str, start: _Start) -> None:
@@ -241,9 +247,8 @@ def _run_ranks(stage: str, start: _Start) -> None:
     resume_rows = int(resume.name) if resume else None
     spec = LaunchSpec(stage, attempt.number, prepared, resume_rows, free_port(), link.split)
     everywhere = node.nodes.count > 1 and (stage == "pretrain" or (stage == "prepare" and link.split))
-    caches = Caches(
-        stage, node, start.recipe, start.console, AnnouncingReporter(attempt, start.uploads), attempt.number
-    )
+    reporter = AnnouncingReporter(start.budget, start.uploads)
+    caches = Caches(stage, node, start.recipe, start.console, reporter, attempt.number)
     try:
         with manager or contextlib.nullcontext():
             if everywhere:
@@ -268,6 +273,7 @@ def _supervise(
 
     def meanwhile() -> None:
         start.uploads.check()
+        start.budget.check()
         for text in start.link.new_warnings():
             caches.emit("warning", text=text)
             start.console.say(f"warning: {text}")
@@ -286,8 +292,9 @@ def _supervise(
             alone=start.node.nodes.count == 1,
         )
     except SpeedrunError as error:
+        error = start.budget.explained(error)
         start.link.fail(error)
-        raise
+        raise error from None
     except RuntimeError as error:
         raise start.link.cause(error) from None
 

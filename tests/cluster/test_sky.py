@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any], Any]] = {
     },
     **{f"{file} on all": (file, ALL, {}, TABLE[file]["nebius"]) for file in ("speedrun", "try", "try8", "smoke")},
     "prepare on all": ("prepare", ALL, {}, TABLE["prepare"]["aws"]),
-    "on demand, no type named": ("speedrun", ALL, IMAGE | AWS, "Max hourly cost limit ($36"),
+    "on demand, no type named": ("speedrun", ALL, IMAGE | AWS, "Max hourly cost limit ($33"),
     "on demand, by name": (
         "speedrun",
         ALL,

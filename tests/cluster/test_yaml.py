@@ -7,6 +7,7 @@ The scripts are run by bash, as a node runs them, with a stand-in for `speedrun`
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,10 @@ import yaml
 
 from job.cli.commands import main
 from job.errors import ExitCode
+from job.machine.host import Machine
+from job.plan import money
+from job.plan.cap import Quote
+from job.plan.prices import OFFERS
 from job.recipe.config import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +136,7 @@ def test_secrets_are_secrets_and_have_no_null(name: str) -> None:
 def test_the_machine_goes_away_and_has_a_price_cap(name: str) -> None:
     resources = TASKS[name]["resources"]
     assert resources["autostop"] == {"idle_minutes": 2, "down": True, "wait_for": "jobs"}
-    assert resources["max_hourly_cost"] <= {"speedrun": 36, "try8": 32, "try": 8, "prepare": 1.5, "smoke": 0.5}[name]
+    assert resources["max_hourly_cost"] <= {"speedrun": 33, "try8": 32, "try": 8, "prepare": 1.5, "smoke": 0.5}[name]
     assert resources["image_id"] == "docker:ghcr.io/YOUR-NAME/gpt2-speedrun:latest"
     assert [mount for mount in ("file_mounts", "workdir", "setup") if mount in TASKS[name]] == [], (
         "everything is in the image"
@@ -165,10 +170,65 @@ def test_no_zone_of_a_row_costs_more_than_its_cap(name: str) -> None:
     number = int(resources["accelerators"].removeprefix("H100:"))
     for choice in resources["any_of"]:
         row = resources | choice
-        assert row["max_hourly_cost"] <= {"speedrun": 16 if row["use_spot"] else 36, "try8": 32, "try": 8}[name]
+        assert row["max_hourly_cost"] <= {"speedrun": 16 if row["use_spot"] else 33, "try8": 32, "try": 8}[name]
         found = prices(row, number)
         assert found and max(found) <= row["max_hourly_cost"], f"{choice}: {sorted(found)}"
         assert min(found) >= row["max_hourly_cost"] / 4, f"the cap of {name} bounds nothing: {choice}: {min(found)}"
+
+
+CAPPED = {"speedrun": "run6", "try": "try", "try8": "try", "smoke": "smoke"}
+"""the files with a cap, and the preset whose quote it is compared with"""
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_a_cap_is_above_the_quote_at_every_price_that_the_file_allows(name: str, tmp_path: Path) -> None:
+    resources, envs = TASKS[name]["resources"], TASKS[name]["envs"]
+    gpus = int(resources["accelerators"].removeprefix("H100:")) if name in GPU else 0
+    machine = Machine(gpus, "NVIDIA H100 80GB HBM3", (9, 0)) if gpus else Machine()
+    low, high = money.total(Quote.of(resolve(CAPPED[name]), machine, 1).stages)
+    if name == "try8":  # whose own bound is `timeout`, and which boots and idles as the others do
+        low, high = (bound + sum(money.BOOT_MINUTES) / 2 + sum(money.IDLE_MINUTES) / 2 for bound in (6, 9))
+    for row in resources.get("any_of", [{}]):
+        most = (resources | row)["max_hourly_cost"]
+        assert float(envs["MAX_USD"]) >= 1.15 * (low + high) / 2 / 60 * most, f"{row}"
+        assert name not in GPU or float(envs["MAX_USD"]) <= 4 * (low + high) / 2 / 60 * resources["max_hourly_cost"], (
+            "it bounds nothing"
+        )
+    for words in commands(name, tmp_path):
+        if words[0] != "doctor":
+            given = dict(itertools.pairwise(words))
+            assert given["--max-usd"] == envs["MAX_USD"]
+            assert float(given["--price-at-most"]) == resources["max_hourly_cost"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_command_of_a_script_has_a_bound_of_the_clock_outside_of_ours(name: str) -> None:
+    script = re.sub(r"\\\n\s*", "", TASKS[name]["run"])
+    lines = [line for line in script.splitlines() if re.search(r"\bspeedrun \w", line) and not line.startswith("#")]
+    assert lines and all(re.search(r"timeout --foreground --preserve-status .*\bspeedrun ", line) for line in lines)
+
+
+def test_the_offers_of_the_plan_are_the_rows_of_the_files() -> None:
+    for name, gpus in (("speedrun", 8), ("try", 1)):
+        resources = TASKS[name]["resources"]
+        rows = [resources | row for row in resources["any_of"]]
+        for offer in (offer for offer in OFFERS if offer.gpus == gpus):
+            found = [r for r in rows if r["infra"].split("/")[0] == offer.cloud and r["use_spot"] is offer.spot]
+            if not found:  # docs/cloud.md's, on demand
+                assert f"${offer.hour:.2f}/h" in (ROOT / "docs/cloud.md").read_text()
+                continue
+            assert offer.most in {row["max_hourly_cost"] for row in found}
+            same = [row for row in found if offer.region in row["infra"]]
+            assert offer.hour in {round(price, 2) for row in same for price in prices(row, gpus)}
+
+
+def test_on_demand_on_the_dear_clouds_the_cap_of_the_documents_suffices() -> None:
+    low, high = money.total(Quote.of(resolve("run6"), Machine(8, "NVIDIA H100 80GB HBM3", (9, 0)), 1).stages)
+    lines = [line for line in (ROOT / "docs/cloud.md").read_text().splitlines() if "--no-use-spot" in line]
+    assert lines
+    for line in lines:
+        cap, hour = float(re.search(r"MAX_USD=(\d+)", line)[1]), float(re.search(r"\$([\d.]+)/h", line)[1])
+        assert cap >= 1.15 * (low + high) / 2 / 60 * hour
 
 
 def test_without_its_region_a_row_would_cost_more() -> None:
