@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from job.plan.memory import RESERVE
-from job.plan.money import PREEMPTIONS, bids
+from job.plan.money import PREEMPTIONS, beside_training, bids
 from job.plan.prices import CONTROLLER, STORAGE
 from job.plan.published_runs import CORE_SD, chance, runs_needed
 from job.plan.quote import OnNode, Plan, assumptions, warnings
@@ -215,6 +215,8 @@ def _node(plan: Plan) -> Iterator[str]:
     for stage in on_node.stages:
         yield from _row(stage.name, _span(stage.low, stage.high), stage.basis)
     yield from _row("minutes on the node", _span(*on_node.minutes), "")
+    around = "from our first line to the last upload, where the bucket has the text"
+    yield from _row("beside training", _span(*beside_training(on_node.stages)), around)
     yield from _bids(on_node)
 
 

@@ -206,10 +206,16 @@ def test_a_quote_above_the_cap_is_refused_before_the_first_step(
     sim.start(cap, 500)
     with pytest.raises(UsageError) as refused:
         Budget(cap, RUN_6, tmp_path / "r", Interrupts(), sim, trained=False)
+    left = f"${quote_left(RUN_6):.2f}"
     assert str(refused.value) == (
-        "--max-usd 30 does not pay for this run, which is quoted at $44.92 more at $23.60 an hour (--price) where"
+        f"--max-usd 30 does not pay for this run, which is quoted at {left} more at $23.60 an hour (--price) where"
         " $26.72 are left: give more, or see `speedrun plan` for what takes less"
     )
+
+
+def quote_left(quote: Quote) -> float:
+    """Dollars at $23.60 an hour of everything but the boot, which was paid already."""
+    return sum(23.6 / 60 * (stage.low + stage.high) / 2 for stage in quote.stages if stage.name != money.BOOT)
 
 
 @pytest.mark.slow
@@ -225,8 +231,14 @@ def test_a_run_that_its_cap_stopped_goes_on_when_it_is_given_more(tmp_path: Path
     kept = r"what is sealed is kept, and the same command with --max-hours 0\.\d goes on from there"
     sentence = rf"^speedrun: --max-hours {float(hours):g} {why}: {finish}; {kept}$"
     assert re.search(sentence, stopped.stderr, re.MULTILINE), stopped.stderr
-    speedrun(speedrun.tiny("run", capped, *words, "--max-hours", "5"))
+    speedrun(speedrun.tiny("run", capped, *words, "--max-hours", "5", "--price", "24"))
     assert _weights(capped) == _weights(whole)
+    result, paper = (json.loads((capped / "runs/t/report" / f"{n}.json").read_text()) for n in ("result", "receipt"))
+    assert sum(Decimal(row["usd"]) for row in paper["rows"]) == Decimal(paper["usd"]) == Decimal(str(result["usd"]))
+    assert result["clocks"]["billed_s"] >= result["clocks"]["node_s"] - 1
+    for page in ("report.html", "report.md"):
+        text = (capped / "runs/t/report" / page).read_text()
+        assert f"${paper['usd']} for" in text and "our clock times your price, not your invoice" in text
 
 
 def _weights(out: Path) -> bytes:
