@@ -39,7 +39,7 @@ import numpy as np
 from job.data.documents import ByHash, ByShard, Counts, Shard, Split, document_hash, documents
 from job.data.hub import HubSource
 from job.data.lock import alone
-from job.data.pack import PackTask
+from job.data.pack import PackTask, permutation
 from job.data.sources import open_source
 from job.data.tokenizer import Tokenizer, bytes_per_token, check_memory, train_tokenizer
 from job.data.workers import run_tasks
@@ -123,6 +123,11 @@ class Prepared:
     def val(self) -> np.ndarray:
         """(n, T+1) uint16, memory-mapped: rows of held-out documents."""
         return np.load(self.path / "val" / "rows.npy", mmap_mode="r")
+
+    def val_as_packed(self, count: int) -> np.ndarray:
+        """(count, T+1) uint16: the rows of held-out documents that the packer made first."""
+        order = permutation(len(self.val), self.inputs["data"]["seed"], "stored", "val")  # (n,), as `write_rows` has it
+        return self.val[np.argsort(order)[:count]]
 
     def held_out_documents(self) -> list[str]:
         """The first held-out documents, whole, about 2 MB at most."""

@@ -95,14 +95,22 @@ def load(config: GPTConfig, final: Sealed, device: torch.device, dtype: str) -> 
 
 
 def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, final: Sealed, ranks: Ranks) -> None:
-    """`eval/bpb`: bits per byte, on the same held-out rows, of the model and of a bigram model of its training rows."""
+    """`eval/bpb`: bits per byte, on the same held-out rows, of the model and of a bigram model of its training rows.
+
+    With `eval.packed_val` also the model's on the packer's first rows.
+    """
     assert context.run
     folder = context.run / "eval" / "bpb"
     recipe = context.recipe()
-    made_from = {"weights": final.id, "prepared": prepared.id, "val_tokens": recipe.train.val_tokens}
+    made_from: dict[str, Any] = {"weights": final.id, "prepared": prepared.id, "val_tokens": recipe.train.val_tokens}
+    if recipe.eval.packed_val:
+        made_from["packed_val"] = True
     known = usable(folder, kind="bpb", reporter=context.reporter) if ranks.rank == 0 else None
     if ranks.all_gather(not known or known.made_from != made_from)[0]:
         measured = validation.validate(model, prepared, recipe, context.reporter)
+        if recipe.eval.packed_val:
+            packed = validation.validate(model, prepared, recipe, context.reporter, packed=True)
+            measured["packed_bpb"] = packed["bpb"]
         if ranks.rank == 0:
             trained = beating(Rows(prepared, seed=recipe.data.seed).chunks(final.facts["rows"]), context.reporter)
             held_out, tokenizer = validation.validation_rows(prepared, recipe), prepared.tokenizer

@@ -216,7 +216,7 @@ def place(
         step_seconds=seconds,
         tokenizer_chars=recipe.data.tokenizer_chars,
         checkpoints=1 + _before_the_end(derived.steps, train.checkpoint_every),
-        validations=1 + _before_the_end(derived.steps, train.val_every),
+        validations=1 + recipe.eval.packed_val + _before_the_end(derived.steps, train.val_every),
         val_tokens=train.val_tokens,
         core_cap=recipe.eval.cap,
         upload=upload,

@@ -181,6 +181,9 @@ class EvalConfig:
         "the CORE bundle: folder, .zip, .tar.zst or the address of one; empty = a small bundle made from held-out text"
         " (its score is the smoke score)",
     )
+    packed_val: bool = _key(
+        False, "score the packer's first validation rows too, which the published runs validate on, beside the sample"
+    )
     cap: int = _key(0, "items per task; 0 = all", _or_zero("items per task", "for all"))
     samples: int = _key(3, "continuations of held-out text that the report shows", _from_to(0, 100))
     sample_tokens: int = _key(48, "tokens per sample", _from_to(1, 4096))
@@ -214,9 +217,9 @@ SECTIONS: dict[str, type] = {
 FREE = frozenset(
     {f"comm.{field.name}" for field in dataclasses.fields(CommConfig)}
     | {f"train.{name}" for name in ("attention", "threads", "device_batch_size", "compile_cache", "silence_seconds")}
-    | {"train.checkpoint_every", "train.checkpoint_minutes", "train.upload_minutes"}
+    | {"train.checkpoint_every", "train.checkpoint_minutes", "train.upload_minutes", "eval.packed_val"}
 )
-"""keys of the machine, its kernels and its caches: a run may go on with other values"""
+"""keys of the machine, its kernels and its caches, and of what is scored besides: a run may go on with other values"""
 
 
 def known_keys() -> list[str]:

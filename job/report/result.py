@@ -40,10 +40,11 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
     planned_steps = derived["steps"]["value"]
     rows = max((step["rows"] for step in record.steps.values()), default=0)
     tokens = rows * recipe["recipe"]["model"]["seq_len"]
-    measured = bigram_bpb = None
+    measured = packed_bpb = bigram_bpb = None
     if is_sealed(run / "eval" / "bpb"):
         final = open_sealed(run / "eval" / "bpb", kind="bpb").facts
         measured, bigram_bpb = final["bpb"], finite(final["bigram_bpb"])
+        packed_bpb = finite(final.get("packed_bpb"))
     elif record.validations:
         measured = record.validations[max(record.validations)]["bpb"]
     val_bpb = finite(measured)
@@ -60,6 +61,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
         "state": _state(record, planned_steps, measured, scores["core"] or scores["smoke_score"]),
         "learned": None if val_bpb is None or bigram_bpb is None else val_bpb < bigram_bpb,
         "val_bpb": val_bpb,
+        "packed_bpb": packed_bpb,
         "bigram_bpb": bigram_bpb,
         **scores,
         "leaks": {key: record.leaks[key] for key in LEAK_KEYS} if record.leaks else None,

@@ -73,7 +73,8 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def bpb_sentence(result: dict[str, Any]) -> str:
-    bpb, bigram = result["val_bpb"], result["bigram_bpb"]
+    bpb, packed, bigram = result["val_bpb"], result["packed_bpb"], result["bigram_bpb"]
+    also = f" On the packer's first rows, where published runs validate, it is {number(packed)}." if packed else ""
     progress = f"{count(result['steps'])} of {count(result['planned_steps'])} steps are made"
     if bpb is None:
         diverged = result["state"] == "diverged"
@@ -83,11 +84,11 @@ def bpb_sentence(result: dict[str, Any]) -> str:
         later = "The bigram model to compare with is fitted in the evaluation."
         return f"Its validation bpb is {number(bpb)} so far; {progress}. {later}"
     if bigram is None:
-        return f"Its validation bpb is {number(bpb)}; there is no bigram model to compare with."
+        return f"Its validation bpb is {number(bpb)}; there is no bigram model to compare with.{also}"
     relation = f"{percent(1 - bpb / bigram, 0)} below" if bpb < bigram else "not below"
     return (
         f"Its validation bpb is {number(bpb)}, {relation} the {number(bigram)} of a bigram model "
-        "fitted to the very tokens that it was trained on."
+        f"fitted to the very tokens that it was trained on.{also}"
     )
 
 

@@ -4,7 +4,9 @@
 
 Per byte, so that vocabularies can be compared: each target counts with the exact bytes that its token stands for.
 Special tokens stand for none and count on neither side. The rows are the first of the held-out set, `val_tokens` of
-them or all there are.
+them or all there are: a uniform sample, since they are stored in a seeded permutation. The published runs take the
+first that a packer makes, where short documents come early; with `eval.packed_val` the finished model is scored on
+those too. (Theirs are of eight packers, each with an eighth of the documents; ours of one.)
 
 The rows are cut into blocks of one micro-batch whatever the number of ranks; each block's sum is made in fp64, and the
 blocks' sums are added exactly (`math.fsum`). So any number of ranks gives the same number, bit for bit, as far as one
@@ -36,16 +38,19 @@ class Model(Protocol):
     def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def validation_rows(prepared: Prepared, recipe: Recipe) -> np.ndarray:
-    """The first rows of the held-out set, `train.val_tokens` of them or all there are: (n, T+1) uint16."""
-    return prepared.val[: max(1, recipe.train.val_tokens // recipe.model.seq_len)]
+def validation_rows(prepared: Prepared, recipe: Recipe, *, packed: bool = False) -> np.ndarray:
+    """`train.val_tokens` of the held-out rows or all there are, a sample or the packer's first: (n, T+1) uint16."""
+    count = max(1, recipe.train.val_tokens // recipe.model.seq_len)
+    return prepared.val_as_packed(count) if packed else prepared.val[:count]
 
 
-def validate(model: GPT, prepared: Prepared, recipe: Recipe, reporter: Reporter | None = None) -> dict[str, Any]:
+def validate(
+    model: GPT, prepared: Prepared, recipe: Recipe, reporter: Reporter | None = None, *, packed: bool = False
+) -> dict[str, Any]:
     """`bits_per_byte` of the recipe's validation rows, shared by the ranks of the process group if there is one."""
     return bits_per_byte(
         model,
-        validation_rows(prepared, recipe),
+        validation_rows(prepared, recipe, packed=packed),
         prepared.tokenizer.token_bytes,
         block_rows=recipe.train.device_batch_size,
         ranks=current_ranks(reporter),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.data.pack import PackCounts, pack, permutation, write_rows
+from job.recipe.config import resolve
+from job.train.validation import validation_rows
 
 BOS = 60_000
 
@@ -145,6 +148,21 @@ def test_written_rows_are_a_seeded_permutation(tmp_path, count):
     assert files[0].read_bytes() == files[1].read_bytes()
     assert count < 5 or files[0].read_bytes() != files[2].read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"a.npy", "b.npy", "c.npy"}
+
+
+def test_validation_takes_a_sample_and_published_runs_the_packer_s_first_rows(tmp_path, corpus, helpers):
+    data = helpers.config(corpus, seed=7)
+    made = helpers.small_prepare(tmp_path, data)
+    ids = [np.array(made.tokenizer.encode(text), np.uint16) for text in made.held_out_documents()]
+    packed = np.stack(list(pack(ids, row_tokens=33, bos=made.tokenizer.bos_id, split_long=True, counts=PackCounts())))
+    tokens = len(packed) // 3 * 32
+    recipe = dataclasses.replace(
+        resolve("smoke", overrides=["model.seq_len=32", f"train.val_tokens={tokens}"]), data=data
+    )
+    first, sample = (validation_rows(made, recipe, packed=which) for which in (True, False))
+    assert first.tolist() == packed[: len(packed) // 3].tolist()
+    where = [packed.tolist().index(row) / len(packed) for row in sample.tolist()]
+    assert len(where) == len(first) and abs(np.mean(where) - 0.5) < 0.1 and max(where) > 0.9
 
 
 def test_permutation_is_fixed_for_ever():

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def trained(tmp_path_factory, speedrun) -> Path:
     """A run whose model is trained and not evaluated, in fp32."""
     out = tmp_path_factory.mktemp("trained")
-    speedrun(speedrun.tiny("pretrain", out, "-o", "train.dtype=fp32"))
+    speedrun(speedrun.tiny("pretrain", out, "-o", "train.dtype=fp32", "-o", "eval.packed_val=true"))
     return out
 
 
@@ -134,3 +134,4 @@ def test_prepare_makes_the_items_and_evaluation_finds_them(trained, alone):
 def test_the_events_tell_the_rows_of_the_validation(alone):
     (event,) = [event for event in read_events(alone / "runs" / "t") if event["kind"] == "eval.bpb"]
     assert event["tokens"] == event["val_rows"] * 64 and 0 < event["tokens"] <= 4096
+    assert event["packed_bpb"] > 0 and event["packed_bpb"] != event["bpb"]

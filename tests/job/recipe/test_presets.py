@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from job.data.hub import CROP_SHARE, Dataset
 from job.machine.gpus import check_count, find_gpu
 from job.plan.published_runs import RUNS
+from job.plan.quote import CHARS_PER_TOKEN
 from job.recipe.config import known_keys, preset_header, preset_names, resolve
 from job.recipe.derive import derive
 
@@ -95,3 +97,12 @@ def test_try_is_run_6_for_a_few_steps() -> None:
 def _at(values: dict[str, dict], key: str) -> object:
     section, _, name = key.partition(".")
     return values[section][name]
+
+
+def test_presets_whose_published_validation_is_part_of_a_shard_score_that_part_too() -> None:
+    """The first four runs: a shard holds about 40 M tokens of rows, as many as the later ones validate on."""
+    shard = Dataset.text_bytes / CHARS_PER_TOKEN * (1 - CROP_SHARE)
+    for name in preset_names():
+        recipe = resolve(name)
+        part = recipe.evidence == "published" and recipe.train.val_tokens < shard
+        assert recipe.eval.packed_val == part, name

@@ -127,6 +127,7 @@ class SyntheticRun:
         attempt: Attempt,
         *,
         bpb: float = 1.7,
+        packed: float | None = None,
         bigram: float | None = 2.25,
         core: bool = False,
         cap: int | None = None,
@@ -134,6 +135,7 @@ class SyntheticRun:
         attempt.emit("stage.started", stage="evaluate")
         with sealing(self.path / "eval" / "bpb", kind="bpb", made_from={"weights": "w"}) as folder:
             folder.facts |= {"bpb": bpb, "nats": 1.0, "bytes": 1, "tokens": 65536, "bigram_bpb": bigram}
+            folder.facts |= {"packed_bpb": packed} if packed else {}
         self.clock.pass_(30.0)
         tasks = [scored(*task) for task in self.tasks]
         made_from = {"bundle": "c0c0c0c0c0c0c0c0" if core else "b0b0b0b0b0b0b0b0", "cap": cap}

@@ -13,6 +13,7 @@ from job.errors import DataError, UsageError
 from job.evaluation.ledger import newest
 from job.report import result as results
 from job.report.result import build_result
+from job.report.words import bpb_sentence
 
 SCHEMA = json.loads(Path(results.__file__).with_name("result.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -32,7 +33,7 @@ def test_whole_run_exactly(run):
     result = checked(run.whole().path)
     hashes = result.pop("hashes")
     assert [each["name"] for each in result.pop("evaluations")] == ["smoke_score"] and result.pop("unhashed") == []
-    assert result.pop("provenance")["gpus"] == ["NVIDIA H100"] * 8
+    assert result.pop("provenance")["gpus"] == ["NVIDIA H100"] * 8 and result.pop("packed_bpb") is None
     assert result == {
         "schema": 1,
         "run_id": "smoke",
@@ -109,6 +110,15 @@ def test_the_newest_count_of_shared_documents(run):
     attempt.emit("prepare.leaks", **counted | {"documents": 4000}, texts_too_short={"copa": 9, "squad": 0})
     attempt.emit("prepare.leaks", **counted, texts_too_short={"copa": 9, "squad": 0})
     assert checked(run.path)["leaks"] == counted
+
+
+def test_the_packer_s_first_rows_are_reported_beside_the_sample(run):
+    attempt = run.start()
+    run.pretrain(attempt)
+    run.evaluate(attempt, packed=1.625)
+    result = checked(run.path)
+    assert (result["val_bpb"], result["packed_bpb"]) == (1.7, 1.625)
+    assert bpb_sentence(result).endswith("On the packer's first rows, where published runs validate, it is 1.625.")
 
 
 def test_schema_refuses_unknown_keys(run):
