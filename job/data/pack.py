@@ -129,8 +129,9 @@ def pack(
 def write_rows(file: Path, rows: Iterable[np.ndarray], row_tokens: int, seed: tuple[Any, ...]) -> int:
     """Write `rows` in the permutation that `seed` gives as `file`, an (n, row_tokens) uint16 .npy; n.
 
-    The packer leaves long documents for a shard's end, so that rows as packed would be a curriculum. They go to a
-    neighbouring file first: memory stays bounded by BLOCK_ROWS rows whatever the shard.
+    The packer leaves long documents for a shard's end, so that rows as packed would be a curriculum: better on what a
+    packer makes first, worse on a sample of all (tests/bench/bench_row_order.py). They go to a neighbouring file first:
+    memory stays bounded by BLOCK_ROWS rows whatever the shard.
     """
     unordered = file.with_suffix(".unordered")
     count = 0

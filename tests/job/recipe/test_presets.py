@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from job.data.embedded import MOST_CHARS
 from job.data.hub import CROP_SHARE, Dataset
 from job.machine.gpus import check_count, find_gpu
 from job.plan.published_runs import RUNS
@@ -97,6 +98,11 @@ def test_try_is_run_6_for_a_few_steps() -> None:
 def _at(values: dict[str, dict], key: str) -> object:
     section, _, name = key.partition(".")
     return values[section][name]
+
+
+def test_the_tokenizer_of_cpu_sees_all_of_the_embedded_text() -> None:
+    data = resolve("cpu").data
+    assert data.source == "embedded" and min(data.tokenizer_chars, data.document_chars) >= MOST_CHARS
 
 
 def test_presets_whose_published_validation_is_part_of_a_shard_score_that_part_too() -> None:
