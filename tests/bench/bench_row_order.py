@@ -10,6 +10,8 @@ Orders of training rows ("arms"):
     window   the same rows in a permutation over all shards
     split    as shard, a cropped document's rest back in the buffer: `data.split_long=true`
 
+"shard, 8 M" is shard with a tokenizer of 8 M characters, the others' has seen all of the training text.
+
 Sets of validation rows: the packer's first, its last, a uniform sample of all, and a uniform sample of `split` rows,
 which is one of all the text. A seed is that of the weights and of the permutations, and the shard that comes first;
 differences are of equal seeds.
@@ -63,7 +65,7 @@ class Shape:
 
 THIRD = Shape(256, 4096, 2048, 120, 32_768, parts=3)
 SMALL = Shape(256, 4096, 2048, 500, 32_768)
-LONG = Shape(512, 8192, 8192, 250, 262_144)
+LONG = Shape(512, 8192, 8192, 250, 524_288)
 """rows and steps of a d4 of the leaderboard's program and one of ours, which ended .016 apart"""
 
 
@@ -196,7 +198,9 @@ def compare(title: str, runs: dict[str, tuple[Packer, str]], score: Callable[...
 def test_orders_by_a_bigram_model(shape):
     text = corpus()
     packer = Packer(text, tokenizer_of(text, shape.vocab_size), shape)
-    compare("bigram", {arm: (packer, arm) for arm in ARMS}, scores_of_a_bigram_model, Packer.validation_rows)
+    other = Packer(text, tokenizer_of(text, shape.vocab_size, 8_000_000), shape)
+    runs = {arm: (packer, arm) for arm in ARMS} | {"shard, 8 M": (other, "shard")}
+    compare("bigram", runs, scores_of_a_bigram_model, Packer.validation_rows)
 
 
 @needs_corpus
