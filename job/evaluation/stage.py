@@ -106,7 +106,7 @@ def seal_bits_per_byte(context: RankContext, model: GPT, prepared: Prepared, fin
     if recipe.eval.packed_val:
         made_from["packed_val"] = True
     known = usable(folder, kind="bpb", reporter=context.reporter) if ranks.rank == 0 else None
-    if ranks.all_gather(not known or known.made_from != made_from)[0]:
+    if ranks.all_gather(not known or not made_from.items() <= known.made_from.items())[0]:
         measured = validation.validate(model, prepared, recipe, context.reporter)
         if recipe.eval.packed_val:
             packed = validation.validate(model, prepared, recipe, context.reporter, packed=True)
