@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from job.machine.finding import Finding, Verdict
 from job.reporter import Reporter
 from job.store.attempt import read_events
 from job.store.sealed import open_sealed
@@ -104,6 +105,16 @@ def unpacked_run(name: str, folder: Path) -> Path:
                 with path.open("wb") as sparse:
                     sparse.truncate(entry["size"])
     return run
+
+
+# --- findings of doctor
+
+
+def judged(findings: list[Finding]) -> list[str]:
+    """Lines of what is not in order, each of which must have a remedy."""
+    wrong = [finding for finding in findings if finding.verdict != Verdict.OK]
+    assert all(finding.remedy for finding in wrong if finding.verdict != Verdict.UNKNOWN)
+    return [finding.line() for finding in wrong]
 
 
 # --- processes

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from job.cli.doctor import doctor
 from job.cli.options import (
     bucket_options,
     dry_option,
@@ -58,7 +59,7 @@ def main() -> None:
     """
 
 
-for command in (plan, rehearse, try8):
+for command in (doctor, plan, rehearse, try8):
     main.add_command(command)
 
 
@@ -130,49 +131,6 @@ def pretrain(
     scoring = scored_at_the_end(core_every, options["recipe"])
     stages = STAGES if scoring else STAGES[:2]
     _run(stages, run_id=run_id or model_tag or run_name, note=scoring, **options)
-
-
-@main.command()
-@recipe_options("run6")
-@out_option
-@bucket_options
-@machine_options
-@click.option(
-    "--deep",
-    is_flag=True,
-    help="Compute and compare on the GPU as well: attention, fp8's products and loss (a minute).",
-)
-@click.option(
-    "--run-id",
-    metavar="ID",
-    help="With --bucket: the run beside whose record doctor.json is put.  [default: the preset's name]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, and nothing else, on stdout.")
-def doctor(
-    recipe: Any, out: Path, bucket: Any, strict: bool, allow_fa2: bool, deep: bool, run_id: str | None, as_json: bool
-) -> None:
-    """What this machine is and whether a run could be trusted to it; ends with 10 where it could not.
-
-    \b
-    Example:
-      speedrun doctor --preset run6 --deep
-    """
-    from job.machine import container
-
-    container.check_temporary_folder()  # torch wants one as it is imported
-    from job.errors import PreflightError
-    from job.run import doctor as examination
-    from job.run.launch import run_folder
-    from job.store.fence import run_key
-
-    run_id = run_folder(out, run_id or recipe.preset).name
-    document = examination.examine(recipe, out, strict=strict, allow_fa2=allow_fa2, deep=deep)
-    text = json.dumps(document, indent=1)
-    click.echo(text if as_json else examination.page(document))
-    if bucket is not None:
-        bucket.store.put(f"{run_key(run_id)}/doctor.json", text.encode() + b"\n", "application/json")
-    if document["refused"]:
-        raise PreflightError(document["refused"])
 
 
 @main.command()
@@ -305,12 +263,15 @@ def _run(
     limits: Any,
     strict: bool = False,
     allow_fa2: bool = False,
+    accept_slow: bool = False,
     note: str | None = None,
 ) -> None:
     """`note`: a sentence to say first of all."""
     from job.machine import container
 
     container.check_temporary_folder()  # torch wants one as it is imported
+    from job.machine.host import gpu_count
+    from job.plan.cap import Quote
     from job.plan.measured import RUN_ID
     from job.run import launch, preflight
     from job.run.dry_run import describe_plan
@@ -325,19 +286,22 @@ def _run(
         plan = describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size)
         click.echo("\n".join([plan, *notes]))
         return
-    machine = preflight.this_machine()
-    notes += preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2, machine=machine)
-    if strict and bucket and nodes.ranks > 1 and run_id != RUN_ID:
-        notes += preflight.about_try8(bucket.store, machine)
-    cap, quote = limits.here(recipe, machine, nodes.count)
-    notes += [] if quote is None else [cap.sentence(quote)]
-    for sentence in notes:
-        console.say(sentence)
-    if strict and bucket is None:
+    cap = limits.here(gpu_count(), nodes.count)
+    if strict and bucket is None and gpu_count():
         raise UsageError(
             "--strict is for machines that go away, and what is on this one would go with it: give --bucket"
             " s3://bucket/prefix"
         )
+    if gpu_count() and run_id != RUN_ID:  # a trial has had its doctor
+        _examine(recipe, out, bucket, nodes, cap, console, accept_slow=accept_slow or not strict)
+    machine = preflight.this_machine()
+    notes += preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2, machine=machine)
+    if strict and bucket and nodes.ranks > 1 and run_id != RUN_ID:
+        notes += preflight.about_try8(bucket.store, machine)
+    quote = Quote.of(recipe, machine, nodes.count) if cap.price or cap.hours else None
+    notes += [] if quote is None else [cap.sentence(quote)]
+    for sentence in notes:
+        console.say(sentence)
     if not nodes.is_first:
         join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)
         return
@@ -348,6 +312,21 @@ def _run(
     ignore_signals()  # all is sealed
     if "report" in stages:
         _show_result(run_path, as_json, console)
+
+
+def _examine(
+    recipe: Any, out: Path, bucket: Any, nodes: Any, cap: Any, console: Console, *, accept_slow: bool
+) -> None:
+    """Say what every check found; raise what stands against this machine."""
+    from job.machine.finding import refusal
+    from job.run import examination
+
+    price = cap.price.hour / nodes.count if cap.price else None
+    findings = examination.examine(recipe, out, bucket.store if bucket else None, ranks=nodes.ranks, price=price)
+    for finding in findings:
+        console.say(finding.line())
+    if refused := refusal(findings, accept_slow=accept_slow):
+        raise refused
 
 
 def _evaluate_hf(

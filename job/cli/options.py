@@ -25,17 +25,22 @@ def out_option(command: Callable) -> Callable:
     )(command)
 
 
-def bucket_options(command: Callable) -> Callable:
-    """Options of the commands that work with a bucket; the command is given `bucket`, ready, or None."""
-
-    @click.option(
+def bucket_url_option(command: Callable) -> Callable:
+    """The command is given `url`, or None."""
+    return click.option(
         "--bucket",
         "url",
         envvar="SPEEDRUN_BUCKET",
         metavar="URL",
         help="Mirror everything to s3://bucket/prefix (or a folder: /x, ./x), and go on from what is there."
         "  [env: SPEEDRUN_BUCKET]",
-    )
+    )(command)
+
+
+def bucket_options(command: Callable) -> Callable:
+    """Options of the commands that work with a bucket; the command is given `bucket`, ready, or None."""
+
+    @bucket_url_option
     @click.option(
         "--bucket-wait",
         type=click.FloatRange(min=0),
@@ -192,6 +197,8 @@ def money_options(command: Callable) -> Callable:
 def machine_options(command: Callable) -> Callable:
     """Options of the commands that train on rented machines (job/run/preflight.py)."""
     strict = "Refuse a machine that would train slowly, and a run without s3://; for machines that cost money."
+    accept_slow = "With --strict, accept a machine whose GPUs, links or disk were found slow."
     allow_fa2 = "With --strict, accept FlashAttention 2 where a faster kernel is missing."
+    command = click.option("--accept-slow", is_flag=True, help=accept_slow)(command)
     command = click.option("--allow-fa2", is_flag=True, help=allow_fa2)(command)
     return click.option("--strict", is_flag=True, help=strict)(command)

@@ -38,6 +38,7 @@ def try8(
     strict: bool,
     allow_fa2: bool,
     limits: Any,
+    accept_slow: bool,
     ranks: int | None,
     minutes: float,
     console: Console,
@@ -53,15 +54,8 @@ def try8(
 
     if bucket is None:
         raise UsageError("a trial is of the bucket too: give --bucket s3://bucket/prefix")
-    words = [
-        "--preset",
-        recipe.preset,
-        "--out",
-        str(out),
-        *["--strict"] * strict,
-        *["--allow-fa2"] * allow_fa2,
-        *limits.words(),
-    ]
+    accepted = [*["--strict"] * strict, *["--allow-fa2"] * allow_fa2, *["--accept-slow"] * accept_slow]
+    words = ["--preset", recipe.preset, "--out", str(out), *accepted, *limits.words()]
     for key in (key for key, source in recipe.sources.items() if source.startswith("-")):
         section, name = key.split(".")
         value = getattr(getattr(recipe, section), name)

@@ -102,8 +102,23 @@ def open_hub(name: str, text: Path, store: Store | None = None) -> HubSource:
     hub = Hub(dataset, text / name, store)
     names = (f"shard_{index:05d}.parquet" for index in range(dataset.count))
     *train, val = (HubShard(name, dataset.text_bytes, hub.folder) for name in names)
-    identity = {"source": name, "repo": dataset.repo, "commit": hub.commit}
-    return HubSource(identity, tuple(train), val=val, hub=hub)
+    return HubSource(_identity(name, hub.commit), tuple(train), val=val, hub=hub)
+
+
+def recorded_identity(name: str, text: Path, store: Store | None) -> dict[str, Any] | None:
+    """That of the dataset `name` at the commit that `text` or the store has a record of; None where the hub would have
+    to be asked."""
+    file = text / name / "commit.json"
+    record = file.read_bytes() if file.is_file() else store.get(_commit_key(name)) if store else None
+    return _identity(name, json.loads(record)["commit"]) if record else None
+
+
+def _identity(name: str, commit: str) -> dict[str, Any]:
+    return {"source": name, "repo": DATASETS[name].repo, "commit": commit}
+
+
+def _commit_key(name: str) -> str:
+    return f"text/{name}/commit.json"
 
 
 class Hub:
@@ -111,7 +126,7 @@ class Hub:
 
     def __init__(self, dataset: Dataset, folder: Path, store: Store | None = None) -> None:
         self.repo = dataset.repo
-        self.commit = self._pinned(folder / "commit.json", store, f"text/{folder.name}/commit.json")
+        self.commit = self._pinned(folder / "commit.json", store, _commit_key(folder.name))
         self.folder = folder / self.commit
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """called with the bytes that have come and those that were wanted, from several threads"""
@@ -194,8 +209,8 @@ class Hub:
         """The record of the commit that the hub calls `main` now."""
         commit = self._ask("GET", "revision/main").get("sha")
         if not isinstance(commit, str) or len(commit) != 40:
-            raise DataError(f"{_endpoint()} names no commit for {self.repo}; check HF_ENDPOINT")
-        return json.dumps({"repo": self.repo, "commit": commit, "endpoint": _endpoint()}, indent=1).encode()
+            raise DataError(f"{endpoint()} names no commit for {self.repo}; check HF_ENDPOINT")
+        return json.dumps({"repo": self.repo, "commit": commit, "endpoint": endpoint()}, indent=1).encode()
 
     def _stated(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """{name: {"size", "sha256"}} as recorded, or else as the hub says now; recorded once for the commit."""
@@ -210,7 +225,7 @@ class Hub:
                     known[answer["path"]] = {"size": int(answer["lfs"]["size"]), "sha256": answer["lfs"]["oid"]}
             if missing := [name for name in asked if name not in known]:
                 raise DataError(
-                    f"{self.repo} has no {missing[0]} with a stated SHA-256 at commit {self.commit} on {_endpoint()};"
+                    f"{self.repo} has no {missing[0]} with a stated SHA-256 at commit {self.commit} on {endpoint()};"
                     " check HF_ENDPOINT, or choose another data.source"
                 )
         if unknown:
@@ -221,7 +236,7 @@ class Hub:
         """The JSON that the hub answers to `question` about the dataset."""
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-        url = f"{_endpoint()}/api/datasets/{self.repo}/{question}"
+        url = f"{endpoint()}/api/datasets/{self.repo}/{question}"
         try:
             response = http_backoff(
                 method,
@@ -238,7 +253,7 @@ class Hub:
         except Exception as error:  # a proxy of a kind that is not installed, a token that is no header, ...
             raise DataError(
                 f"the hub cannot be asked about {self.repo} ({_reason(error)}); check the network, the proxy settings,"
-                f" HF_TOKEN and HF_ENDPOINT ({_endpoint()})"
+                f" HF_TOKEN and HF_ENDPOINT ({endpoint()})"
             ) from error
         try:
             return response.json()
@@ -268,7 +283,7 @@ class Hub:
             part.unlink()
         raise DataError(
             f"{name} of {self.repo} cannot be fetched: {problem} ({ATTEMPTS} attempts); check HF_ENDPOINT"
-            f" ({_endpoint()}) and run again"
+            f" ({endpoint()}) and run again"
         )
 
     def _download(self, name: str, part: Path, size: int) -> str:
@@ -279,7 +294,7 @@ class Hub:
         from huggingface_hub.file_download import hf_hub_url, http_get
         from huggingface_hub.utils import build_hf_headers
 
-        url = hf_hub_url(self.repo, name, repo_type="dataset", revision=self.commit, endpoint=_endpoint())
+        url = hf_hub_url(self.repo, name, repo_type="dataset", revision=self.commit, endpoint=endpoint())
         bar = _Bar(self._arrived)
         shown = cast(type, lambda **_: bar)
         try:
@@ -291,7 +306,7 @@ class Hub:
                 response is not None and response.status_code not in RETRIED
             ):
                 raise DataError(
-                    f"{name} of {self.repo} cannot be fetched: {_reason(error)}; check HF_ENDPOINT ({_endpoint()})"
+                    f"{name} of {self.repo} cannot be fetched: {_reason(error)}; check HF_ENDPOINT ({endpoint()})"
                     " and HF_TOKEN"
                 ) from error
             return _reason(error)
@@ -304,7 +319,7 @@ class Hub:
         except Exception as error:
             raise DataError(
                 f"{name} of {self.repo} cannot be fetched: {_reason(error)}; check the proxy settings, HF_ENDPOINT"
-                f" ({_endpoint()}) and HF_TOKEN"
+                f" ({endpoint()}) and HF_TOKEN"
             ) from error
         return ""
 
@@ -324,7 +339,8 @@ class _Bar(contextlib.nullcontext):
         self.update = arrived
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """The hub's address, without a slash at the end."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 

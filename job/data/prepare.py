@@ -38,6 +38,7 @@ import numpy as np
 
 from job.data.documents import ByHash, ByShard, Counts, Shard, Split, document_hash, documents
 from job.data.hub import HubSource
+from job.data.identity import set_folder, set_inputs, tokenizer_inputs
 from job.data.lock import alone
 from job.data.pack import PackTask, permutation
 from job.data.sources import open_source
@@ -52,8 +53,6 @@ from job.store.sealed import Sealed, content_id, is_sealed, open_sealed, sealing
 from job.store.stores import Store
 
 LEFT_OUT_NAMED = 5
-FORMAT = 1
-"""Raised whenever the same inputs would give other bytes."""
 REPORTED = (
     "train_rows",
     "val_rows",
@@ -191,15 +190,11 @@ class DatasetBuilder:
         self.source = open_source(data, out, store)
         self.hub = self.source.hub if isinstance(self.source, HubSource) else None
         self.rows = rows or math.inf
-        keys = ["vocab_size", "tokenizer_chars", "document_chars"] + ([] if self.hub else ["val_fraction", "max_chars"])
-        of_tokenizer = {key: getattr(data, key) for key in keys}
-        of_rows = {**of_tokenizer, "split_long": data.split_long, "seed": data.seed}
         text = self.source.identity
-        self.inputs = {"format": FORMAT, "text": text, "data": of_rows, "seq_len": seq_len}
-        self.root = out / "prepared" / content_id("prepared", self.inputs)
+        self.inputs = set_inputs(data, seq_len, text)
+        self.root = out / set_folder(self.inputs)
         self.cache = ArtifactCache(store, self.root, reporter)
-        tokenizer_inputs = {"format": FORMAT, "text": text, "data": of_tokenizer}
-        self.tokenizer = Artifact(self.root / "tokenizer", "tokenizer", tokenizer_inputs)
+        self.tokenizer = Artifact(self.root / "tokenizer", "tokenizer", tokenizer_inputs(data, text))
         val = self.source.val
         self.split = Artifact(self.root / "split", "split", {"text": text, "shard": val.name if val else None})
         if self.hub:

@@ -44,10 +44,10 @@ def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
     """
     if not where.startswith(("http://", "https://")):
         return open_bundle(where, only_core=True)
-    name = PurePosixPath(urlsplit(where).path).name or "bundle"
-    file = cache / hashlib.sha256(where.encode()).hexdigest()[:16] / name
+    file = kept_archive(where, cache)
     if file.is_file():
         return open_bundle(file, only_core=True)
+    name = file.name
     part = file.with_name(f".{name}.part-{os.getpid()}")
     with storage_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +64,12 @@ def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
         finally:
             part.unlink(missing_ok=True)
     return open_bundle(file, only_core=True)
+
+
+def kept_archive(where: str, cache: Path) -> Path:
+    """Where in `cache` the archive of the address `where` is kept once it is fetched."""
+    name = PurePosixPath(urlsplit(where).path).name or "bundle"
+    return cache / hashlib.sha256(where.encode()).hexdigest()[:16] / name
 
 
 def _download(where: str, url: str, part: Path, reporter: Reporter) -> None:

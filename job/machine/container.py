@@ -6,6 +6,7 @@ Outside a container the same want is another sentence's business: every function
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -20,15 +21,16 @@ SHARED_MEMORY_NEEDED = 1 << 30
 """bytes of /dev/shm that NCCL is given for eight ranks (its own documentation asks for 1g); a container has 64 MiB
 unless told otherwise"""
 
+TEMPORARY_FLAG = "docker run --tmpfs /tmp:rw,exec,size=4g ..."
+
 
 def inside() -> bool:
     """Whether this process runs in a container of Docker or Podman."""
     return any(mark.exists() for mark in MARKS)
 
 
-def check(recipe: Recipe, ranks: int) -> None:
-    """PreflightError, with the flag, for the first thing that `recipe` on `ranks` ranks will want and this container
-    does not have."""
+def check(recipe: Recipe) -> None:
+    """PreflightError, with the flag, where `recipe` is made for GPUs and this container sees none."""
     if not inside():
         return
     made_for = preset_header(recipe.preset).machine
@@ -38,12 +40,6 @@ def check(recipe: Recipe, ranks: int) -> None:
             " --gpus all "
             "--ipc=host --ulimit memlock=-1 ... (the host needs NVIDIA's container toolkit)"
         )
-    if on_gpu() and ranks > 1 and (size := _bytes_of(SHARED_MEMORY)) < SHARED_MEMORY_NEEDED:
-        raise PreflightError(
-            f"{SHARED_MEMORY} has {size >> 20} MiB, and NCCL's ranks talk to each other through it; start the"
-            " container with: docker run "
-            "--ipc=host ..., or --shm-size=1g"
-        )
 
 
 def on_gpu() -> bool:
@@ -51,24 +47,23 @@ def on_gpu() -> bool:
 
 
 def check_temporary_folder() -> None:
-    """PreflightError in a container where temporary files, or what torch.compile loads from among them, have no
-    place."""
+    """PreflightError in a container where temporary files have no place."""
     if not inside():
         return
-    mend = "docker run --tmpfs /tmp:rw,exec,size=4g ..."
     try:
-        folder = tempfile.gettempdir()
+        tempfile.gettempdir()
     except FileNotFoundError:
-        raise PreflightError(f"this container has no folder for temporary files; start it with: {mend}") from None
-    if on_gpu() and os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise PreflightError(
-            f"{folder} is mounted noexec and torch.compile loads what it has compiled from there; start it with: {mend}"
-        )
+            f"this container has no folder for temporary files; start it with: {TEMPORARY_FLAG}"
+        ) from None
 
 
-def _bytes_of(folder: Path) -> int:
-    facts = os.statvfs(folder)
-    return facts.f_blocks * facts.f_frsize
+def shared_memory() -> int | None:
+    """Bytes of /dev/shm; None where there is none (macOS)."""
+    with contextlib.suppress(OSError):
+        facts = os.statvfs(SHARED_MEMORY)
+        return facts.f_blocks * facts.f_frsize
+    return None
 
 
 def remedy_for(out: Path) -> str:

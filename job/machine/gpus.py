@@ -23,6 +23,10 @@ class GPU:
     """bytes/s of the memory"""
     bus: float
     """bytes/s that a collective moves per GPU within a node"""
+    nvlink: float
+    """bytes/s of all its links, one way, as nvidia-smi counts them"""
+    steady_bf16: float | None = None
+    """FLOP/s that large bf16 products keep up, the least of what is published"""
     dollars: float | None = None
     """dollars an hour and GPU on demand, where a source is known"""
     spot: float | None = None
@@ -30,13 +34,14 @@ class GPU:
 
 
 # The H100's bus speed is assumed (a third of NVLink 4's 900 GB/s both ways); the others' go with NVLink's.
+# What it keeps up: 650 to 750 TFLOP/s are published for 700 W; 660 to 780 by shape in LOG.md.
 # Its prices: $24 an hour for eight is the leaderboard's own frame, $10 as spot the lowest seen in SkyPilot's catalogue.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GPU("h100", "H100 SXM 80 GB", 85.5e9, 989e12, 1979e12, 3.35e12, 370e9, dollars=3.00, spot=1.25),
-        GPU("h200", "H200 SXM 141 GB", 141e9, 989e12, 1979e12, 4.8e12, 370e9),
-        GPU("a100-80gb", "A100 SXM 80 GB", 80e9, 312e12, 0.0, 2.04e12, 247e9),
+        GPU("h100", "H100 SXM 80 GB", 85.5e9, 989e12, 1979e12, 3.35e12, 370e9, 478e9, 650e12, dollars=3.00, spot=1.25),
+        GPU("h200", "H200 SXM 141 GB", 141e9, 989e12, 1979e12, 4.8e12, 370e9, 478e9, 650e12),
+        GPU("a100-80gb", "A100 SXM 80 GB", 80e9, 312e12, 0.0, 2.04e12, 247e9, 300e9),
     )
 }
 CUDA_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80gb"}

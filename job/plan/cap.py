@@ -85,12 +85,11 @@ class Limits:
     price: float | None = None
     price_at_most: float | None = None
 
-    def here(self, recipe: Recipe, machine: Machine, nodes: int) -> tuple[Cap, Quote | None]:
-        """The cap, and the quote where there is a limit or a price; UsageError for one that cannot be used."""
-        price = price_here(self.price, self.price_at_most, gpus=machine.gpus, nodes=nodes)
+    def here(self, gpus: int, nodes: int) -> Cap:
+        """On `nodes` machines of `gpus` GPUs as this one; UsageError for a limit or price that cannot be used."""
+        price = price_here(self.price, self.price_at_most, gpus=gpus, nodes=nodes)
         check_limits(self.usd, self.hours, price)
-        bounded = price is not None or self.hours is not None
-        return Cap(self.usd, self.hours, price), Quote.of(recipe, machine, nodes) if bounded else None
+        return Cap(self.usd, self.hours, price)
 
     def words(self) -> list[str]:
         """The options again, for a command that is started in turn."""

@@ -25,7 +25,7 @@ from job.store.checkpoint_folder import KIND as CHECKPOINT
 from job.store.checkpoint_folder import folder_of
 from job.store.fence import claimed, read_claim, run_key, stored_claim
 from job.store.sealed import MANIFEST, atomic_write, is_sealed
-from job.store.stores import S3_URL, Store, pull_sealed, sealed_names
+from job.store.stores import PATIENCE, S3_URL, Store, pull_sealed, sealed_names
 
 PULLS = 8
 """small files and folders that are pulled at once"""
@@ -100,9 +100,9 @@ class Bucket:
         return self.store.url if "://" in self.store.url else f"the folder {Path(self.store.url).resolve()}"
 
     @classmethod
-    def at(cls, url: str, wait: float = 600.0) -> Bucket:
+    def at(cls, url: str, wait: float = 600.0, patience: float = PATIENCE) -> Bucket:
         """UsageError for a store that cannot be used, StorageError for one that does not answer."""
-        store = open_store(url)
+        store = open_store(url, patience)
         store.prepare()
         os.environ[VARIABLE] = url  # for the children: they pull prepared sets from there
         return cls(store, wait)

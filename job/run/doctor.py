@@ -1,28 +1,28 @@
-"""`speedrun doctor`: what preflight looks at, and with --deep whether the machine computes correctly, and how fast.
+"""`speedrun doctor`: every check of job/run/examination.py and what preflight looks at, and with --deep whether the
+machine computes correctly, and how fast.
 
-    look      card, driver, versions, whether these are the lock's; GPUs, attention, fp8; temporary files, disk
+    look      card, driver, versions, whether these are the lock's; GPUs, disk, bucket and network; attention, fp8
     --deep    on the first GPU: attention against the windowed SDPA, forward and backward milliseconds at the recipe's
               shapes; each fp8 layer shape's three products and the head's loss against fp32 (model/fp8_proof.py).
               Without a GPU the same at small sizes.
 
-A machine that computes wrongly is refused always, one that is slow or has no GPU with --strict.
+A machine that computes wrongly is refused always, one that a check finds slow unless that is accepted, one with a
+slower kernel or without a GPU with --strict.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import shutil
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from job.errors import PreflightError
-from job.machine import container, host
+from job.machine import host
+from job.machine.finding import Finding, refusal
 from job.machine.stack import describe_stack, differences, lines
-from job.plan.memory import checkpoint_bytes
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from job.run import preflight
@@ -36,40 +36,46 @@ REPEATS = 11
 """timings of one thing"""
 
 
-def examine(recipe: Recipe, out: Path, *, strict: bool, allow_fa2: bool, deep: bool) -> dict[str, Any]:
-    """`stack`, `differs` (from the lock), `found` (sentences), `proofs` (rows), `refused` (a sentence or None)."""
+def look(
+    recipe: Recipe,
+    findings: list[Finding],
+    *,
+    ranks: int = 0,
+    strict: bool,
+    allow_fa2: bool,
+    accept_slow: bool = False,
+    deep: bool,
+) -> dict[str, Any]:
+    """`stack`, `differs` (from the lock), `checks` (the findings), `found` (sentences), `proofs` (rows), `refused` (a
+    sentence or None)."""
     stack = describe_stack()
-    found: list[str] = []
+    bf16 = "with" if host.has_fast_bf16() else "without"
+    found = [f"CPU: {host.cpu_name()}, {host.usable_cores()} usable cores, {bf16} bf16 instructions"]
     proofs: list[dict[str, Any]] = []
-    refused = None
+    refused = refusal(findings, accept_slow=accept_slow)
     try:
-        bf16 = "with" if host.has_fast_bf16() else "without"
-        found.append(f"CPU: {host.cpu_name()}, {host.usable_cores()} usable cores, {bf16} bf16 instructions")
-        found += _folders(recipe, out)
-        container.check_temporary_folder()
         here = preflight.this_machine()
-        ranks = max(1, here.gpus)
-        if here.gpus:
-            container.check(recipe, ranks)
-        said = preflight.check(recipe, ranks, strict=strict, allow_fa2=allow_fa2, machine=here)
+        said = preflight.check(recipe, ranks or max(1, here.gpus), strict=strict, allow_fa2=allow_fa2, machine=here)
         found += said or ["no GPU that torch can use: the CPU would train"]
-        if deep:
+        if deep and not refused:
             _prove(recipe, here, proofs, strict=strict, allow_fa2=allow_fa2)
     except PreflightError as error:
-        refused = str(error)
+        refused = refused or error
     return {
         "stack": stack,
         "differs": differences(stack),
         "deep": deep,
+        "checks": [dataclasses.asdict(finding) for finding in findings],
         "found": found,
         "proofs": proofs,
-        "refused": refused,
+        "refused": str(refused) if refused else None,
     }
 
 
 def page(document: dict[str, Any]) -> str:
     """What was found, the proofs as a Markdown table, and that all is well where nothing is `refused`."""
-    text = [*lines(document["stack"]), *document["found"]]
+    checks = [Finding(**check).line() for check in document["checks"]]
+    text = [*lines(document["stack"]), *document["found"], *checks]
     if document["proofs"]:
         text += ["", "| proven | error | bound | ms |", "| --- | ---: | ---: | ---: |"]
         for row in document["proofs"]:
@@ -79,18 +85,6 @@ def page(document: dict[str, Any]) -> str:
         shallow = "nothing stands against it; --deep computes and compares"
         text += ["", "what was computed agrees" if document["deep"] else shallow]
     return "\n".join(text)
-
-
-def _folders(recipe: Recipe, out: Path) -> list[str]:
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    size = checkpoint_bytes(derive(recipe).config, 1)
-    temporary = tempfile.gettempdir()
-    return [
-        f"temporary files: {temporary}, {shutil.disk_usage(temporary).free / 1e9:.1f} GB free",
-        f"disk of {out}: {shutil.disk_usage(place).free / 1e9:.1f} GB free; a checkpoint takes {size / 1e9:.2g} GB",
-    ]
 
 
 def _prove(recipe: Recipe, here: host.Machine, rows: list[dict[str, Any]], *, strict: bool, allow_fa2: bool) -> None:

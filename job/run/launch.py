@@ -96,7 +96,7 @@ def open_run(
     """The folder of `run_id`, its recipe written; UsageError when another one is there or in the bucket."""
     run = run_folder(out, run_id)
     check_writable(out)
-    container.check(recipe, ranks)
+    container.check(recipe)
     document = recipe_document(recipe, run_id)
     micro_steps(recipe, derive(recipe), ranks)
     if fresh and run.exists():

@@ -122,10 +122,13 @@ def about_driver(environment: Mapping[str, str] = os.environ) -> list[str]:
     there is none."""
     if (version := driver()) is None:
         return []
-    used = COMPAT in environment.get("LD_LIBRARY_PATH", "").split(":")
-    return [
-        f"driver {version}" + (", too old for CUDA 13: its forward-compatibility libraries are used" if used else "")
-    ]
+    too_old = ", too old for CUDA 13: its forward-compatibility libraries are used"
+    return [f"driver {version}" + too_old * uses_compat(environment)]
+
+
+def uses_compat(environment: Mapping[str, str]) -> bool:
+    """Whether CUDA's forward-compatibility libraries come before the driver's."""
+    return COMPAT in environment.get("LD_LIBRARY_PATH", "").split(":")
 
 
 def about_comm(recipe: Recipe, world_size: int, gpus: int | None = None) -> list[str]:

@@ -19,9 +19,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from operator import methodcaller
 from pathlib import Path
@@ -30,6 +33,7 @@ from typing import Any, TypeVar
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
+from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
 
 from job.errors import DataError, StorageError, UsageError
@@ -236,6 +240,29 @@ class S3Store(Store):
         return self._clients.get("small").generate_presigned_url(
             "get_object", Params=named, ExpiresIn=min(seconds, LINK_MOST)
         )
+
+    def clock_ahead(self) -> float | None:
+        def attempt(client: Any) -> float:
+            began = time.time()
+            answer = client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+            said = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+            return (began + time.time()) / 2 - (said + 0.5)  # whole seconds are said
+
+        return self._call("listing", "", attempt)
+
+    def credentials_left(self) -> float | None:
+        """Those of environment variables are never renewed; where they are temporary, AWS_CREDENTIAL_EXPIRATION says
+        their end."""
+        credentials = boto3.session.Session().get_credentials()
+        if credentials is None or not credentials.token:
+            return math.inf
+        if credentials.method != "env":
+            return math.inf if isinstance(credentials, RefreshableCredentials) else None
+        try:
+            end = datetime.fromisoformat(os.environ["AWS_CREDENTIAL_EXPIRATION"])
+        except (KeyError, ValueError):
+            return None
+        return (end if end.tzinfo else end.replace(tzinfo=UTC)).timestamp() - time.time()
 
     def _call(self, doing: str, key: str, attempt: Callable[[Any], T], kind: str = "small", safe: str = "") -> T:
         """What `attempt(client)` gives, tried again until it gives it.

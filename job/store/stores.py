@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -101,6 +102,14 @@ class Store(abc.ABC):
     def link(self, key: str, seconds: int) -> str | None:
         """An address at which a browser sees the object for so long; None where the store has no such thing."""
         return None
+
+    def clock_ahead(self) -> float | None:
+        """Seconds by which this machine's clock is before the server's; None where there is none to ask."""
+        return None
+
+    def credentials_left(self) -> float | None:
+        """Seconds until the credentials end for good, infinite where they do not; None where nobody says."""
+        return math.inf
 
 
 class FolderStore(Store):

@@ -97,10 +97,11 @@ def layers_in_fp8(config: GPTConfig, tokens: int, generation: str) -> GPT:
     return model
 
 
-def price_of(share: float, recipe: Recipe, machine: Machine, ranks: int) -> str:
-    """Minutes and dollars of `share` of the training's time; empty for a GPU whose speed nobody has published."""
+def price_of(share: float, recipe: Recipe, machine: Machine, ranks: int, price: float | None = None) -> str:
+    """Minutes and dollars (by the node's `price` an hour) of `share` of the training's time; empty for a GPU whose
+    speed nobody has published."""
     try:
-        on_node = make_plan(recipe, CUDA_NAMES[machine.name], ranks).on_node
+        on_node = make_plan(recipe, CUDA_NAMES[machine.name], ranks, price).on_node
     except (KeyError, UsageError):
         return ""
     if on_node is None:
