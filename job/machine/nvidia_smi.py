@@ -27,8 +27,9 @@ NEVER_SAID = (
     "[Unknown Error]",
     "Requested functionality has been deprecated",
 )
-SLOWDOWNS = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
-"""reasons for lower clocks that a healthy GPU under load does not have; sw_power_cap it does"""
+SLOWDOWNS = ("hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
+"""reasons for lower clocks that a healthy GPU never has: under load it has sw_power_cap, and NVML's documentation says
+that hw_slowdown may come with any change of clocks"""
 
 Run = Callable[[Sequence[str]], str | None]
 

@@ -50,7 +50,7 @@ def examine(
 
 
 def _gpus(recipe: Recipe, ranks: int, there: int, price: float | None) -> list[Finding]:
-    """Speeds are probed where nothing else is refused; then nvidia-smi is asked again, of warm GPUs."""
+    """Speeds are probed where nothing else is refused; then nvidia-smi is asked again whether heat slows the GPUs."""
     count = ranks or there
     facts = gpu_facts() or GpuFacts(gpus=())
     name = facts.gpus[0].name if facts.gpus else ""
@@ -67,12 +67,10 @@ def _gpus(recipe: Recipe, ranks: int, there: int, price: float | None) -> list[F
         probed = speeds(count)
     except PreflightError as error:
         return gpu_findings(dataclasses.replace(facts, probe_failed=str(error)), wanted)
-    return gpu_findings(
-        dataclasses.replace(
-            gpu_facts() or facts, matmul=tuple(probed["matmul"]), all_reduce=tuple(probed["all_reduce"])
-        ),
-        wanted,
-    )
+    warm = {gpu.index: gpu.slowdowns for gpu in (gpu_facts() or facts).gpus}
+    gpus = tuple(dataclasses.replace(gpu, slowdowns=warm.get(gpu.index)) for gpu in facts.gpus)
+    matmul, all_reduce = (tuple(probed[rate]) for rate in ("matmul", "all_reduce"))
+    return gpu_findings(dataclasses.replace(facts, gpus=gpus, matmul=matmul, all_reduce=all_reduce), wanted)
 
 
 def _wanted_of_node(recipe: Recipe, ranks: int, facts: NodeFacts) -> NodeWanted:

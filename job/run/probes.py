@@ -58,7 +58,7 @@ def gpu_facts(run: nvidia_smi.Run = nvidia_smi.run, environment: Mapping[str, st
     visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
     chosen = {int(each) for each in visible if each.strip().isdigit()}
     gpus = tuple(gpu for gpu in listing.gpus if not chosen or gpu.index in chosen)
-    on_bus = 0 if chosen else len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    on_bus = 0 if chosen or container.inside() else len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     return GpuFacts(
         gpus=gpus,
         on_bus=on_bus,
@@ -132,8 +132,10 @@ def checkpoint_path(place: Path, store: Store | None, size: int) -> tuple[float 
                 push_sealed(store, key, written)
                 pull_sealed(store, key, fetched, kind="probe")
             open_sealed(fetched if store else written, kind="probe", verify=True)
-    except (SpeedrunError, OSError) as error:
+    except SpeedrunError as error:
         return speed, str(error)
+    except OSError as error:
+        return speed, f"{place} cannot be written ({error.strerror}); choose another --out, or make room there"
     finally:
         if isinstance(store, FolderStore):
             shutil.rmtree(store.root / folder, ignore_errors=True)

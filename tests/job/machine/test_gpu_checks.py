@@ -175,7 +175,7 @@ GPU_TABLES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "thermal slowdown": (
         {"edits": {3: active("hw_slowdown") | active("hw_thermal_slowdown")}},
-        "slow     throttling: GPU 3 is slowed down (hw_slowdown, hw_thermal_slowdown), and all wait for the slowest;"
+        "slow     throttling: GPU 3 is slowed down (hw_thermal_slowdown), and all wait for the slowest;"
         " take another node: this one's cooling or power does not suffice",
     ),
     "power brake": (
