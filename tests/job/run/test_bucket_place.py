@@ -134,7 +134,7 @@ def test_a_paid_machine_wants_a_bucket(name: str, monkeypatch: pytest.MonkeyPatc
         " s3://bucket/prefix\n"
     )
     assert command(name, "--strict", "--bucket", "s3://mine").exit_code == 0
-    monkeypatch.setattr("job.run.preflight.check", lambda *_, **__: [])  # as on a machine with GPUs
+    monkeypatch.setattr("job.machine.host.gpu_count", lambda: 8)
     refused = CliRunner().invoke(main, [name, "--strict"])
     assert (
         refused.exit_code == 2
