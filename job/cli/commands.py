@@ -314,9 +314,7 @@ def _run(
         _show_result(run_path, as_json, console)
 
 
-def _examine(
-    recipe: Any, out: Path, bucket: Any, nodes: Any, cap: Any, console: Console, *, accept_slow: bool
-) -> None:
+def _examine(recipe: Any, out: Path, bucket: Any, nodes: Any, cap: Any, console: Console, *, accept_slow: bool) -> None:
     """Say what every check found; raise what stands against this machine."""
     from job.machine.finding import refusal
     from job.run import examination

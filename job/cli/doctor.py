@@ -57,7 +57,8 @@ def doctor(
 
     container.check_temporary_folder()  # torch wants one as it is imported
     from job.errors import PreflightError, StorageError
-    from job.machine.gpus import check_price
+    from job.machine.host import gpu_count
+    from job.plan.prices import price_here
     from job.run import doctor as report
     from job.run.bucket import check_place
     from job.run.examination import examine
@@ -70,8 +71,8 @@ def doctor(
     if url is not None:
         check_place(url, out, strict=strict)
     store, bucket_refused = _opened(url)
-    price = None if price is None else check_price(price)
-    findings = examine(recipe, out, store, ranks=ranks, price=price, bucket_refused=bucket_refused)
+    here = price_here(price, None, gpus=gpu_count())
+    findings = examine(recipe, out, store, ranks=ranks, price=here and here.hour, bucket_refused=bucket_refused)
     accepted = {"strict": strict, "allow_fa2": allow_fa2, "accept_slow": accept_slow}
     document = report.look(recipe, findings, ranks=ranks, deep=deep, **accepted)
     text = json.dumps(document, indent=1)
