@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from job.cli.certify import certify
+from job.cli.compare import compare
 from job.cli.doctor import doctor
 from job.cli.options import (
     bucket_options,
@@ -59,7 +61,7 @@ def main() -> None:
     """
 
 
-for command in (doctor, plan, rehearse, try8):
+for command in (certify, compare, doctor, plan, rehearse, try8):
     main.add_command(command)
 
 

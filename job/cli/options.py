@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def bucket_options(command: Callable) -> Callable:
         from job.run.bucket import Bucket, check_place
 
         bucket = None
-        if url is not None and not others.get("hf"):
+        elsewhere = others.get("hf") or others.get("figures") or others.get("table")
+        if url is not None and not elsewhere:
             check_place(url, others["out"], strict=others.get("strict", False))
             bucket = None if others.get("dry_run") else Bucket.at(url, 60 * bucket_wait)
         return command(bucket=bucket, **others)
@@ -141,6 +142,17 @@ def recipe_options(
 
 def dry_option(command: Callable) -> Callable:
     return click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")(command)
+
+
+def existing_runs(out: Path, run_ids: Sequence[str], bucket: Any) -> list[Path]:
+    """The folders of these runs, with the results that the bucket has of them."""
+    from job.run.launch import existing_run
+
+    runs = [existing_run(out, run_id, bucket) for run_id in run_ids]
+    if bucket:
+        for run in runs:
+            bucket.pull_results(run)
+    return runs
 
 
 def ranks_option(command: Callable) -> Callable:

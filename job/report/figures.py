@@ -115,6 +115,30 @@ def loss_figure(record: Record, vocab_size: int | None) -> Drawing | None:
     return Drawing(_svg(figure, "loss", label), "Training loss", caption)
 
 
+def pair_figures(records: tuple[Record, Record], names: Sequence[str]) -> list[Drawing]:
+    """Validation bits per byte and training loss of two runs over the tokens that each had trained on."""
+    drawings = []
+    for key, heading, unit in (("validations", "Validation bits per byte", "bpb"), ("steps", "Training loss", "loss")):
+        curves = []
+        for record in records:
+            width, events = record.prepared.get("seq_len", 1), getattr(record, key).values()
+            curves.append([(e["rows"] * width / 1e6, e[unit]) for e in events if finite(e[unit]) is not None])
+        if not all(curves):
+            continue
+        figure, axes = _axes()
+        for curve, color, letter in zip(curves, (ACCENT, REFERENCE), "AB", strict=True):
+            tokens, values = zip(*curve, strict=True)
+            trend = moving_mean(values, len(values) // SMOOTH_SHARE) if unit == "loss" else values
+            size = -(-len(trend) // MOST_POINTS)
+            axes.plot(bucket_means(tokens, size), bucket_means(trend, size), color=color, linewidth=2)
+            _note(axes, tokens[-1], values[-1], letter, color, above=letter == "A", data=True)
+        axes.set_xlabel("million tokens", color=MUTED)
+        label = f"{heading} of A, {names[0]}, and B, {names[1]}"
+        caption = "Bits per byte of held-out text" if unit == "bpb" else "Nats per token on each step's own batch"
+        drawings.append(Drawing(_svg(figure, unit, label), heading, f"{caption}; lower is better."))
+    return drawings
+
+
 def attempts_figure(record: Record) -> Drawing | None:
     """Attempts on the time axis, a row each, coloured by stage; None for a single attempt."""
     if len(record.attempts) < 2:

@@ -37,6 +37,11 @@ def foreign_html(context: dict[str, Any]) -> str:
     return _environment().get_template("foreign.html.j2").render(context | {"groups": groups(context["tasks"])})
 
 
+def fill(template: str, context: dict[str, Any]) -> str:
+    """A template of this folder, filled."""
+    return _environment().get_template(template).render(context)
+
+
 def markdown(context: dict[str, Any]) -> str:
     return _environment().get_template("report.md.j2").render(context | {"kinds": words.KINDS})
 
@@ -81,8 +86,9 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (words.number, words.count, words.short, words.duration, words.percent, code, breakable)
-    environment.filters |= {f.__name__: f for f in filters} | {"css": lambda share: f"{100 * share:.2f}%"}
+    filters = (words.number, words.count, words.short, words.duration, words.percent, words.probability)
+    environment.filters |= {f.__name__: f for f in (*filters, code, breakable)}
+    environment.filters["css"] = lambda share: f"{100 * share:.2f}%"
     return environment
 
 

@@ -54,6 +54,10 @@ def percent(share: float | None, digits: int = 1) -> str:
     return NONE if share is None else f"{100 * share:.{digits}f} %".replace("-", "\N{MINUS SIGN}")
 
 
+def probability(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "less than 0.001"
+
+
 def moment(t: float) -> str:
     """Unix seconds as a date and time of day in UTC."""
     return datetime.datetime.fromtimestamp(t, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

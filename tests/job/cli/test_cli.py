@@ -24,6 +24,8 @@ def walk() -> list[tuple[str, click.Command]]:
 
 def test_the_commands_are_these() -> None:
     assert [name for name, _ in walk()] == [
+        "certify",
+        "compare",
         "doctor",
         "evaluate",
         "plan",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from job.evaluation.bundle import Task
-from job.evaluation.ledger import Answer, folder_of, make_ledger, seal_ledger
+from job.evaluation.ledger import Answer, folder_of, make_ledger, seal_answers, seal_ledger
 from job.store import attempt as attempts
 from job.store.attempt import Attempt
 from job.store.documents import hashed
@@ -131,6 +131,7 @@ class SyntheticRun:
         bigram: float | None = 2.25,
         core: bool = False,
         cap: int | None = None,
+        **made_from: Any,
     ) -> None:
         attempt.emit("stage.started", stage="evaluate")
         with sealing(self.path / "eval" / "bpb", kind="bpb", made_from={"weights": "w"}) as folder:
@@ -138,9 +139,12 @@ class SyntheticRun:
             folder.facts |= {"packed_bpb": packed} if packed else {}
         self.clock.pass_(30.0)
         tasks = [scored(*task) for task in self.tasks]
-        made_from = {"bundle": "c0c0c0c0c0c0c0c0" if core else "b0b0b0b0b0b0b0b0", "cap": cap}
+        made_from = {"bundle": "c0c0c0c0c0c0c0c0" if core else "b0b0b0b0b0b0b0b0", "cap": cap} | made_from
         ledger = make_ledger("core" if core else "smoke_score", tasks, made_from)
-        seal_ledger(folder_of(self.path / "eval", ledger.made_from), ledger)
+        folder = folder_of(self.path / "eval", ledger.made_from)
+        for task, answers, seconds in tasks:
+            seal_answers(folder, task.label, made_from | {"task": task.label}, answers, seconds)
+        seal_ledger(folder, ledger)
         attempt.emit("stage.done", stage="evaluate", seconds=30.0)
 
     def whole(self) -> SyntheticRun:

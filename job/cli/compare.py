@@ -1,0 +1,35 @@
+"""`speedrun compare`: in what do two runs differ, and what may be concluded?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from job.cli.options import bucket_options, existing_runs, out_option
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help="Write it as HTML, too, with the curves.")
+@out_option
+@bucket_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
+def compare(a: str, b: str, page: Path | None, out: Path, bucket: Any, as_json: bool) -> None:
+    """Two runs side by side, paired item by item: tasks, bits per byte, recipe, clocks, and what may be concluded.
+
+    \b
+    Example:
+      speedrun compare smoke smoke-longer --page compared.html
+    """
+    from job.report import compare as comparison
+
+    document, records = comparison.compare(*existing_runs(out, (a, b), bucket))
+    if page:
+        from job.store.sealed import atomic_write
+
+        atomic_write(page, comparison.html(document, records).encode())
+    click.echo(json.dumps(document, indent=1) if as_json else "\n".join(comparison.comparison_lines(document)))
