@@ -31,7 +31,10 @@ from job.store.documents import recipe_of
 from job.store.sealed import is_sealed, open_sealed
 
 BPB_SD = 0.00023
-"""of val_bpb from run to run (published: the 20 seeds of PR #807; smaller models vary more)"""
+"""of val_bpb from run to run (published: the 20 seeds of PR #807)"""
+PUBLISHED_SIZE = 1_000_000_000
+"""parameters from which the published sds are taken to hold; smaller models vary more"""
+NOISE = math.sqrt(2) * BPB_SD
 SHOWN_POINTS = 5
 """of the curves on a terminal"""
 
@@ -47,6 +50,7 @@ def compare(a: Path, b: Path) -> tuple[dict[str, Any], tuple[Record, Record]]:
     document = {
         "schema": 1,
         "runs": [result["run_id"] for result in results],
+        "sds_hold": all(result["parameters"] >= PUBLISHED_SIZE for result in results),
         "same": _sameness(a, b, results, records),
         "items": paired_items(a, b),
         "bpb": _bpb(results, settings),
@@ -123,14 +127,14 @@ def _sameness(a: Path, b: Path, results: list[dict[str, Any]], records: tuple[Re
 
 
 def _bpb(results: list[dict[str, Any]], settings: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Both val_bpb; difference and noise where they are of the same held-out rows. None where one is missing."""
+    """Both val_bpb, and their difference where they are of the same held-out rows; None where one is missing."""
     values = [result["val_bpb"] for result in results]
     if None in values:
         return None
     rows = [(r["hashes"]["prepared"], s["train"].get("val_tokens")) for r, s in zip(results, settings, strict=True)]
     same_text = rows[0] == rows[1] and rows[0][0] is not None
     difference = values[0] - values[1] if same_text else None
-    return {"values": values, "difference": difference, "noise": math.sqrt(2) * BPB_SD}
+    return {"values": values, "difference": difference}
 
 
 def _curve(a: Record, b: Record) -> list[dict[str, Any]]:
@@ -172,14 +176,14 @@ def conclusion(document: dict[str, Any]) -> str:
         return f"These are one and the same run ({document['same']}): there is nothing to compare."
     items, (a, b) = document["items"], document["runs"]
     if items is None:
-        return _without_items(document["bpb"], a, b)
+        return _without_items(document)
     name = score_title(document)
     better, worse = (a, b) if items["difference"] > 0 else (b, a)
     by = f"{words.number(abs(items['difference']), 4)} ± {words.number(items['se'], 4)} (p = {probability(items['p'])})"
     if items["p"] >= SHOWN:
         return f"Neither model is shown to be better: on the same items their {name} differs by {by}."
     model = f"On the same items the model of {better} has the higher {name}, by {by}"
-    if name != "CORE":
+    if name != "CORE" or not document["sds_hold"]:
         return f"{model}; of their recipes one run each says nothing, for how it varies from run to run is not known."
     chance = float(2 * stats.norm.sf(abs(items["difference"]) / (math.sqrt(2) * RUN_SD)))
     if chance >= SHOWN:
@@ -193,18 +197,18 @@ def conclusion(document: dict[str, Any]) -> str:
     )
 
 
-def _without_items(bpb: dict[str, Any] | None, a: str, b: str) -> str:
-    unpaired = "they were never scored on the same items alike"
+def _without_items(document: dict[str, Any]) -> str:
+    bpb, (a, b), unpaired = document["bpb"], document["runs"], "they were never scored on the same items alike"
     if bpb is None or bpb["difference"] is None:
         return f"Nothing may be concluded: {unpaired}, and their bits per byte are not of the same text."
-    times = abs(bpb["difference"]) / bpb["noise"]
+    lower = a if bpb["difference"] < 0 else b
+    said = f"The model of {lower} has fewer bits per byte on the same held-out text"
+    if not document["sds_hold"]:
+        return f"{said}, of which nobody knows how much they vary from run to run; of tasks nothing, for {unpaired}."
+    times = abs(bpb["difference"]) / NOISE
     if times < stats.norm.isf(SHOWN / 2):
         return f"Neither model is shown to be better: their bits per byte differ within the noise, and {unpaired}."
-    lower = a if bpb["difference"] < 0 else b
-    return (
-        f"The model of {lower} predicts the same held-out text better, by {words.number(times, 0)} times the published"
-        f" noise from run to run; of tasks nothing may be concluded, for {unpaired}."
-    )
+    return f"{said}, by {words.number(times, 0)} times the published noise; of tasks nothing, for {unpaired}."
 
 
 CLOCKS = (
@@ -238,8 +242,9 @@ def bpb_words(document: dict[str, Any]) -> str:
     a, b = (words.number(value, 5) for value in bpb["values"])
     if bpb["difference"] is None:
         return f"{a} and {b}, of other held-out text: not comparable"
-    noise = f"{words.number(bpb['noise'], 5)} between two runs of one recipe (published)"
-    return f"{a} and {b}: {words.number(bpb['difference'], 5)}, where the noise is {noise}"
+    noise = f"the noise is {words.number(NOISE, 5)} between two runs of one recipe (published)"
+    unknown = "how much models of this size vary from run to run is not known"
+    return f"{a} and {b}: {words.number(bpb['difference'], 5)}; {noise if document['sds_hold'] else unknown}"
 
 
 def comparison_lines(document: dict[str, Any]) -> list[str]:
@@ -250,14 +255,14 @@ def comparison_lines(document: dict[str, Any]) -> list[str]:
         values = " ".join(f"{words.number(value, 4):>10}" for value in point["val_bpb"])
         lines.append(f"  {words.short(point['tokens']):>12} tokens {values}")
     if items := document["items"]:
-        lines += ["", f"{'task':<34}{'items':>7}{'A':>9}{'B':>9}{'only A':>8}{'only B':>8}{'p':>17}"]
+        lines += ["", f"{'task':<34}{'items':>7}{'A':>9}{'B':>9}{'only A':>9}{'only B':>9}{'p':>17}"]
         for row in items["tasks"]:
             accuracies = "".join(f"{words.percent(accuracy):>9}" for accuracy in row["accuracy"])
-            only = "".join(f"{number:>8,}" for number in row["only"])
+            only = "".join(f"{number:>9,}" for number in row["only"])
             lines.append(f"{row['task']:<34}{row['n']:>7,}{accuracies}{only}{probability(row['p']):>17}")
         metrics = "".join(f"{words.number(metric, 4):>9}" for metric in items["metric"])
         difference = f"{words.number(items['difference'], 4)} ± {words.number(items['se'], 4)}"
-        lines.append(f"{score_title(document):<41}{metrics}{difference:>16}{probability(items['p']):>17}")
+        lines.append(f"{score_title(document):<41}{metrics}{difference:>18}{probability(items['p']):>17}")
         lines.append(f"(exact McNemar; of {len(items['tasks'])} tasks some fall below 0.05 by chance)")
     lines += ["", f"{'':<22}{'A':>12}{'B':>12}", *(f"{n:<22}{x:>12}{y:>12}" for n, x, y in clock_rows(document))]
     lines += ["", *(document["recipe"] or ["the recipes are equal"])]

@@ -7,7 +7,8 @@
     compiled/<id>/                   ------>
     eval/<id>/<task>/ ...            ------>
     prepared/<id>/**                 ------>   whatever is sealed, what makes the set whole last
-    events/N.jsonl, report/          ------>   every minute, and last of all, with the ends of logs/, postmortem.json
+    events/N.jsonl, report/          ------>   every minute, at each validation and checkpoint, and last of all, with
+                                               the ends of logs/, postmortem.json
 
 It is a process of its own because a store may block for ever: nothing that it does can delay the supervisor, whose
 ranks go on, and when its time is over it is killed. It keeps no queue: sealed folders say what there is to
@@ -46,8 +47,10 @@ from job.store.stores import Store, push_sealed, sealed_names
 
 POLL = 0.5
 """seconds between two looks for sealed folders"""
-LIVE_EVERY = 60.0
-"""seconds between two uploads of events and page; more where they take more than a tenth of it"""
+LIVE_EVERY, LIVE_MOST = 60.0, 300.0
+"""seconds between two uploads of events and page; more where they take more than a tenth of it, but never LIVE_MOST"""
+MILESTONES = (b'"kind": "train.val"', b'"kind": "checkpoint.sealed"')
+"""events at which page and events are uploaded at once"""
 RETRY_FIRST, RETRY_MOST = 1.0, 60.0
 """seconds until a failed upload is tried again: doubled from the first to the most"""
 LOG_BYTES = 1 << 20
@@ -158,6 +161,7 @@ class Live:
         self.store, self.run, self.attempt, self.reporter = store, run, attempt, reporter
         self.began = time.time()
         self._sizes: dict[int, int] = {}
+        self._seen = 0
         self._one_at_a_time = threading.Lock()
         self._report_is_sealed = True
 
@@ -167,6 +171,14 @@ class Live:
         works = {"logs": self._logs, postmortem.NAME: self._postmortem} if last else {}
         works |= {"report": self._page, "events": self.events}
         return all([self._tried(name, work) for name, work in works.items()])
+
+    def has_milestone(self) -> bool:
+        """Whether training was validated or a checkpoint sealed since the last time it was asked."""
+        with open(self.run / "events" / f"{self.attempt}.jsonl", "rb") as file:
+            file.seek(self._seen)
+            new = file.read().rpartition(b"\n")[0]
+        self._seen += len(new)
+        return any(kind in new for kind in MILESTONES)
 
     def _tried(self, name: str, publish: Callable[[], None]) -> bool:
         try:
@@ -277,6 +289,7 @@ class Uploader:
         assert self.live
         while True:
             last, began = self._last.is_set(), time.monotonic()
+            self.live.has_milestone()  # those that are there are published now
             arrived = self.live.publish(last=last)
             if last and arrived:
                 self.reporter.send({"published": True})
@@ -284,7 +297,11 @@ class Uploader:
             if last:
                 time.sleep(RETRY_FIRST)
             else:
-                self._last.wait(max(LIVE_EVERY, 10 * (time.monotonic() - began)))
+                took = time.monotonic() - began
+                self._last.wait(min(10 * took, LIVE_MOST - took))
+                due = began + max(LIVE_EVERY, 11 * took)
+                while time.monotonic() < due and not self._last.is_set() and not self.live.has_milestone():
+                    self._last.wait(POLL)
 
 
 def put_events(store: Store, run: Path, attempt: int, stored: int = 0) -> int:

@@ -85,14 +85,18 @@ def test_a_run_beside_itself_says_so(make_run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("core", "cap", "says"),
+    ("core", "cap", "large", "says"),
     [
-        (False, None, "of their recipes one run each says nothing"),
-        (True, 500, "of their recipes one run each says nothing"),
-        (True, None, "by more than two runs of one recipe would"),
+        (False, None, True, "of their recipes one run each says nothing"),
+        (True, 500, True, "of their recipes one run each says nothing"),
+        (True, None, False, "of their recipes one run each says nothing"),
+        (True, None, True, "by more than two runs of one recipe would"),
     ],
 )
-def test_a_recipe_is_judged_by_the_published_sd_of_full_core_alone(make_run, core: bool, cap: int, says: str) -> None:
+def test_a_recipe_is_judged_by_the_published_sd_of_large_models_full_core_alone(
+    make_run, monkeypatch, core: bool, cap: int, large: bool, says: str
+) -> None:
+    monkeypatch.setattr(comparison, "PUBLISHED_SIZE", 1_000 if large else 10**10)
     conclusion = compare(*pair(make_run, right=20, core=core, cap=cap))[0]["conclusion"]
     assert conclusion.startswith("On the same items the model of b has the higher") and says in conclusion
     assert ("CORE" in conclusion) == core and "beats" not in conclusion
@@ -101,7 +105,7 @@ def test_a_recipe_is_judged_by_the_published_sd_of_full_core_alone(make_run, cor
 def test_what_is_not_comparable_is_not_compared(make_run, tmp_path: Path) -> None:
     a, b = pair(make_run)
     (b / "eval").rename(b / "away")
-    assert "of tasks nothing may be concluded" in compare(a, b)[0]["conclusion"]
+    assert "of which nobody knows how much they vary from run to run" in compare(a, b)[0]["conclusion"]
     recipe = json.loads((b / "recipe.json").read_text())
     recipe["recipe"]["train"]["val_tokens"] = 7
     (b / "recipe.json").write_text(json.dumps(hashed(recipe)))

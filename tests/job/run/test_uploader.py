@@ -3,19 +3,22 @@ processes."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from helpers import Kept
+from helpers import Kept, wait_for
 from job.console import Console
 from job.errors import DataError, StorageError, UsageError
-from job.run import uploader_client
+from job.reporter import RankReporter
+from job.run import uploader, uploader_client
 from job.run.bucket import Bucket
 from job.run.supervise import Interrupts
 from job.run.uploader import Live, Mirror
@@ -224,6 +227,30 @@ def test_earlier_attempts_are_pulled_and_the_longer_file_counts(store: Failing, 
         "what is shorter here does not replace what is longer there"
     )
     assert store.get(f"{RUN}/events/2.jsonl").count(b"\n") == 1
+
+
+@pytest.mark.parametrize("kind", uploader.MILESTONES)
+def test_validations_and_checkpoints_are_uploaded_at_once(store: Failing, out: Path, monkeypatch, kind: bytes) -> None:
+    monkeypatch.setattr(uploader, "POLL", 0.01)
+    attempt, reporter = Attempt.claim(out / RUN), RankReporter(io.StringIO())
+    live = Live(store, out / RUN, 1, reporter)
+    monkeypatch.setattr(live, "_page", lambda: None)
+    works = uploader.Uploader(Mirror(store, out, out / RUN, FINAL, reporter), live, reporter)
+    thread = threading.Thread(target=works._record)
+    attempt.emit("attempt.started")
+    thread.start()
+
+    def stored() -> int:
+        return (store.get(f"{RUN}/events/1.jsonl") or b"").count(b"\n")
+
+    wait_for(lambda: stored() == 1, 10)
+    attempt.emit("train.step", step=0)
+    time.sleep(0.1)
+    assert stored() == 1, "steps come with the minute"
+    attempt.emit(json.loads(b"{%b}" % kind)["kind"])
+    wait_for(lambda: stored() == 3, 10)
+    works._last.set()
+    thread.join(10)
 
 
 def test_another_run_of_the_same_name_is_refused(store: Failing, out: Path, tmp_path: Path) -> None:
