@@ -218,6 +218,13 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * products + sum(12 * config.width * min(window, config.seq_len) for window in config.windows)
 
 
+def causal_flops_per_token(config: GPTConfig) -> float:
+    """The same, but of attention only the pairs that causality and the window leave."""
+    seq_len, whole = config.seq_len, flops_per_token(config)
+    unseen = sum(window * (window - 1) / (2 * seq_len) for window in (min(w, seq_len) for w in config.windows))
+    return whole - 12 * config.width * unseen
+
+
 def reference(config: GPTConfig) -> GPTConfig:
     """d12 with the same vocabulary, context and switches: the model that the base values were tuned on."""
     return replace(config, depth=REFERENCE_DEPTH, width=width_for_depth(REFERENCE_DEPTH))

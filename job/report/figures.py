@@ -23,6 +23,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from job.evaluation.ledger import centered_accuracy
+from job.report import gpt2
 from job.report.result import finite
 from job.report.words import how_it_ended, number
 from job.store.attempt import Record
@@ -130,13 +132,42 @@ def pair_figures(records: tuple[Record, Record], names: Sequence[str]) -> list[D
             tokens, values = zip(*curve, strict=True)
             trend = moving_mean(values, len(values) // SMOOTH_SHARE) if unit == "loss" else values
             size = -(-len(trend) // MOST_POINTS)
-            axes.plot(bucket_means(tokens, size), bucket_means(trend, size), color=color, linewidth=2)
-            _note(axes, tokens[-1], values[-1], letter, color, above=letter == "A", data=True)
+            style = "-" if letter == "A" else (0, (4, 3))
+            axes.plot(bucket_means(tokens, size), bucket_means(trend, size), color=color, linewidth=2, linestyle=style)
+            at = len(trend) // (2 if letter == "A" else 4)
+            _note(axes, tokens[at], trend[at], letter, color, above=letter == "A", data=True)
         axes.set_xlabel("million tokens", color=MUTED)
-        label = f"{heading} of A, {names[0]}, and B, {names[1]}"
+        label = f"{heading} of A, {names[0]}, and B, {names[1]} (dashed)"
         caption = "Bits per byte of held-out text" if unit == "bpb" else "Nats per token on each step's own batch"
-        drawings.append(Drawing(_svg(figure, unit, label), heading, f"{caption}; lower is better."))
+        drawings.append(Drawing(_svg(figure, unit, label), heading, f"{caption}; B is dashed; lower is better."))
     return drawings
+
+
+def core_figure(core: dict[str, Any] | None) -> Drawing | None:
+    """Centred accuracy by task with its 95 % error by item sampling, beside GPT-2's sizes; None for other tasks."""
+    if core is None or any(task["task"] not in gpt2.ACCURACY for task in core["tasks"]):
+        return None
+    names = [task["task"] for task in core["tasks"]]
+    bars = [(task["centered"], task["se"]) for task in core["tasks"]] + [(core["metric"], core["se"])]
+    rows = [[centered_accuracy(a, core["baselines"][name]) for a in gpt2.ACCURACY[name]] for name in names]
+    rows.append([sum(column) / len(rows) for column in zip(*rows, strict=True)])
+    figure, axes = _axes(size=(SIZE[0], 0.8 + 0.24 * len(rows)))
+    places = range(len(rows))
+    *smaller, xl = zip(*rows, strict=True)
+    for size, values in enumerate(smaller):
+        axes.scatter(values, places, marker="|", color=MUTED, s=25 + 35 * size, zorder=2)
+    axes.scatter(xl, places, marker="D", color=REFERENCE, s=26, zorder=2)
+    centers, errors = zip(*bars, strict=True)
+    reach = [1.96 * se for se in errors]
+    axes.errorbar(centers, places, xerr=reach, fmt="o", color=ACCENT, markersize=5, zorder=3)
+    axes.set_yticks(places, [*names, "CORE"])
+    axes.axhline(len(names) - 0.5, color=RULE, linewidth=1)
+    axes.invert_yaxis()
+    axes.xaxis.grid(True, color=RULE, linewidth=0.8)
+    axes.set_xlabel("centered accuracy", color=MUTED)
+    caption = "Dots: this model, with the 95 % error of item sampling. As published for GPT-2: diamonds 1.6B (XL),"
+    caption += " ticks 124M (shortest), 355M and 774M (longest); all but 124M of at most 1,000 items a task."
+    return Drawing(_svg(figure, "core", "CORE by task beside GPT-2's four sizes"), "Beside GPT-2", caption)
 
 
 def attempts_figure(record: Record) -> Drawing | None:

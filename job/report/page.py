@@ -24,6 +24,7 @@ def html(context: dict[str, Any], record: Record) -> str:
     more = {
         "drawings": [drawing for drawing in drawings if drawing],
         "attempts": figures.attempts_figure(record),
+        "core_figure": figures.core_figure(result["core"]),
         "samples": list(record.samples.items()),
         "tiles": tiles(result),
         "groups": groups(context["tasks"]),
@@ -34,7 +35,14 @@ def html(context: dict[str, Any], record: Record) -> str:
 
 def foreign_html(context: dict[str, Any]) -> str:
     """The page of a model that no run of ours made."""
-    return _environment().get_template("foreign.html.j2").render(context | {"groups": groups(context["tasks"])})
+    return (
+        _environment()
+        .get_template("foreign.html.j2")
+        .render(
+            context
+            | {"groups": groups(context["tasks"]), "core_figure": figures.core_figure(context["result"]["core"])}
+        )
+    )
 
 
 def fill(template: str, context: dict[str, Any]) -> str:

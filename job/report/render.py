@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from job.evaluation.ledger import sealed_ledgers
+from job.report import progress, words
 from job.report import result as results
-from job.report import words
 from job.report.receipt import receipt
 from job.store.attempt import Record, fold
 from job.store.documents import canonical_json, recipe_of
@@ -73,6 +73,9 @@ def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str
         "result": result,
         "headline": words.headline(result),
         "verdict": [words.bpb_sentence(result), words.score_sentence(result)],
+        "progress": progress.progress_sentence(recipe, record, result),
+        "warnings": progress.warnings(record),
+        "to_paste": words.to_paste(result),
         "when": words.moment(record.attempts[0].start) if record.attempts else "",
         "score_name": words.score_name(result),
         "tasks": task_rows(record, result),
@@ -157,6 +160,7 @@ def commands(run: Path, recipe: dict[str, Any], result: dict[str, Any]) -> list[
             rows.append(("Score this model on the real CORE tasks", core))
         longer = train(asked | {"train.steps": str(2 * result["steps"])})
         again = [*longer, *place, "--run-id", f"{run.name}-longer"]
+        rows.append(("Repeat this run", [*train(asked), *place, "--run-id", f"{run.name}-again"]))
         rows.append(("Train twice as long on the same prepared data", again))
     rows.append(("Write this report anew", ["report", *this]))
     return [(purpose, shlex.join(["speedrun", *command])) for purpose, command in rows]

@@ -5,6 +5,7 @@ A smoke score is never called CORE, and one run is never said to beat anything.
 
 from __future__ import annotations
 
+import collections
 import datetime
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,27 @@ def score_sentence(result: dict[str, Any]) -> str:
             "It is not CORE and compares only with other smoke scores."
         )
     return "It was not scored on tasks yet."
+
+
+def to_paste(result: dict[str, Any]) -> dict[str, str] | None:
+    """A row for the leaderboard and a paragraph; None unless the run is complete with a CORE of all items."""
+    core, origin = result["core"], result["provenance"] or {}
+    if result["state"] != "complete" or not core or core["cap"]:
+        return None
+    clock, gpus = result["clocks"], collections.Counter(origin.get("gpus", []))
+    machine = ", ".join(f"{n} x {name}" for name, n in gpus.items()) or result["machine"]["cpu"] or "a machine unknown"
+    commit = (origin.get("commit") or "")[:7]
+    cells = ("", f"{clock['training_s'] / 3600:.2f}", f"{result['val_bpb']:.5f}", f"{core['metric']:.4f}")
+    rule = "passes" if core["metric"] > GPT2_XL_CORE else "does not pass"
+    paragraph = (
+        f"{result['run_id']} (preset {result['preset']}, {short(result['parameters'])} parameters) was trained on"
+        f" {short(result['tokens'])} tokens in {duration(clock['training_s'])} by the leaderboard's clock,"
+        f" {duration(clock['node_s'])} on the node, on {machine}. It scores CORE {with_error(core, 4)} over"
+        f" {len(core['tasks'])} tasks and all items (error of item sampling), and {number(result['val_bpb'], 5)}"
+        f" validation bits per byte. {GPT2_XL_CORE} is published for GPT-2 XL: by the leaderboard's rule for one run it"
+        f" {rule}. One run shows no recipe better: CORE varies from run to run (sd 0.0057, published)."
+    )
+    return {"row": " | ".join(("", *cells, result["preset"], commit, "")).strip(), "paragraph": paragraph}
 
 
 def score_of(result: dict[str, Any]) -> dict[str, Any] | None:

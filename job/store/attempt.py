@@ -209,6 +209,7 @@ class Record:
     tasks: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     score: dict[str, Any] = dataclasses.field(default_factory=dict)
     samples: dict[str, str] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
     unusable: list[str] = dataclasses.field(default_factory=list)
     """lines of the event files that were cut short or changed"""
 
@@ -291,6 +292,8 @@ def fold_event(record: Record, event: dict[str, Any]) -> None:
                     if span.attempt == number and span.stage == event["stage"]:
                         span.end = t
                         break
+            case "warning":
+                record.warnings.append(str(event["text"]))
             case "sample":
                 record.samples[event["prompt"]] = event["text"]
     except (KeyError, TypeError):  # of an earlier version, whose events have no checksum

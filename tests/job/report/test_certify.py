@@ -21,6 +21,7 @@ from job.cli.commands import main
 from job.evaluation.bundle import Task
 from job.evaluation.ledger import Answer, make_ledger
 from job.recipe.leaderboard import GPT2_XL_CORE
+from job.report import gpt2
 from job.report.certify import chance_of_passing, judge, runs_needed, shown_sentence
 from job.report.result import build_result
 from job.store.documents import hashed
@@ -94,17 +95,18 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(core_tasks: list[tupl
 
 @pytest.fixture
 def core_tasks() -> list[tuple[str, int, float, float]]:
-    """(task, items, baseline, GPT-2 XL's published accuracy), as its CSV beside the bundle has it."""
-    return [
-        ("hellaswag_zeroshot", 10042, 0.25, 0.502), ("jeopardy", 2117, 0, 0.092), ("qa_wikidata", 20321, 0, 0.531),
-        ("arc_easy", 2376, 0.25, 0.595), ("arc_challenge", 1172, 0.25, 0.299), ("copa", 100, 0.5, 0.67),
-        ("commonsense_qa", 1221, 0.2, 0.227), ("piqa", 1838, 0.5, 0.725), ("openbook_qa", 500, 0.25, 0.346),
-        ("lambada", 5153, 0, 0.523), ("hellaswag", 10042, 0.25, 0.512), ("winograd", 273, 0.5, 0.714286),
-        ("winogrande", 1267, 0.5, 0.569), ("dyck", 1000, 0, 0.247), ("lsat_ar", 230, 0.2, 0.273913),
-        ("cs_algorithms", 1320, 0, 0.417), ("operators", 210, 0, 0.157143), ("repeat_copy", 32, 0, 0.09375),
-        ("squad", 10570, 0, 0.309), ("coqa", 7983, 0, 0.28), ("boolq", 3270, 0.62, 0.619),
-        ("language_id", 10000, 0.091, 0.25),
-    ]  # fmt: skip
+    """(task, items, baseline, GPT-2 XL's published accuracy), as the bundle has them."""
+    items = (10042, 2117, 20321, 2376, 1172, 100, 1221, 1838, 500, 5153, 10042, 273, 1267, 1000, 230, 1320, 210, 32,
+             10570, 7983, 3270, 10000)  # fmt: skip
+    quarter, half = dict.fromkeys((0, 3, 4, 8, 10), 0.25), dict.fromkeys((5, 7, 11, 12), 0.5)
+    base = quarter | half | {6: 0.2, 14: 0.2, 20: 0.62, 21: 0.091}
+    return [(name, items[i], base.get(i, 0.0), a[-1]) for i, (name, a) in enumerate(gpt2.ACCURACY.items())]
+
+
+def test_gpt2s_accuracies_give_its_published_core(core_tasks: list[tuple[str, int, float, float]]) -> None:
+    rows = [[(a - base) / (1 - base) for a in gpt2.ACCURACY[name]] for name, _, base, _ in core_tasks]
+    published = [0.113891, 0.184904, 0.214641, GPT2_XL_CORE]
+    assert [sum(column) / 22 for column in zip(*rows, strict=True)] == pytest.approx(published, abs=1e-6)
 
 
 # --- runs

@@ -1,0 +1,76 @@
+"""What the page says while a run lives, and what it gives to paste when it is done."""
+
+from __future__ import annotations
+
+import pytest
+
+from job.plan.published_runs import RUNS
+from job.recipe.config import resolve
+from job.report import gpt2
+from job.report.progress import progress_sentence, utilization, warnings
+from job.report.render import report_files
+from job.report.result import build_result
+from job.report.words import to_paste
+from job.run.launch import recipe_document
+from job.store.attempt import fold
+from job.store.documents import recipe_of
+
+TASKS = tuple((name, "schema", 0, 0.0, 30, 100) for name in gpt2.ACCURACY)
+
+
+def test_progress_has_step_loss_speed_and_time_left(run) -> None:
+    attempt = run.start()
+    assert progress_sentence(recipe_of(run.path), fold(run.path), build_result(run.path)) == ""
+    run.prepare(attempt)
+    run.pretrain(attempt, last=50)
+    text = report_files(run.path)[1]["report.html"]
+    assert (
+        "Step 50 of 200 (25 %), loss 4.698, 16,384 tokens a second; at this pace 1 min 15 s of steps are left." in text
+    )
+    run.pretrain(attempt, first=50)
+    assert "at this pace" not in report_files(run.path)[1]["report.html"]
+
+
+def test_utilization_by_both_conventions() -> None:
+    """Run 6 by its published seconds: 59 % by the leaderboard's count, of which attention is overcounted by a third."""
+    run6 = next(run for run in RUNS if run.name == "Run 6")
+    recipe = recipe_document(resolve("run6"), "r")
+    result = {"provenance": {"gpus": ["NVIDIA H100 80GB HBM3"] * 8}, "machine": {"device": "cuda", "world_size": 8}}
+    causal, counted = utilization(recipe, result, run6.batch_tokens / run6.step_seconds)
+    assert counted == pytest.approx(4775225616 * run6.batch_tokens / run6.step_seconds / (8 * 989e12))
+    attention = 12 * 1536 * (18 * 512 + 6 * 2048)
+    assert (counted - causal) / counted == pytest.approx((1 - 0.68) * attention / 4775225616, rel=0.1)
+    assert utilization(recipe, result | {"provenance": {"gpus": ["GeForce"]}}, 1.0) is None
+    assert utilization(recipe, result | {"provenance": None}, 1.0) is None
+
+
+def test_warnings_are_shown_once_and_escaped(run) -> None:
+    first = run.start()
+    first.emit("attempt.ended", exit_code=14, reason="no <memory>")
+    second = run.start()
+    for text in ("<b>old</b>", "slow disk", "<b>old</b>"):
+        second.emit("warning", text=text)
+    assert warnings(fold(run.path)) == ["Attempt 1 ended with exit 14: no <memory>", "<b>old</b>", "slow disk"]
+    page = report_files(run.path)[1]["report.html"]
+    assert page.count("&lt;b&gt;old&lt;/b&gt;") == 1 and "<b>old" not in page and "no &lt;memory&gt;" in page
+
+
+def test_a_full_core_has_gpt2_beside_it_and_something_to_paste(make_run) -> None:
+    run = make_run(tasks=TASKS, steps=20)
+    attempt = run.start()
+    run.prepare(attempt)
+    run.pretrain(attempt)
+    run.evaluate(attempt, core=True)
+    result, files = report_files(run.path)
+    assert "four sizes" in files["report.html"] and "To paste" in files["report.html"]
+    pasted = to_paste(result)
+    assert pasted["row"].startswith("|  | 0.00 | 1.70000 | 0.3000 | smoke | 12ab34 |")
+    assert "CORE 0.3000 ± 0.0098" in pasted["paragraph"] and "One run shows no recipe better" in pasted["paragraph"]
+    assert "beats" not in files["report.html"] and len(files["report.html"]) < 2e6
+    assert to_paste(result | {"core": result["core"] | {"cap": 20}}) is None
+    assert to_paste(result | {"core": None, "smoke_score": result["core"]}) is None
+
+
+def test_other_tasks_are_not_put_beside_gpt2(run) -> None:
+    page = report_files(run.whole().path)[1]["report.html"]
+    assert "four sizes" not in page and "To paste" not in page
