@@ -33,8 +33,10 @@ from urllib.parse import urlsplit
 from job.errors import ExitCode
 from job.recipe.leaderboard import UNTIMED_STEPS
 from job.reporter import RankReporter
+from job.store import VARIABLE
 from job.store.attempt import Record, event_files, events_in, fold_event, newest_attempt
 from job.store.documents import recipe_of
+from job.store.fence import run_key
 
 POLL = 1.0
 """seconds between two looks at the event files"""
@@ -43,6 +45,8 @@ INIT_TIMEOUT = 30.0
 RETRY = 60.0
 """seconds before a server that was lost is tried again"""
 PROJECT = "gpt2-speedrun"
+COLUMNS = ("n", "accuracy", "baseline", "centered")
+"""of the table of tasks in the run's summary"""
 
 
 class Events:
@@ -118,7 +122,21 @@ def summary(record: Record) -> dict[str, Any]:
         fields["val_bpb"] = record.validations[max(record.validations)]["bpb"]
     if record.score:
         fields[_score_name(record)] = record.score["metric"]
+        fields["tasks"] = {task: {key: event.get(key) for key in COLUMNS} for task, event in record.tasks.items()}
     return fields
+
+
+def alerts(record: Record, attempt: int, exit_code: int | None) -> dict[str, str]:
+    """What a person should hear of the attempt, by title; `exit_code` None while it lives."""
+    said = {}
+    if slow := [event for event in record.slow_ranks.values() if event["attempt"] == attempt]:
+        said["slow"] = f"ranks {', '.join(slow[0]['behind'])} are slower than the median rank"
+    if exit_code == ExitCode.RESUME:
+        said["preempted"] = f"interrupted after step {max(record.steps, default=0)}; the same command goes on"
+    if exit_code == ExitCode.DONE:
+        score = f"{_score_name(record)} {record.score['metric']:.4f}" if record.score else "not scored yet"
+        said["done"] = f"{len(record.steps)} steps; {score}"
+    return said
 
 
 def wandb_id(run: Path, record: Record) -> str:
@@ -171,6 +189,7 @@ class WandbSender:
         self.events = Events(run)
         self.supervisor = SupervisorWatch(self)
         self._told = False
+        self._alerted: set[str] = set()
 
     def tell(self, **message: str) -> None:
         with contextlib.suppress(OSError):
@@ -216,13 +235,19 @@ class WandbSender:
             f"{section}.{key}": value for section, entries in recipe["recipe"].items() for key, value in entries.items()
         }
         identity = wandb_id(self.run, self.events.record)
+        bucket = os.environ.get(VARIABLE)
         stale = list((self.run / "wandb").glob(f"offline-run-*-{identity}")) if mode == "offline" else []
         handle = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             id=identity,
             name=os.environ.get("WANDB_NAME") or self.run.name,
             resume="allow",
-            config={"preset": recipe["preset"], "provenance": self.events.record.machine.get("provenance")} | values,
+            config={
+                "preset": recipe["preset"],
+                "provenance": self.events.record.machine.get("provenance"),
+                "page": f"{bucket}/{run_key(self.run.name)}/report/report.html" if bucket else None,
+            }
+            | values,
             settings=settings(wandb, self.run, mode),
         )
         for folder in stale:
@@ -237,6 +262,7 @@ class WandbSender:
             for step, numbers in history(self.events.record, position):
                 handle.log(numbers, step=step, commit=True)
                 position = step
+            self.alert(handle, self.supervisor.exit_code if last else None)
             if last:
                 break
             self.supervisor.ended.wait(POLL)
@@ -245,6 +271,13 @@ class WandbSender:
             handle.mark_preempting()
         handle.finish(exit_code=self.supervisor.exit_code)
         wandb.teardown()
+
+    def alert(self, handle: Any, exit_code: int | None) -> None:
+        """Send what was not sent yet; nothing of a run that is only being synced."""
+        for title, text in (alerts(self.events.record, self.attempt, exit_code) if self.attempt else {}).items():
+            if title not in self._alerted:
+                handle.alert(f"{self.run.name} {title}", text, "INFO" if title == "done" else "WARN")
+                self._alerted.add(title)
 
 
 def settings(wandb: Any, run: Path, mode: str) -> Any:

@@ -53,6 +53,7 @@ class WandbServer:
         self.lines: dict[str, list[dict]] = {}
         self.summaries: dict[str, dict] = {}
         self.runs: dict[str, dict] = {}
+        self.alerts: list[dict] = []
         self.stopped = threading.Event()
         self._http = Http(("127.0.0.1", 0), Handler)
         self._http.wandb = self
@@ -81,6 +82,8 @@ class WandbServer:
                 }
             case "RunResumeStatus":
                 return {"data": {"model": self._resume(asked["variables"]["name"])}}
+            case "NotifyScriptableRunAlert":
+                self.alerts.append(asked["variables"])
             case "UpsertBucket":
                 return {"data": {"upsertBucket": self._upsert(asked["variables"])}}
             case "CreateRunFiles":

@@ -17,7 +17,8 @@ from job.console import Console
 from job.errors import DivergedError, InterruptedRun, StorageError
 from job.run import wandb_client
 from job.run.wandb_client import wandb_logging
-from job.run.wandb_process import Events, has_key, history, mode, summary, wandb_id
+from job.run.wandb_process import Events, alerts, has_key, history, mode, summary, wandb_id
+from job.store import VARIABLE
 from job.store.attempt import Attempt, fold, read_events
 
 RECIPE = {"preset": "smoke", "recipe": {"model": {"depth": 2}, "data": {"paths": ["texts"]}}}
@@ -52,7 +53,7 @@ def train(attempt: Attempt, first: int, last: int, steps: int = 20) -> None:
 
 def evaluate(attempt: Attempt, name: str = "core", steps: int = 20) -> None:
     attempt.emit("eval.bpb", step=steps, rows=steps * 8, bpb=2.5)
-    attempt.emit("eval.task", task="copa", centered=0.25)
+    attempt.emit("eval.task", task="copa", n=100, accuracy=0.625, baseline=0.5, centered=0.25)
     attempt.emit("eval.done", metric=0.27, name=name, cap=None, bundle_id="b", se=0.01)
 
 
@@ -100,8 +101,20 @@ def test_rows_and_summary_have_the_leaderboards_names(run: Path) -> None:
         "total_training_time": record.training_seconds,
         "val_bpb": 2.5,
         "core_metric": 0.27,
+        "tasks": {"copa": {"n": 100, "accuracy": 0.625, "baseline": 0.5, "centered": 0.25}},
     }
     assert rows[19]["total_training_time"] == record.training_seconds == 4.5
+
+
+def test_alerts_are_of_this_attempt_and_its_end(run: Path) -> None:
+    attempt = begin(run)
+    train(attempt, 0, 9)
+    attempt.emit("train.slow_ranks", step=9, rows=80, behind={"3": 0.2}, lost_ms=1.0, steps=10)
+    record = fold(run)
+    assert alerts(record, 1, None) == {"slow": "ranks 3 are slower than the median rank"}
+    assert alerts(record, 2, None) == {} and alerts(record, 2, 14) == {}
+    assert alerts(record, 2, 75) == {"preempted": "interrupted after step 9; the same command goes on"}
+    assert alerts(record, 2, 0) == {"done": "10 steps; not scored yet"}
 
 
 def test_a_smoke_score_is_not_called_core(run: Path) -> None:
@@ -175,7 +188,7 @@ def test_the_mode_follows_the_key_and_wandbs_own_variable(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_online_every_step_is_sent_once_though_the_process_was_killed(run: Path, server, capfd) -> None:
+def test_online_every_step_is_sent_once_though_the_process_was_killed(run: Path, server, monkeypatch, capfd) -> None:
     first = begin(run)
     watching = wandb_client.WandbClient(run, first.number, Console())
     train(first, 0, 9)
@@ -183,14 +196,18 @@ def test_online_every_step_is_sent_once_though_the_process_was_killed(run: Path,
     os.killpg(watching.child.process.pid, signal.SIGKILL)
     train(first, 10, 12)
     second = begin(run)
+    monkeypatch.setenv(VARIABLE, "s3://b/p")
     with wandb_logging(run, second, Console()):
         train(second, 8, 19)
+        second.emit("train.slow_ranks", step=19, rows=160, behind={"3": 0.2}, lost_ms=1.0, steps=10)
         evaluate(second)
     assert server.steps == list(range(21))
+    assert sorted(alert["title"] for alert in server.alerts) == ["mine done", "mine slow"]
     ((name, sent),) = server.runs.items()
     assert name.startswith("mine-")
     assert sent["displayName"] == "mine"
     assert json.loads(sent["config"])["model.depth"]["value"] == 2
+    assert json.loads(sent["config"])["page"]["value"] == "s3://b/p/runs/mine/report/report.html"
     said = {key: server.summaries[name][key] for key in summary(fold(run))}
     assert said == summary(fold(run))
     assert warnings(run) == []
