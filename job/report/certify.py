@@ -212,7 +212,7 @@ def shown_sentence(document: dict[str, Any]) -> str:
     """What the figures show; its first words are the verdict."""
     n, p = len(document["runs"]), probability(document["p"])
     average = f"{n} runs average {words.number(document['mean'], 4)}"
-    chance = f"of a recipe no better than GPT-2 XL that is to be expected with p = {p}"
+    chance = f"a recipe no better would reach that with p = {p}"
     if document["shown"] == "beats":
         return f"This recipe beats GPT-2 XL's published CORE: {average}; {chance}."
     if document["shown"] == "does not beat":
@@ -227,7 +227,7 @@ def shown_sentence(document: dict[str, Any]) -> str:
             "Not shown: one run cannot show that its recipe beats GPT-2 XL, since CORE varies from run to run"
             f" (sd {words.number(document['sd'], 4)}{', published' if document['law'] == 'items' else ''})."
         )
-    return f"Not shown whether this recipe beats GPT-2 XL: {average}; {chance}, and {SHOWN} is asked."
+    return f"Not shown whether this recipe beats GPT-2 XL: {average}; {chance}, and less than {SHOWN} is asked for."
 
 
 LAWS = {

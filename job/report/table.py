@@ -112,7 +112,7 @@ def _row(key: str, result: dict[str, Any]) -> dict[str, Any]:
     return {
         "evidence": "measured",
         "run": result["run_id"],
-        "of": f"preset {result['preset']}",
+        "of": f"preset {result['preset']}, in {PurePosixPath(key).parent.parent}",
         "core": result["core"]["metric"],
         "se": result["core"]["se"],
         "runs": 1,

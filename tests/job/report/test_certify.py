@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from scipy import stats
 
 from job.cli.commands import main
 from job.evaluation.bundle import Task
-from job.evaluation.ledger import Answer, make_ledger
+from job.evaluation.ledger import Answer, Ledger, make_ledger, seal_ledger, sealed_ledgers
 from job.recipe.leaderboard import GPT2_XL_CORE
 from job.report import gpt2
 from job.report.certify import chance_of_passing, judge, runs_needed, shown_sentence
@@ -65,7 +67,7 @@ def test_beats_is_said_from_that_many_runs_on() -> None:
         assert (verdict.shown == "beats") == (number == 9) and verdict.needed == 9
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(core=st.floats(-0.99, 1), sd=st.none() | st.floats(1e-6, 1), cap=st.none() | st.integers(1, 5000))
 def test_one_run_and_capped_runs_never_beat(core: float, sd: float | None, cap: int | None) -> None:
     verdicts = [judge([core], sd=sd, se=1e-6, cap=cap), judge([core, core - 1e-3], sd=sd, cap=cap or 1)]
@@ -151,6 +153,12 @@ def test_runs_are_certified_and_printed_as_json(scored, tmp_path: Path) -> None:
     assert "one run cannot show" in single and "item sampling alone" in single
 
 
+def test_the_readme_shows_what_certify_says() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    words = re.search(r"`speedrun (certify [^`]+)`", readme)
+    assert words and speedrun(*words[1].split()).stdout.splitlines()[1] in readme
+
+
 @pytest.mark.parametrize(
     ("second", "says"),
     [
@@ -196,6 +204,16 @@ def test_other_baselines_are_refused(scored, tmp_path: Path, make_run) -> None:
     other.evaluate(other.start(), core=True)
     ended = speedrun("certify", "a", "b", "--out", str(tmp_path))
     assert ended.exit_code == 2 and "other tasks or baselines" in ended.stderr
+
+
+def test_a_core_that_is_no_number_is_an_error(scored, tmp_path: Path) -> None:
+    run = scored("a")
+    (folder,) = sealed_ledgers(run.path / "eval")
+    ledger = Ledger.open(folder)
+    shutil.rmtree(folder / "ledger")
+    seal_ledger(folder, dataclasses.replace(ledger, metric=math.nan))
+    ended = speedrun("certify", "a", "--out", str(tmp_path))
+    assert ended.exit_code == 11 and "is not a number" in ended.stderr
 
 
 def test_a_half_written_event_changes_nothing(scored, tmp_path: Path) -> None:
@@ -246,6 +264,7 @@ def test_the_table_has_what_can_be_believed(scored, tmp_path: Path) -> None:
     document = json.loads(speedrun("certify", "--table", str(tmp_path), "--json", "--page", str(page)).stdout)
     measured = {row["run"]: row for row in document["rows"] if row["evidence"] == "measured"}
     assert set(measured) == {"good", EVIL} and len(document["rows"]) == 11
+    assert measured["good"]["of"].startswith("preset smoke, in ")
     assert measured["good"]["core"] == pytest.approx(0.25) and not measured["good"]["passes"]
     assert [row["passes"] for row in document["rows"]] == [True] * 10 + [False]
     why = {Path(entry["file"]).parts[-3]: entry["why"] for entry in document["left_out"]}
