@@ -289,13 +289,9 @@ def _run(
         click.echo("\n".join([plan, *notes]))
         return
     cap = limits.here(gpu_count(), nodes.count)
-    if strict and bucket is None and gpu_count():
-        raise UsageError(
-            "--strict is for machines that go away, and what is on this one would go with it: give --bucket"
-            " s3://bucket/prefix"
-        )
-    if gpu_count() and run_id != RUN_ID:  # a trial has had its doctor
-        _examine(recipe, out, bucket, nodes, cap, console, accept_slow=accept_slow or not strict)
+    if gpu_count():
+        trial = run_id == RUN_ID  # which has had its doctor
+        _examine(recipe, out, bucket, nodes, cap, console, strict=strict, accept_slow=accept_slow, trial=trial)
     machine = preflight.this_machine()
     notes += preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2, machine=machine)
     if strict and bucket and nodes.ranks > 1 and run_id != RUN_ID:
@@ -316,16 +312,34 @@ def _run(
         _show_result(run_path, as_json, console)
 
 
-def _examine(recipe: Any, out: Path, bucket: Any, nodes: Any, cap: Any, console: Console, *, accept_slow: bool) -> None:
-    """Say what every check found; raise what stands against this machine."""
+def _examine(
+    recipe: Any,
+    out: Path,
+    bucket: Any,
+    nodes: Any,
+    cap: Any,
+    console: Console,
+    *,
+    strict: bool,
+    accept_slow: bool,
+    trial: bool,
+) -> None:
+    """On GPUs first of all: say what every check found; raise what stands against this machine."""
     from job.machine.finding import refusal
     from job.run import examination
 
+    if strict and bucket is None:
+        raise UsageError(
+            "--strict is for machines that go away, and what is on this one would go with it: give --bucket"
+            " s3://bucket/prefix"
+        )
+    if trial:
+        return
     price = cap.price.hour / nodes.count if cap.price else None
     findings = examination.examine(recipe, out, bucket.store if bucket else None, ranks=nodes.ranks, price=price)
     for finding in findings:
         console.say(finding.line())
-    if refused := refusal(findings, accept_slow=accept_slow):
+    if refused := refusal(findings, accept_slow=accept_slow or not strict):
         raise refused
 
 

@@ -71,8 +71,9 @@ def doctor(
     if url is not None:
         check_place(url, out, strict=strict)
     store, bucket_refused = _opened(url)
-    here = price_here(price, None, gpus=gpu_count())
-    findings = examine(recipe, out, store, ranks=ranks, price=here and here.hour, bucket_refused=bucket_refused)
+    known = price_here(price, None, gpus=gpu_count())
+    price = known.hour if known else None
+    findings = examine(recipe, out, store, ranks=ranks, price=price, bucket_refused=bucket_refused)
     accepted = {"strict": strict, "allow_fa2": allow_fa2, "accept_slow": accept_slow}
     document = report.look(recipe, findings, ranks=ranks, deep=deep, **accepted)
     text = json.dumps(document, indent=1)
