@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -107,14 +109,33 @@ def sky_env() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of this test run, one for all of its processes."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def once(folder: Path, make: Callable[[], object]) -> Path:
+    """`folder`, filled by the first process of this test run that asks for it."""
+    with open(f"{folder}.made", "ab") as made:
+        fcntl.flock(made, fcntl.LOCK_EX)
+        if not os.fstat(made.fileno()).st_size:
+            folder.mkdir()
+            make()
+            made.write(b"yes")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_corpus(common: Path) -> Path:
     """Python's own language reference as text files: about 120 documents of real prose."""
     from pydoc_data.topics import topics
 
-    folder = tmp_path_factory.mktemp("corpus")
-    for name, text in topics.items():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    return folder
+    def write() -> None:
+        for name, text in topics.items():
+            (common / "corpus" / f"{name}.txt").write_text(text, encoding="utf-8")
+
+    return once(common / "corpus", write)
 
 
 @pytest.fixture(scope="session")
@@ -123,11 +144,43 @@ def speedrun(small_corpus: Path) -> Speedrun:
 
 
 @pytest.fixture(scope="session")
-def s3_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def s3_shared(common: Path) -> Iterator[Any]:
     """The S3 server of this test run, one for all of its processes."""
-    base = tmp_path_factory.getbasetemp()
-    with s3_server.shared_server((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "s3") as s3:
+    with s3_server.shared_server(common / "s3") as s3:
         yield s3
+
+
+@dataclasses.dataclass
+class Finished:
+    """An undisturbed run of the tiny recipe with a bucket: its folder, what it said, and where the bucket is."""
+
+    out: Path
+    stdout: str
+    stderr: str
+    s3: Any
+
+
+@pytest.fixture(scope="session")
+def finished(common: Path, speedrun: Speedrun, s3_shared: Any) -> Finished:
+    """One for all processes of this test run: tests copy it or only read it."""
+    server = s3_shared.endpoint.rpartition(":")[2]  # one that is started again has lost the bucket
+    folder, s3 = common / f"finished-{server}", dataclasses.replace(s3_shared, prefix="finished")
+
+    def run() -> None:
+        there = dataclasses.replace(speedrun, variables=s3.variables())
+        ended = there(there.tiny("run", folder / "out", "--json", "--bucket", s3.url))
+        (folder / "stdout").write_text(ended.stdout)
+        (folder / "stderr").write_text(ended.stderr)
+
+    once(folder, run)
+    return Finished(folder / "out", (folder / "stdout").read_text(), (folder / "stderr").read_text(), s3)
+
+
+@pytest.fixture
+def prepared(finished: Finished, tmp_path: Path) -> Path:
+    """A folder with the tiny recipe's prepared set and no run."""
+    shutil.copytree(finished.out / "prepared", tmp_path / "first" / "prepared")
+    return tmp_path / "first"
 
 
 @pytest.fixture

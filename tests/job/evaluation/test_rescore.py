@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,8 @@ def caps(out: Path) -> tuple[Any, list[Any]]:
 
 
 @pytest.mark.slow
-def test_a_lesser_evaluation_stands_beside_the_runs_own(tmp_path: Path, speedrun) -> None:
-    speedrun(speedrun.tiny("run", tmp_path))
+def test_a_lesser_evaluation_stands_beside_the_runs_own(finished, tmp_path: Path, speedrun) -> None:
+    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
     run = tmp_path / "runs" / "t"
     command = speedrun.command("evaluate", "--run-id", "t", "--out", str(tmp_path), "-o", "eval.cap=9")
     kept = [run / "recipe.json", *(p for p in (run / "eval").iterdir())]
@@ -141,19 +142,22 @@ def test_a_lesser_evaluation_stands_beside_the_runs_own(tmp_path: Path, speedrun
 
 
 @pytest.mark.slow
-def test_a_run_that_was_scored_with_a_cap_first_is_still_scored_as_it_says(tmp_path: Path, speedrun) -> None:
-    speedrun(speedrun.tiny("pretrain", tmp_path))
-    speedrun(speedrun.command("evaluate", "--run-id", "t", "--out", str(tmp_path), "-o", "eval.cap=9"))
-    assert caps(tmp_path) == (9, [9])
-    speedrun(speedrun.tiny("run", tmp_path))
-    assert caps(tmp_path) == (12, [12, 9])
+def test_a_run_that_was_scored_with_a_cap_first_is_still_scored_as_it_says(prepared: Path, speedrun) -> None:
+    speedrun(speedrun.tiny("pretrain", prepared))
+    speedrun(speedrun.command("evaluate", "--run-id", "t", "--out", str(prepared), "-o", "eval.cap=9"))
+    assert caps(prepared) == (9, [9])
+    speedrun(speedrun.tiny("run", prepared))
+    assert caps(prepared) == (12, [12, 9])
 
 
 @pytest.mark.slow
-def test_on_another_machine_the_bucket_keeps_the_fuller_report(tmp_path: Path, speedrun) -> None:
+def test_on_another_machine_the_bucket_keeps_the_fuller_report(finished, tmp_path: Path, speedrun) -> None:
+    """A folder is the bucket: it gets what the finished run left in its own."""
     bucket = tmp_path / "bucket"
     place = ["--bucket", str(bucket)]
-    speedrun(speedrun.tiny("run", tmp_path / "a", *place))
+    notes = shutil.ignore_patterns("*.verified-*", "*.lock")
+    shutil.copytree(finished.out, bucket, ignore=notes)
+    shutil.copytree(finished.out, tmp_path / "a")
     command = ["evaluate", "--run-id", "t", *place, "-o", "eval.cap=9", "--out"]
     for machine in ("a", "b"):
         said = speedrun(speedrun.command(*command, str(tmp_path / machine)))

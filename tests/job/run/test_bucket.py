@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from conftest import Finished
 from gate import Gate
 from helpers import children, wait_for_event
 from job.console import Console
@@ -59,44 +60,25 @@ def family(pid: int) -> list[int]:
     return [pid, *(member for child in children(pid) for member in family(child))]
 
 
-@pytest.fixture(scope="module")
-def shared(s3_shared: Any) -> Any:
-    return s3_shared.place()
-
-
-@pytest.fixture(scope="module")
-def with_s3(speedrun: Any, shared: Any) -> Any:
-    """The command line with the test server's credentials."""
-    return dataclasses.replace(speedrun, variables=shared.variables())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, with_s3: Any, shared: Any) -> tuple[Path, str]:
-    """One undisturbed run with a bucket, and what it said; tests only read it."""
-    out = tmp_path_factory.mktemp("finished")
-    return out, with_s3(with_s3.tiny("run", out, "--bucket", shared.url)).stderr
-
-
 @pytest.fixture
-def prepared(finished: tuple[Path, str], tmp_path: Path) -> Path:
-    """A folder with the prepared set and no run."""
-    shutil.copytree(finished[0] / "prepared", tmp_path / "first" / "prepared")
-    return tmp_path / "first"
+def with_s3(speedrun: Any, finished: Finished) -> Any:
+    """The command line with the test server's credentials."""
+    return dataclasses.replace(speedrun, variables=finished.s3.variables())
 
 
-def test_the_bucket_has_all_that_the_disk_has(finished: tuple[Path, str], shared: Any) -> None:
-    out, _ = finished
-    assert stored(shared) == contents(out)
+def test_the_bucket_has_all_that_the_disk_has(finished: Finished) -> None:
+    out = finished.out
+    assert stored(finished.s3) == contents(out)
     assert kinds(out)[-1] == "attempt.ended"
     uploads = [e for e in read_events(out / "runs" / "t") if e["kind"] == "upload.done"]
     ledger = newest(out / "runs" / "t" / "eval") / "ledger"
     assert {"runs/t/checkpoints/" + FINAL, str(ledger.relative_to(out))} <= {e["folder"] for e in uploads}
 
 
-def test_a_log_keeps_no_address_that_shows_the_page(finished: tuple[Path, str], shared: Any) -> None:
-    _, said = finished
-    assert f"live page, renewed every minute: {shared.url}/runs/t/report/report.html\n" in said
-    assert "Signature" not in said and shared.secret not in said
+def test_a_log_keeps_no_address_that_shows_the_page(finished: Finished) -> None:
+    said, s3 = finished.stderr, finished.s3
+    assert f"live page, renewed every minute: {s3.url}/runs/t/report/report.html\n" in said
+    assert "Signature" not in said and s3.secret not in said
 
 
 def test_a_terminal_is_shown_one(
@@ -117,22 +99,22 @@ def test_a_terminal_is_shown_one(
 
 
 def test_on_a_fresh_machine_the_same_command_finds_everything_done(
-    finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any
+    finished: Finished, tmp_path: Path, with_s3: Any
 ) -> None:
-    said = with_s3(with_s3.tiny("run", tmp_path, "--bucket", shared.url)).stderr
+    said = with_s3(with_s3.tiny("run", tmp_path, "--bucket", finished.s3.url)).stderr
     assert "pretrain: done already" in said
     assert "evaluate: done already" in said
-    assert weights(tmp_path) == weights(finished[0])
+    assert weights(tmp_path) == weights(finished.out)
     assert kinds(tmp_path).count("train.step") == 12
-    mine, theirs = (json.loads((o / "runs/t/report/result.json").read_text()) for o in (tmp_path, finished[0]))
+    mine, theirs = (json.loads((o / "runs/t/report/result.json").read_text()) for o in (tmp_path, finished.out))
     changed = {key for key in mine if mine[key] != theirs[key]}
     assert changed <= {"attempts", "clocks", "stages_s"}
 
 
-def test_a_fresh_machine_with_another_recipe_is_refused(
-    finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any
-) -> None:
-    said = with_s3.here(with_s3.tiny("run", tmp_path, "--bucket", shared.url, "-o", "train.steps=10"), code=2).stderr
+def test_a_fresh_machine_with_another_recipe_is_refused(finished: Finished, tmp_path: Path, with_s3: Any) -> None:
+    said = with_s3.here(
+        with_s3.tiny("run", tmp_path, "--bucket", finished.s3.url, "-o", "train.steps=10"), code=2
+    ).stderr
     assert said == (
         "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to"
         " discard the old run\n"
@@ -140,18 +122,16 @@ def test_a_fresh_machine_with_another_recipe_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
-def test_report_on_a_machine_without_the_run(
-    finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any
-) -> None:
-    command = with_s3.command("report", "--run-id", "t", "--out", str(tmp_path), "--bucket", shared.url, "--json")
-    result = json.loads(with_s3(command).stdout)
+def test_report_on_a_machine_without_the_run(finished: Finished, tmp_path: Path, with_s3: Any) -> None:
+    command = with_s3.command("report", "--run-id", "t", "--out", str(tmp_path), "--bucket", finished.s3.url, "--json")
+    result = json.loads(with_s3.here(command).stdout)
     assert result["state"] == "complete"
-    assert result["smoke_score"] == json.loads((finished[0] / "runs/t/report/result.json").read_text())["smoke_score"]
+    assert result["smoke_score"] == json.loads((finished.out / "runs/t/report/result.json").read_text())["smoke_score"]
 
 
 @pytest.mark.slow
 def test_killed_in_mid_upload_a_fresh_machine_ends_with_the_same_weights(
-    finished: tuple[Path, str], prepared: Path, tmp_path: Path, with_s3: Any, s3: Any
+    finished: Finished, prepared: Path, tmp_path: Path, with_s3: Any, s3: Any
 ) -> None:
     """The last checkpoint is taken away, made again, and the gate shuts when its upload begins: the one before is what
     the bucket has."""
@@ -167,14 +147,14 @@ def test_killed_in_mid_upload_a_fresh_machine_ends_with_the_same_weights(
     process.communicate()
     fresh = tmp_path / "fresh"
     with_s3(with_s3.tiny("run", fresh, "--bucket", s3.url))
-    assert weights(fresh) == weights(finished[0])
+    assert weights(fresh) == weights(finished.out)
     events = list(read_events(fresh / "runs" / "t"))
     assert [e["step"] for e in events if e["kind"] == "train.step" and e["attempt"] == 3] == list(range(8, 12))
 
 
 @pytest.mark.slow
 def test_of_two_supervisors_the_older_publishes_nothing_after_the_newers_claim(
-    finished: tuple[Path, str], prepared: Path, tmp_path: Path, with_s3: Any, s3: Any
+    finished: Finished, prepared: Path, tmp_path: Path, with_s3: Any, s3: Any
 ) -> None:
     older = with_s3.start(with_s3.tiny("run", prepared, "--bucket", s3.url))
     wait_for_event(prepared, older, "upload.done", folder=f"runs/t/checkpoints/{32:015d}")
@@ -182,7 +162,7 @@ def test_of_two_supervisors_the_older_publishes_nothing_after_the_newers_claim(
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     newer = tmp_path / "newer"
-    with_s3(with_s3.tiny("run", newer, "--bucket", s3.url))
+    with_s3(with_s3.tiny("pretrain", newer, "--bucket", s3.url))
     after = stored(s3)
     for pid in reversed(stopped):
         os.kill(pid, signal.SIGCONT)
@@ -191,25 +171,25 @@ def test_of_two_supervisors_the_older_publishes_nothing_after_the_newers_claim(
     assert "attempt 2 took over run t; this one (attempt 1) stopped and published nothing more" in said
     assert "Traceback" not in said
     assert stored(s3) == after
-    assert weights(newer) == weights(finished[0])
-    refused = with_s3(with_s3.tiny("run", tmp_path / "first", "--bucket", s3.url))
+    assert weights(newer) == weights(finished.out)
+    refused = with_s3(with_s3.tiny("pretrain", tmp_path / "first", "--bucket", s3.url))
     assert "pretrain: done already" in refused.stderr
 
 
 @pytest.mark.slow
 def test_a_store_that_blocks_for_ever_ends_with_12_and_the_path(
-    finished: tuple[Path, str], prepared: Path, with_s3: Any, s3: Any
+    finished: Finished, prepared: Path, with_s3: Any, s3: Any
 ) -> None:
     hole = Gate(urlsplit(s3.endpoint).port, shut_on=f"checkpoints/{32:015d}/".encode())
     blocked = dataclasses.replace(with_s3, variables=with_s3.variables | {"AWS_ENDPOINT_URL": hole.url})
-    said = blocked(blocked.tiny("run", prepared, "--bucket", s3.url, "--bucket-wait", "0.1"), code=12).stderr
+    said = blocked(blocked.tiny("pretrain", prepared, "--bucket", s3.url, "--bucket-wait", "0.1"), code=12).stderr
     assert hole.shut.is_set()
     last = said.splitlines()[-1]
     assert f"did not reach {s3.url} within 6 s" in last
     assert last.endswith(f"everything is on local disk in {prepared}/runs/t, and the same command uploads it")
-    assert weights(prepared) == weights(finished[0])
+    assert weights(prepared) == weights(finished.out)
     assert not any(key.startswith("runs/t/checkpoints") for key in stored(s3))
-    with_s3(with_s3.tiny("run", prepared, "--bucket", s3.url))
+    with_s3(with_s3.tiny("pretrain", prepared, "--bucket", s3.url))
     assert stored(s3) == contents(prepared)
 
 
@@ -232,7 +212,7 @@ def test_a_signal_ends_with_75_and_everything_pushed(prepared: Path, with_s3: An
 
 @pytest.mark.slow
 def test_fresh_discards_the_stored_run_and_the_older_folder_is_refused(
-    finished: tuple[Path, str], prepared: Path, tmp_path: Path, with_s3: Any, s3: Any
+    finished: Finished, prepared: Path, tmp_path: Path, with_s3: Any, s3: Any
 ) -> None:
     with_s3(with_s3.tiny("pretrain", prepared, "--bucket", s3.url))
     other = tmp_path / "other"
@@ -247,10 +227,18 @@ def test_fresh_discards_the_stored_run_and_the_older_folder_is_refused(
 
 
 @pytest.mark.slow
-def test_evaluate_on_a_machine_without_the_run(
-    finished: tuple[Path, str], tmp_path: Path, with_s3: Any, shared: Any
-) -> None:
-    command = ["evaluate", "--run-id", "t", "--out", str(tmp_path / "b"), "--bucket", shared.url, "-o", "eval.cap=13"]
+def test_evaluate_on_a_machine_without_the_run(finished: Finished, tmp_path: Path, with_s3: Any) -> None:
+    command = [
+        "evaluate",
+        "--run-id",
+        "t",
+        "--out",
+        str(tmp_path / "b"),
+        "--bucket",
+        finished.s3.url,
+        "-o",
+        "eval.cap=13",
+    ]
     with_s3(with_s3.command(*command))
     result = json.loads((tmp_path / "b" / "runs/t/report/result.json").read_text())
     assert result["smoke_score"]["cap"] == 13

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import Finished
 from helpers import command_line, events, ranks_of, result, wait_for, wait_for_event, weights
 from job.run.supervise import Interrupts
 from job.store.attempt import fold, read_events
@@ -27,23 +29,8 @@ def prepared_hashes(out: Path) -> dict[str, str]:
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, speedrun) -> Path:
-    """One undisturbed run, and what it printed; tests copy it or only read it."""
-    out = tmp_path_factory.mktemp("finished")
-    (out / "printed").write_text(speedrun(speedrun.tiny("run", out, "--json")).stdout)
-    return out
-
-
-@pytest.fixture
-def prepared(finished: Path, tmp_path: Path) -> Path:
-    """A folder with the prepared set and no run."""
-    shutil.copytree(finished / "prepared", tmp_path / "prepared")
-    return tmp_path
-
-
-def test_the_run_folder_is_as_designed(finished: Path) -> None:
-    run = finished / "runs" / "t"
+def test_the_run_folder_is_as_designed(finished: Finished) -> None:
+    run = finished.out / "runs" / "t"
     assert {p.name for p in run.iterdir()} == {
         "recipe.json",
         "attempts",
@@ -65,7 +52,7 @@ def test_the_run_folder_is_as_designed(finished: Path) -> None:
         "weights-00000.safetensors",
     ]
     assert json.loads((run / "recipe.json").read_text())["sources"]["train.steps"] == "-o"
-    found = result(finished)
+    found = result(finished.out)
     assert found["core"] is None
     assert len(found["smoke_score"]["tasks"]) == 22
     assert found["steps"] == 12
@@ -74,19 +61,19 @@ def test_the_run_folder_is_as_designed(finished: Path) -> None:
     assert found["bigram_bpb"] > 0
 
 
-def test_events_tell_the_story_in_order(finished: Path) -> None:
-    kinds = [e["kind"] for e in read_events(finished / "runs" / "t")]
+def test_events_tell_the_story_in_order(finished: Finished) -> None:
+    kinds = [e["kind"] for e in read_events(finished.out / "runs" / "t")]
     assert kinds[0] == "attempt.started"
     assert kinds[-1] == "attempt.ended"
     assert kinds.count("train.step") == 12
     assert kinds.index("checkpoint.sealed") < kinds.index("eval.done")
-    stages = [e["stage"] for e in read_events(finished / "runs" / "t") if e["kind"] == "stage.done"]
+    stages = [e["stage"] for e in read_events(finished.out / "runs" / "t") if e["kind"] == "stage.done"]
     assert stages == ["prepare", "pretrain", "evaluate", "report"]
 
 
-def test_the_same_command_again_does_nothing_twice(finished: Path, tmp_path: Path, speedrun) -> None:
+def test_the_same_command_again_does_nothing_twice(finished: Finished, tmp_path: Path, speedrun) -> None:
     out = tmp_path / "copy"
-    shutil.copytree(finished, out)
+    shutil.copytree(finished.out, out)
     before = weights(out)
     said = speedrun(speedrun.tiny("run", out)).stderr
     assert "pretrain: done already" in said
@@ -95,27 +82,30 @@ def test_the_same_command_again_does_nothing_twice(finished: Path, tmp_path: Pat
     assert len(events(out, "train.step")) == 12
 
 
-def test_json_prints_the_result_and_nothing_else(finished: Path) -> None:
-    assert json.loads((finished / "printed").read_text()) == result(finished)
+def test_json_prints_the_result_and_nothing_else(finished: Finished) -> None:
+    assert json.loads(finished.stdout) == result(finished.out)
 
 
-def test_a_changed_recipe_is_refused_and_fresh_starts_anew(finished: Path, tmp_path: Path, speedrun) -> None:
+def test_a_changed_recipe_is_refused_and_fresh_starts_anew_and_may_diverge(
+    finished: Finished, tmp_path: Path, speedrun
+) -> None:
     out = tmp_path / "copy"
-    shutil.copytree(finished, out)
+    shutil.copytree(finished.out, out)
     refused = speedrun.here(speedrun.tiny("run", out, "-o", "train.steps=10"), code=2)
     assert refused.stderr == (
         "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to"
         " discard the old run\n"
     )
-    assert weights(out) == weights(finished)
-    speedrun(speedrun.tiny("pretrain", out, "-o", "train.steps=2", "--fresh"))
+    assert weights(out) == weights(finished.out)
+    said = speedrun(speedrun.tiny("pretrain", out, "-o", "train.lr_scale=1e30", "--fresh"), code=13).stderr
     assert [e["attempt"] for e in events(out, "attempt.started")] == [1]
-    assert len(events(out, "train.step")) == 2
+    assert "training diverged at step " in said
+    assert said.rstrip().endswith("lower train.lr_scale and start with --fresh")
 
 
-def test_an_evaluation_that_is_refused_changes_nothing(finished: Path, tmp_path: Path, speedrun) -> None:
+def test_an_evaluation_that_is_refused_changes_nothing(finished: Finished, tmp_path: Path, speedrun) -> None:
     out = tmp_path / "copy"
-    shutil.copytree(finished, out)
+    shutil.copytree(finished.out, out)
     before = (out / "runs" / "t" / "recipe.json").read_bytes()
     words = speedrun.command("evaluate", "--run-id", "t", "--out", str(out), "-o", "eval.cap=2")
     said = speedrun.here(words, code=2).stderr
@@ -123,18 +113,12 @@ def test_an_evaluation_that_is_refused_changes_nothing(finished: Path, tmp_path:
     assert (out / "runs" / "t" / "recipe.json").read_bytes() == before
 
 
-def test_two_runs_are_byte_identical(finished: Path, tmp_path: Path, speedrun) -> None:
-    speedrun(speedrun.tiny("pretrain", tmp_path))
-    assert {k: v for k, v in prepared_hashes(finished).items()} == prepared_hashes(tmp_path)
-    assert weights(tmp_path) == weights(finished)
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
-def test_a_signal_while_stepping_seals_a_checkpoint_and_the_same_command_goes_on(
-    finished: Path, prepared: Path, speedrun, name: str
+def test_a_signal_while_stepping_seals_a_checkpoint_and_the_same_command_makes_the_same_bytes(
+    finished: Finished, tmp_path: Path, speedrun, name: str
 ) -> None:
-    process = speedrun.start(speedrun.tiny("run", prepared))
-    wait_for_event(prepared, process, "train.step", step=1)
+    process = speedrun.start(speedrun.tiny("pretrain", tmp_path))
+    wait_for_event(tmp_path, process, "train.step", step=1)
     process.send_signal(signal.Signals[name])
     began = time.monotonic()
     _, said = process.communicate(timeout=60)
@@ -142,13 +126,14 @@ def test_a_signal_while_stepping_seals_a_checkpoint_and_the_same_command_goes_on
     assert time.monotonic() - began < 20
     assert "with a checkpoint; the same command goes on" in said
     assert "Traceback" not in said
-    stopped_after = len(events(prepared, "train.step"))
+    stopped_after = len(events(tmp_path, "train.step"))
     assert stopped_after < 12
-    assert int(max((prepared / "runs" / "t" / "checkpoints").iterdir()).name) == stopped_after * 8
-    speedrun(speedrun.tiny("run", prepared))
-    assert len(events(prepared, "train.step")) == 12, "no step was done twice"
-    assert weights(prepared) == weights(finished)
-    assert [life.exit_code for life in fold(prepared / "runs" / "t").attempts] == [75, 0]
+    assert int(max((tmp_path / "runs" / "t" / "checkpoints").iterdir()).name) == stopped_after * 8
+    speedrun(speedrun.tiny("pretrain", tmp_path))
+    assert len(events(tmp_path, "train.step")) == 12, "no step was done twice"
+    assert prepared_hashes(tmp_path) == prepared_hashes(finished.out)
+    assert weights(tmp_path) == weights(finished.out)
+    assert [life.exit_code for life in fold(tmp_path / "runs" / "t").attempts] == [75, 0]
 
 
 def test_a_signal_that_comes_twice_at_once_is_one() -> None:
@@ -160,31 +145,29 @@ def test_a_signal_that_comes_twice_at_once_is_one() -> None:
             time.sleep(Interrupts.TOGETHER * 1.5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kills",
-    [
-        (("stage.started", {"stage": "prepare"}), ("prepare.tokenizer", {}), ("stage.started", {"stage": "pretrain"})),
-        (("train.step", {"step": 5}), ("stage.started", {"stage": "evaluate"}), ("eval.task", {})),
-        (("stage.started", {"stage": "report"}),),
-    ],
-    ids=["prepare and pretrain", "pretrain and evaluate", "report"],
+KILLED_AT = (
+    ("stage.started", {"stage": "prepare"}),
+    ("prepare.tokenizer", {}),
+    ("stage.started", {"stage": "pretrain"}),
+    ("train.step", {"step": 5}),
+    ("stage.started", {"stage": "evaluate"}),
+    ("eval.task", {}),
+    ("stage.started", {"stage": "report"}),
 )
-def test_sigkill_in_any_stage_and_the_same_command_again(
-    finished: Path, tmp_path: Path, speedrun, kills: tuple[tuple[str, dict], ...]
-) -> None:
+
+
+@pytest.mark.slow
+def test_sigkill_in_any_stage_and_the_same_command_again(finished: Finished, tmp_path: Path, speedrun) -> None:
     """One run is killed at each of these events in turn, then left to end."""
-    if kills[0][1] != {"stage": "prepare"}:
-        shutil.copytree(finished / "prepared", tmp_path / "prepared")
-    for attempt, (kind, fields) in enumerate(kills, 1):
+    for attempt, (kind, fields) in enumerate(KILLED_AT, 1):
         process = speedrun.start(speedrun.tiny("run", tmp_path))
         wait_for_event(tmp_path, process, kind, attempt=attempt, **fields)
         process.kill()
         process.communicate()
     speedrun(speedrun.tiny("run", tmp_path))
-    assert weights(tmp_path) == weights(finished)
-    assert prepared_hashes(tmp_path) == prepared_hashes(finished)
-    mine, undisturbed = result(tmp_path), result(finished)
+    assert weights(tmp_path) == weights(finished.out)
+    assert prepared_hashes(tmp_path) == prepared_hashes(finished.out)
+    mine, undisturbed = result(tmp_path), result(finished.out)
     for key in ("val_bpb", "bigram_bpb", "tokens", "steps"):
         assert mine[key] == undisturbed[key], key
     scores = [[(t["task"], t["accuracy"]) for t in r["smoke_score"]["tasks"]] for r in (mine, undisturbed)]
@@ -214,9 +197,9 @@ def test_ranks_end_when_their_supervisor_is_killed(prepared: Path, speedrun) -> 
 
 
 @pytest.mark.slow
-def test_two_ranks_train_the_same_rows(finished: Path, prepared: Path, speedrun) -> None:
+def test_two_ranks_train_the_same_rows(finished: Finished, prepared: Path, speedrun) -> None:
     speedrun(speedrun.tiny("pretrain", prepared, "--ranks", "2"))
-    losses = [[e["loss"] for e in events(out, "train.step")] for out in (prepared, finished)]
+    losses = [[e["loss"] for e in events(out, "train.step")] for out in (prepared, finished.out)]
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4), (
         "the first step has the same weights and the same rows"
@@ -224,15 +207,9 @@ def test_two_ranks_train_the_same_rows(finished: Path, prepared: Path, speedrun)
     assert len(weights(prepared)) == 2
 
 
-def test_a_diverging_run_ends_with_13_and_names_the_step(prepared: Path, speedrun) -> None:
-    said = speedrun(speedrun.tiny("pretrain", prepared, "-o", "train.lr_scale=1e30"), code=13).stderr
-    assert "training diverged at step " in said
-    assert said.rstrip().endswith("lower train.lr_scale and start with --fresh")
-
-
 @pytest.mark.slow
 def test_a_full_disk_ends_with_12_and_with_space_the_same_command_goes_on(
-    finished: Path, tmp_path: Path, speedrun
+    finished: Finished, tmp_path: Path, speedrun
 ) -> None:
     mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True, check=False
@@ -246,15 +223,16 @@ def test_a_full_disk_ends_with_12_and_with_space_the_same_command_goes_on(
         assert not list(tmp_path.rglob(".*.tmp-*"))
         subprocess.run(["mount", "-o", "remount,size=400m", str(tmp_path)], check=True)
         speedrun(speedrun.tiny("pretrain", tmp_path))
-        assert weights(tmp_path) == weights(finished)
+        assert weights(tmp_path) == weights(finished.out)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 @pytest.mark.slow
-def test_fp8_trains_on_a_cpu_and_says_that_it_is_for_tests(finished: Path, prepared: Path, speedrun) -> None:
-    speedrun(
+def test_fp8_trains_on_a_cpu_and_says_how_well_and_that_it_is_for_tests(prepared: Path, speedrun) -> None:
+    ended = speedrun(
         speedrun.tiny("pretrain", prepared, "-o", "train.fp8=true", "-o", "train.dtype=bf16", "-o", "train.steps=4")
     )
+    assert re.search(r"^cpu: fp8 agrees with fp32 \(at most \d", ended.stderr, re.MULTILINE)
     assert "it is for tests" in events(prepared, "train.start")[0]["fp8"]
     assert len(events(prepared, "train.step")) == 4
