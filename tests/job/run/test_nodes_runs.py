@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from job.run.processes import free_port
-from job.store.attempt import read_events
+from job.store.attempt import fold, read_events
 from job.store.checkpoint_folder import folders
 from job.store.sealed import open_sealed
 
@@ -24,7 +24,7 @@ from job.store.sealed import open_sealed
 @dataclasses.dataclass
 class Cluster:
     """`count` nodes with `ranks` processes each, whose folders are `base`/n0, n1 ...; `base`/bucket is what they
-    share."""
+    share, and `prepared` what each of them has."""
 
     speedrun: object
     base: Path
@@ -32,12 +32,15 @@ class Cluster:
     ranks: int = 1
     port: int = 0
     shared: bool = False
+    prepared: Path | None = None
     variables: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.port = self.port or free_port()
         self.variables = {"SPEEDRUN_BUCKET": str(self.base / "bucket")} | self.variables
         self.started: list[subprocess.Popen] = []
+        for number in range(self.count if self.prepared else 0):
+            shutil.copytree(self.prepared, self.out(number) / "prepared")
 
     def out(self, number: int) -> Path:
         return self.base / ("all" if self.shared else f"n{number}")
@@ -131,6 +134,15 @@ def undisturbed(tmp_path_factory, speedrun) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def pair(undisturbed: Path, tmp_path_factory, speedrun) -> Path:
+    """One node with two processes, trained."""
+    out = tmp_path_factory.mktemp("pair")
+    shutil.copytree(undisturbed / "prepared", out / "prepared")
+    speedrun(speedrun.tiny("pretrain", out, "--ranks", "2", *LONG))
+    return out
+
+
 LONG = ("-o", "train.total_batch_size=1024", "-o", "train.steps=12", "-o", "train.checkpoint_every=3")
 NAMES = ("val_bpb", "bigram_bpb", "tokens", "steps")
 
@@ -139,9 +151,17 @@ def result(out: Path) -> dict:
     return json.loads((out / "runs" / "t" / "report" / "result.json").read_text())
 
 
+def check_trained(nodes: Cluster, other: Path) -> None:
+    """The run trained as `other` did, to the last bit."""
+    runs = [out / "runs" / "t" for out in (nodes.out(0), other)]
+    assert weights(runs[0]) == weights(runs[1])
+    losses = [{step: event["loss"] for step, event in fold(run).steps.items()} for run in runs]
+    assert len(losses[0]) == 12 and losses[0] == losses[1]
+
+
 def check_finished(nodes: Cluster, undisturbed: Path) -> None:
     """The run has ended as the undisturbed one did, to the last bit."""
-    assert weights(nodes.out(0) / "runs" / "t") == weights(undisturbed / "runs" / "t")
+    check_trained(nodes, undisturbed)
     mine, other = result(nodes.out(0)), result(undisturbed)
     assert {name: mine[name] for name in NAMES} == {name: other[name] for name in NAMES}
     assert [t["accuracy"] for t in mine["smoke_score"]["tasks"]] == [
@@ -168,12 +188,12 @@ def test_nodes_with_one_folder_in_common_need_no_bucket(cluster, undisturbed: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["the second node", "the first node", "a rank of the second node"])
-def test_a_loss_ends_all_with_75_and_the_same_command_goes_on(cluster, undisturbed: Path, victim: str) -> None:
-    nodes = cluster(ranks=2)
-    processes = nodes.start_all("run", *LONG)
+def test_a_loss_ends_all_with_75_and_the_same_command_goes_on(cluster, pair: Path, victim: str) -> None:
+    nodes = cluster(prepared=pair / "prepared")
+    processes = nodes.start_all("pretrain", *LONG)
     nodes.wait_for(lambda: len(nodes.events("checkpoint.sealed")) >= 1)
     ranks = [rank for process in processes for rank in nodes.ranks_of(process)]
-    assert len(ranks) == 4
+    assert len(ranks) == 2
     lost, codes = {"the second node": (processes[1].pid, [75, -9]), "the first node": (processes[0].pid, [-9, 75])}.get(
         victim, (nodes.ranks_of(processes[1])[0], [75, 75])
     )
@@ -181,21 +201,21 @@ def test_a_loss_ends_all_with_75_and_the_same_command_goes_on(cluster, undisturb
     said = nodes.wait(processes, codes)
     assert not any("Traceback" in words for words in said)
     if victim == "a rank of the second node":
-        assert "rank 2 on node 1 of pretrain was killed by SIGKILL" in said[0]
+        assert "rank 1 on node 1 of pretrain was killed by SIGKILL" in said[0]
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         assert time.monotonic() < deadline, "a rank outlived its supervisor"
         time.sleep(0.1)
-    nodes.wait(nodes.start_all("run", *LONG), [0, 0])
-    check_finished(nodes, undisturbed)
+    nodes.wait(nodes.start_all("pretrain", *LONG), [0, 0])
+    check_trained(nodes, pair)
     assert [e["step"] for e in nodes.events("train.start")][1] >= 3, "it went on from a checkpoint"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_a_signal_to_one_node_or_to_all_stops_both_at_a_border(cluster, undisturbed: Path, everywhere: bool) -> None:
-    nodes = cluster(ranks=2)
-    processes = nodes.start_all("run", *LONG)
+def test_a_signal_to_one_node_or_to_all_stops_both_at_a_border(cluster, pair: Path, everywhere: bool) -> None:
+    nodes = cluster(prepared=pair / "prepared")
+    processes = nodes.start_all("pretrain", *LONG)
     nodes.wait_for(lambda: len(nodes.events("train.step")) >= 1)
     ranks = [rank for process in processes for rank in nodes.ranks_of(process)]
     for process in [*ranks, *(p.pid for p in processes)] if everywhere else [processes[1].pid]:
@@ -205,8 +225,8 @@ def test_a_signal_to_one_node_or_to_all_stops_both_at_a_border(cluster, undistur
     steps = len(nodes.events("train.step"))
     assert nodes.events("checkpoint.sealed")[-1]["step"] == steps < 12
     shutil.rmtree(nodes.out(1))  # a machine that is new
-    nodes.wait(nodes.start_all("run", *LONG), [0, 0])
-    check_finished(nodes, undisturbed)
+    nodes.wait(nodes.start_all("pretrain", *LONG), [0, 0])
+    check_trained(nodes, pair)
     assert len(nodes.events("train.step")) == 12, "no step was done twice"
 
 
@@ -229,9 +249,9 @@ def test_a_rank_of_another_node_that_dies_at_every_start_ends_all_with_15(cluste
 
 
 @pytest.mark.slow
-def test_other_numbers_of_nodes_go_on(cluster, undisturbed: Path, speedrun, tmp_path: Path) -> None:
+def test_other_numbers_of_nodes_go_on(cluster, pair: Path) -> None:
     """Four steps on two nodes, four on one, the rest on two: the same rows, and the first losses of each part agree."""
-    nodes = cluster(ranks=2)
+    nodes = cluster(prepared=pair / "prepared")
     for count in (2, 1, 2):
         nodes.count = count
         nodes.started.clear()
@@ -244,6 +264,6 @@ def test_other_numbers_of_nodes_go_on(cluster, undisturbed: Path, speedrun, tmp_
     nodes.wait(processes, [0, 0])
     steps = nodes.events("train.step")
     assert [e["step"] for e in steps] == list(range(12))
-    assert [e["world_size"] for e in nodes.events("train.start")] == [4, 2, 4]
-    other = [e["loss"] for e in read_events(undisturbed / "runs" / "t") if e["kind"] == "train.step"]
+    assert [e["world_size"] for e in nodes.events("train.start")] == [2, 1, 2]
+    other = [e["loss"] for e in read_events(pair / "runs" / "t") if e["kind"] == "train.step"]
     assert [e["loss"] for e in steps] == pytest.approx(other, abs=0.05)
