@@ -44,6 +44,11 @@ endif
 SKY := .sky-env/made-from-$(shell \
     { cat tests/cluster/requirements.txt; echo "$(CURDIR)"; } 2>/dev/null | cksum | cut -d" " -f1)
 
+# Files as tests/conftest.py orders them. Hundreds of processes of one program: its bytecode is kept, whatever the
+# environment says.
+BY_FILE := --dist loadfile --no-loadscope-reorder
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help hf smoke test slow chaos services container cluster byhand lint bench gpu image push compose lock sizes clean
 .DELETE_ON_ERROR:
 
@@ -54,7 +59,7 @@ smoke: $(PROJECT) ## the whole pipeline on a CPU, in minutes; the report is in o
 	.venv/bin/speedrun smoke --fresh --out out
 
 test: $(PROJECT) ## all tests but the slow ones
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" --numprocesses 3 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" --numprocesses 3 $(BY_FILE)
 
 # Container and cluster wait for disks and for SkyPilot's next look, so they run beside chaos, one after the other.
 # Each target's output comes whole, when it has ended.
@@ -66,7 +71,7 @@ services: container
 	@$(MAKE) --no-print-directory cluster
 
 chaos: $(HF) ## kill -9 everywhere, many processes and nodes, a faulty S3 server, real CORE items, compiled steps
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "slow and not by_hand" --numprocesses 2 --dist loadfile \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "slow and not by_hand" --numprocesses 2 $(BY_FILE) \
 	    --ignore tests/container --ignore tests/cluster
 
 container: $(PROJECT) $(SKY) ## the image in a real engine, also in SkyPilot's hands (root, Debian; minutes)

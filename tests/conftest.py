@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import botocore.session
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
@@ -23,6 +25,7 @@ from job.cli.commands import main
 
 settings.register_profile("shared-cores", deadline=None)  # a deadline would measure the neighbours on a busy machine
 settings.load_profile("shared-cores")
+botocore.session.create_loader = functools.cache(botocore.session.create_loader)  # its JSON is nine tenths of a client
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -97,6 +100,17 @@ class Speedrun:
             ended = CliRunner().invoke(main, words[len(self.command()) :], env=self.environment(), prog_name="speedrun")
         assert ended.exit_code == code, f"exit {ended.exit_code}\n{ended.output}\n{ended.exception!r}"
         return ended
+
+
+LONGEST = (
+    *("test_hopper.py", "test_rehearse.py", "test_nodes_runs.py", "test_chaos.py", "test_exact.py", "test_try8.py"),
+    *("test_compiled_step.py", "test_compile_cache.py", "test_rehearse_s3.py", "test_run.py", "test_checkpoint.py"),
+)
+"""files with minutes of slow tests, and of the fast ones the longest: begun first, no worker ends alone with one"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
