@@ -14,7 +14,7 @@ from torch import Tensor
 from model.config import ConfigError, GPTConfig
 from model.gpt import GPT, Linear
 
-TINY = GPTConfig(depth=4, vocab_size=64, seq_len=12, width=32, head_dim=16, window_tile=3)  # windows 3, 3, 3, 12
+TINY = GPTConfig(depth=4, vocab_size=64, seq_len=12, width=32, head_dim=8, window_tile=3)  # windows 3, 3, 3, 12
 
 SWITCHES: dict[str, dict[str, object]] = {
     "half_window": {"window_divisor": 2, "window_tile": 1},
@@ -27,7 +27,7 @@ SWITCHES: dict[str, dict[str, object]] = {
     "no_smear": {"smear": False},
     "no_backout": {"backout": False},
     "padded_vocabulary": {"vocab_size": 50},
-    "narrower_heads": {"head_dim": 8},
+    "wider_heads": {"head_dim": 16},
     "odd_depth": {"depth": 3},
     "seq_len": {"seq_len": 7},  # the sequences below are longer: full-context layers see the last 7
 }

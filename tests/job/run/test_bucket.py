@@ -38,7 +38,7 @@ def kinds(out: Path) -> list[str]:
 def weights(out: Path) -> dict[str, str]:
     """SHA-256 by file of the finished model's weights."""
     files = open_sealed(out / "runs" / "t" / "checkpoints" / FINAL, kind="checkpoint").files
-    return {name: entry["sha256"] for name, entry in files.items()}
+    return {name: entry["sha256"] for name, entry in files.items() if name.startswith("weights-")}
 
 
 def contents(out: Path) -> dict[str, str]:
