@@ -182,14 +182,14 @@ def test_a_store_that_blocks_for_ever_ends_with_12_and_the_path(
 ) -> None:
     hole = Gate(urlsplit(s3.endpoint).port, shut_on=f"checkpoints/{32:015d}/".encode())
     blocked = dataclasses.replace(with_s3, variables=with_s3.variables | {"AWS_ENDPOINT_URL": hole.url})
-    said = blocked(blocked.tiny("pretrain", prepared, "--bucket", s3.url, "--bucket-wait", "0.1"), code=12).stderr
+    said = blocked(blocked.tiny("run", prepared, "--bucket", s3.url, "--bucket-wait", "0.1"), code=12).stderr
     assert hole.shut.is_set()
     last = said.splitlines()[-1]
     assert f"did not reach {s3.url} within 6 s" in last
     assert last.endswith(f"everything is on local disk in {prepared}/runs/t, and the same command uploads it")
     assert weights(prepared) == weights(finished.out)
     assert not any(key.startswith("runs/t/checkpoints") for key in stored(s3))
-    with_s3(with_s3.tiny("pretrain", prepared, "--bucket", s3.url))
+    with_s3(with_s3.tiny("run", prepared, "--bucket", s3.url))
     assert stored(s3) == contents(prepared)
 
 
