@@ -8,6 +8,7 @@ The published score is taken as it stands, on the bundle's items; a capped CORE 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
@@ -106,9 +107,14 @@ def judge(cores: Sequence[float], *, sd: float | None = None, se: float = ITEM_S
 def runs_needed(margin: float, sd: float, *, known: bool = False) -> int | None:
     """How many runs give p < SHOWN where mean and sd stay as they are; None where at most MOST_RUNS do not."""
     n = np.arange(2, MOST_RUNS + 1)
-    least = stats.norm.isf(SHOWN) if known else stats.t.isf(SHOWN, n - 1)
-    enough = margin / sd * np.sqrt(n) > least
+    enough = margin / sd * np.sqrt(n) > (stats.norm.isf(SHOWN) if known else _least_t())
     return int(n[enough.argmax()]) if enough.any() else None
+
+
+@functools.cache
+def _least_t() -> np.ndarray:
+    """Of 2, 3, ... MOST_RUNS runs, the t above which p < SHOWN."""
+    return stats.t.isf(SHOWN, np.arange(1, MOST_RUNS))
 
 
 def chance_of_passing(mean: float, sd: float) -> float:
