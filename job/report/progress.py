@@ -18,8 +18,11 @@ RECENT = 50
 MOST_WARNINGS = 20
 
 
-def progress_sentence(recipe: dict[str, Any], record: Record, result: dict[str, Any]) -> str:
-    """Step, loss, speed and time to go; empty before the first step and when all are made."""
+def progress_sentence(
+    recipe: dict[str, Any], record: Record, result: dict[str, Any], bill: dict[str, Any] | None = None
+) -> str:
+    """Step, loss, speed, time to go, and of a receipt so far the dollars; empty before the first step and when all are
+    made."""
     steps, planned = result["steps"], result["planned_steps"]
     if not steps or steps >= planned:
         return ""
@@ -34,7 +37,11 @@ def progress_sentence(recipe: dict[str, Any], record: Record, result: dict[str, 
     if shares := utilization(recipe, result, speed):
         exact, counted = (words.percent(share) for share in shares)
         said += f", MFU {counted} by the leaderboard's count and {exact} by causal attention's, of the bf16 peak"
-    return f"{said}; at this pace {words.duration((planned - steps) * seconds)} of steps are left."
+    said += f"; at this pace {words.duration((planned - steps) * seconds)} of steps are left."
+    if bill:
+        quoted = sum(float(row["planned_usd"] or 0) for row in bill["rows"])
+        said += f" ${bill['usd']} are spent of a quoted ${quoted:.2f}."
+    return said
 
 
 def utilization(recipe: dict[str, Any], result: dict[str, Any], tokens_per_s: float) -> tuple[float, float] | None:

@@ -65,6 +65,7 @@ def input_hashes(run: Path) -> dict[str, str]:
 
 def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str, Any]) -> dict[str, Any]:
     """The variables of both templates, ready to print."""
+    bill = receipt(run)
     settings = {
         section: [(key, _plain(value), recipe["sources"][f"{section}.{key}"]) for key, value in entries.items()]
         for section, entries in recipe["recipe"].items()
@@ -73,14 +74,14 @@ def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str
         "result": result,
         "headline": words.headline(result),
         "verdict": [words.bpb_sentence(result), words.score_sentence(result)],
-        "progress": progress.progress_sentence(recipe, record, result),
+        "progress": progress.progress_sentence(recipe, record, result, bill),
         "warnings": progress.warnings(record),
         "to_paste": words.to_paste(result),
         "when": words.moment(record.attempts[0].start) if record.attempts else "",
         "score_name": words.score_name(result),
         "tasks": task_rows(record, result),
         "evaluations": words.evaluation_rows(result),
-        "receipt": receipt(run),
+        "receipt": bill,
         "settings": settings,
         "derived": [(name, _plain(d["value"]), d["why"], d["source"]) for name, d in recipe["derived"].items()],
         "stages": stage_rows(result),

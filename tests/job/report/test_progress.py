@@ -27,6 +27,9 @@ def test_progress_has_step_loss_speed_and_time_left(run) -> None:
     assert (
         "Step 50 of 200 (25 %), loss 4.698, 16,384 tokens a second; at this pace 1 min 15 s of steps are left." in text
     )
+    bill = {"usd": "1.23", "rows": [{"planned_usd": "40.00"}, {"planned_usd": None}, {"planned_usd": "5.5"}]}
+    said = progress_sentence(recipe_of(run.path), fold(run.path), build_result(run.path), bill)
+    assert said.endswith("of steps are left. $1.23 are spent of a quoted $45.50.")
     run.pretrain(attempt, first=50)
     assert "at this pace" not in report_files(run.path)[1]["report.html"]
 
