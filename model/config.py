@@ -8,6 +8,9 @@ from typing import Any
 
 SMEAR_CHANNELS = 24
 VOCAB_LIMIT = 1 << 16  # prepared rows are uint16
+SAME_NUMBERS = ("shared_input", "kept_weights", "norm_output", "kept_columns")
+LEVERS = (*SAME_NUMBERS, "joint_qkv", "relu_root", "wide_gradients", "bounded_scales")
+"""what fp8 blocks may leave out (`model/fp8_passes.py`); SAME_NUMBERS change none by more than a rounding to bf16"""
 LOSS_CHUNK_ELEMENTS = 1 << 26  # logits per chunk of the loss on a GPU: 2048 rows at a vocabulary of 32,768
 
 

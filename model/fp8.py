@@ -32,6 +32,8 @@ That is every matrix of the blocks and the head, and none of the gates. Attentio
 forward pass quantises the fp32 weight anew. The head is the exception: its loss is computed in many chunks
 (`model/loss.py`), so its quantised copies are made once per optimizer step and kept (`model/fp8_linear.py`).
 
+**Levers** leave passes over memory out (`model/fp8_passes.py`), where a recipe names them.
+
 **Evaluation is outside fp8.** Where no gradient is wanted (`torch.no_grad`), the same layers compute in the dtype of
 their input, so that scores agree with the checkpoint loaded into a model without fp8.
 
@@ -41,9 +43,13 @@ runs 2-6.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
+from model import fp8_passes
 from model.fp8_tensor import MULTIPLE
+from model.gpt import GPT
 from model.kernels import Fp8Error
 
 SMALLEST_SIDE = {"feb": 16, "head": 128}
@@ -69,12 +75,12 @@ def layers(model: nn.Module, generation: str = "head") -> tuple[list[str], list[
     return chosen, left
 
 
-def apply(model: nn.Module, tokens: int, generation: str = "head") -> list[str]:
+def apply(model: GPT, tokens: int, generation: str = "head", levers: Collection[str] = ()) -> list[str]:
     """Put fp8 into the layers of `layers(model, generation)`, in place; parameters and their names stay. Returns their
     names.
 
-    tokens: of a micro-batch, B x T. Raises Fp8Error where a dimension is not divisible by 16 or no layer is large
-    enough.
+    tokens: of a micro-batch, B x T. levers: of `model.config.LEVERS`. Raises Fp8Error where a dimension is not
+    divisible by 16 or no layer is large enough.
     """
     if tokens % MULTIPLE:
         raise Fp8Error(
@@ -90,4 +96,6 @@ def apply(model: nn.Module, tokens: int, generation: str = "head") -> list[str]:
     from model.fp8_linear import convert_to_float8  # takes seconds to import: only where there is fp8
 
     convert_to_float8(model, set(chosen))
+    if levers:
+        fp8_passes.install(model, frozenset(levers))
     return chosen

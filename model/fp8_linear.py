@@ -10,31 +10,30 @@ from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 from torchao.float8.float8_linear_utils import swap_linear_layers
 
-from model.fp8_tensor import E4M3, Quantised, quantise
+from model.fp8_tensor import E4M3, Copies, Quantised, quantise
 
 
 class Float8Linear(TorchaoLinear):
     """x W^T in fp8; in the dtype of x where gradients are off."""
 
-    _kept: tuple[tuple[int, int], Quantised] | None = None
+    _kept: Copies | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().forward(x)
         return F.linear(x, self.weight.to(x.dtype))
 
-    @torch.no_grad()
     def quantised(self) -> Quantised:
-        """The weight in e4m3, made when the weight has changed since the last call and kept until it changes again.
+        """The weight in e4m3, kept until the weight changes."""
+        self._kept = self._kept or Copies()
+        self._kept.refresh([self.weight], _head_copies)
+        return self._kept.current
 
-        Every change in place counts a tensor's version up (the optimizer's update, a loaded checkpoint): nobody has to
-        tell.
-        """
-        state = (id(self.weight), self.weight._version)
-        if self._kept is None or self._kept[0] != state:
-            rows, inverse_scale = quantise(self.weight, E4M3)
-            self._kept = (state, Quantised(rows, rows.t().contiguous(), inverse_scale))
-        return self._kept[1]
+
+@torch.no_grad()
+def _head_copies(weight: Tensor) -> Quantised:
+    rows, inverse_scale = quantise(weight, E4M3)
+    return Quantised(rows, rows.t().contiguous(), inverse_scale)
 
 
 def convert_to_float8(model: nn.Module, names: set[str]) -> None:

@@ -3,6 +3,7 @@ why)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,10 +23,38 @@ class Quantised(NamedTuple):
     inverse_scale: Tensor
 
 
+class Copies:
+    """The fp8 copies of some weights, stacked by rows, which are made when a weight has changed and kept until one
+    changes again.
+
+    Every change in place counts a tensor's version up (the optimizer's update, a loaded checkpoint): nobody has to
+    tell.
+    """
+
+    current: Quantised
+
+    def __init__(self) -> None:
+        self._state: list[tuple[int, int]] = []
+
+    def refresh(self, weights: Sequence[Tensor], make: Callable[..., Quantised]) -> bool:
+        """Whether a weight has changed; then `current` is what `make` gives for them."""
+        state = [(id(weight), weight._version) for weight in weights]
+        changed = self._state != state
+        if changed:
+            self.current, self._state = make(*weights), state
+        return changed
+
+
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x in fp8 with one scale for all of it, and 1 / scale (0-d fp32). A NaN or Inf in x makes all of it NaN."""
     largest = torch.finfo(dtype).max
     scale = largest / x.abs().amax().float().clamp(min=1e-12)
+    return scaled(x, dtype, scale)
+
+
+def scaled(x: Tensor, dtype: torch.dtype, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with this scale."""
+    largest = torch.finfo(dtype).max
     return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,16 @@ class Linear(nn.Linear):
         return None
 
 
+def apart(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """The output of each layer for x."""
+    return [layer(x) for layer in layers]
+
+
+def relu_squared(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
+    """An MLP of two layers."""
+    return down(F.relu(up(x)).square())
+
+
 class Embedding(nn.Embedding):
     """A table of `rows` vectors in the compute dtype. Filled by `GPT.init_weights`, not on construction."""
 
@@ -84,6 +94,9 @@ class Attention(nn.Module):
             self.ve_gate = Linear(config.ve_gate_channels, config.heads)
         self.heads, self.head_dim, self.window = config.heads, config.head_dim, config.windows[layer]
         self.scale = config.qk_scale**2 / math.sqrt(config.head_dim)  # q and k times qk_scale each
+        self.products: Callable[..., Sequence[Tensor]] = apart
+        self.out_products: Callable[..., Sequence[Tensor]] = apart
+        self.norm = norm
 
     def forward(
         self,
@@ -96,15 +109,15 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, d = x.shape
         q, k, v = (
-            project(x).view(B, T, self.heads, self.head_dim)  # (B, T, H, D)
-            for project in (self.q, self.k, self.v)
+            projected.view(B, T, self.heads, self.head_dim)  # (B, T, H, D)
+            for projected in self.products(x, self.q, self.k, self.v)
         )
         if value_embed is not None:
             gate = self.gate_limit * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, H)
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k = self.norm(rotate(q, cos, sin)), self.norm(rotate(k, cos, sin))
         heads = attention_fn(q, k, v, self.window, self.scale)  # (B, T, H, D)
-        return self.o(_at(heads.reshape(B, T, d), positions))
+        return self.out_products(_at(heads.reshape(B, T, d), positions), self.o)[0]
 
 
 class MLP(nn.Module):
@@ -112,9 +125,10 @@ class MLP(nn.Module):
         super().__init__()
         self.up = Linear(config.width, 4 * config.width)
         self.down = Linear(4 * config.width, config.width)
+        self.products: Callable[..., Tensor] = relu_squared
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        return self.products(x, self.up, self.down)
 
 
 class Block(nn.Module):
@@ -168,7 +182,8 @@ class GPT(nn.Module):
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.empty(()))
         self._rotary = Rotary(config.head_dim, config.rope_base, config.seq_len)
-        self._compiled = False
+        self.compiled = False
+        self.before_loss: Callable[[], None] | None = None
 
     def hidden(self, idx: Tensor, shared: SharedPrefix | None = None, positions: Tensor | None = None) -> Tensor:
         """idx (B, T) int64 -> (B, T, width) after the final norm, in the compute dtype. T may exceed config.seq_len.
@@ -213,6 +228,8 @@ class GPT(nn.Module):
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats a token, fp32 scalar. idx, targets: (B, T) int64."""
+        if self.before_loss and torch.is_grad_enabled():
+            self.before_loss()
         hidden = self.hidden(idx).flatten(0, 1)
         return cross_entropy(
             hidden,
@@ -221,7 +238,7 @@ class GPT(nn.Module):
             self.config.softcap,
             self.config.vocab_size,
             quantised=self.head.quantised(),
-            compiled=self._compiled,
+            compiled=self.compiled,
         )
 
     def compile_blocks(self) -> None:
@@ -231,7 +248,7 @@ class GPT(nn.Module):
         meanwhile), and because blocks of one shape share their code. What looks up tables stays outside: its compiled
         gradient adds up in an order that differs from run to run on a CPU.
         """
-        self._compiled = True
+        self.compiled = True
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, recompile_limit=64)
 

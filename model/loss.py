@@ -122,7 +122,7 @@ class _CrossEntropy(torch.autograd.Function):
         compiled: bool,
     ) -> Tensor:
         products = _Products(hidden, weight) if quantised is None else _Fp8Products(hidden, quantised, compiled)
-        loss_and_gradient = _fused(_loss_and_gradient) if compiled else _in_blocks
+        loss_and_gradient = fused(_loss_and_gradient) if compiled else _in_blocks
         d_hidden = torch.empty_like(hidden)  # (N, D)
         d_weight = torch.zeros_like(weight, dtype=_wide(weight))  # (V, D)
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
@@ -169,7 +169,7 @@ class _Fp8Products:
         self.dtype, self.weight = hidden.dtype, weight
         quantise, self.transposed = fp8_tensor.quantise, fp8_tensor.transposed
         if compiled:
-            quantise, self.transposed = _fused(quantise), _fused(self.transposed)
+            quantise, self.transposed = fused(quantise), fused(self.transposed)
         self.hidden, self.inverse = quantise(hidden, fp8_tensor.E4M3)
         self.gradient_inverse = torch.full_like(self.inverse, 1 / GRADIENT_SCALE)
 
@@ -230,7 +230,8 @@ def _in_blocks(
 
 
 @functools.cache
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled, once."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 

@@ -21,6 +21,7 @@ from typing import Any, get_type_hints
 
 from job.addresses import keep_whole
 from job.errors import DataError, UsageError
+from model.config import LEVERS
 
 PRESETS = Path(__file__).parent / "presets"
 SCHEMA = 1
@@ -121,6 +122,9 @@ class TrainConfig:
         {"choices": ("auto", "bf16", "fp32"), "give": '"auto", "bf16" or "fp32"'},
     )
     fp8: bool = _key(False, "matrix products of the large layers in fp8, as published from run 2 on")
+    levers: tuple[str, ...] = _key(
+        (), f"passes over memory that fp8 blocks leave out: {', '.join(LEVERS)}", _one_of(*LEVERS)
+    )
     attention: str = _key(
         "fastest",
         'attention kernel on a GPU: "fa2", "fa3", "fa4" (FlashAttention), or "fastest": the best that the GPU can do',
@@ -252,7 +256,7 @@ def _coerce(key: str, value: Any) -> Any:
         if wanted is int and is_number and not isinstance(value, float):
             return int(value)
         if wanted == tuple[str, ...]:
-            values = value.split(",") if isinstance(value, str) else value
+            values = [v for v in value.split(",") if v] if isinstance(value, str) else value
             if isinstance(values, Sequence) and all(isinstance(v, str) for v in values):
                 return tuple(values)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -263,7 +267,8 @@ def _check(section: str, config: Any) -> None:
     """UsageError for the first value of `config` that breaks the rule in its field's metadata."""
     for field in dataclasses.fields(config):
         rule, value, remedy = field.metadata, getattr(config, field.name), field.metadata.get("give")
-        kept = value in rule.get("choices", (value,))
+        given = value if isinstance(value, tuple) else (value,)
+        kept = set(given) <= set(rule.get("choices", given))
         if isinstance(value, (int, float)):
             within = rule.get("min", value) <= value <= rule.get("max", value)
             kept = within and rule.get("above", -math.inf) < value < rule.get("below", math.inf)

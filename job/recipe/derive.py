@@ -11,7 +11,7 @@ from typing import Any
 from job.errors import UsageError
 from job.recipe.config import Recipe
 from model import scaling
-from model.config import ConfigError, GPTConfig
+from model.config import SAME_NUMBERS, ConfigError, GPTConfig
 from model.hyper import GroupSpec
 from model.schedule import Schedule
 
@@ -20,7 +20,7 @@ DEFAULTS: dict[str, Any] = {
     for part, of in (("network", GPTConfig), ("groups", GroupSpec), ("schedule", Schedule))
     for field in dataclasses.fields(of)
     if field.default is not dataclasses.MISSING
-}
+} | {"train.levers": []}
 """what `mathematics` has of a part where nothing else is asked for"""
 
 
@@ -60,6 +60,7 @@ class Derived:
         values = {f"{part}.{k}": v for part, of in parts.items() for k, v in dataclasses.asdict(of).items()}
         values["batch_tokens"] = self.batch_tokens
         values |= {f"train.{key}": getattr(recipe.train, key) for key in ("dtype", "fp8", "seed")}
+        values["train.levers"] = sorted(set(recipe.train.levers) - set(SAME_NUMBERS))
         return _plain(values)
 
     def explained(self) -> dict[str, dict[str, Any]]:

@@ -264,8 +264,9 @@ def transport_dtype(recipe: Recipe) -> torch.dtype | None:
 
 def use_fp8(model: GPT, recipe: Recipe) -> None:
     """fp8 in the large layers; UsageError where the recipe's sizes do not allow it."""
+    tokens = recipe.train.device_batch_size * recipe.model.seq_len
     try:
-        fp8.apply(model, recipe.train.device_batch_size * recipe.model.seq_len, recipe.model.generation)
+        fp8.apply(model, tokens, recipe.model.generation, recipe.train.levers)
     except Fp8Error as error:
         raise UsageError(str(error)) from None
 

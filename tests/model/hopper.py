@@ -308,7 +308,7 @@ def step(depth: int, counting: Counting) -> None:
             return SimpleNamespace(wait=lambda: None)
 
     torch._dynamo.reset()
-    model.loss._fused.cache_clear()
+    model.loss.fused.cache_clear()
     config = GPTConfig.for_depth(depth, VOCAB, T)
     counting.step, counting.width = f"d{depth}", config.width
     with torch.device("meta"):
