@@ -105,9 +105,10 @@ class Measured:
     def has_the_step_of(self, recipe: Recipe, derived: Derived, gpus: int) -> bool:
         """Whether it is the step of `recipe` itself, on as many GPUs, that was measured."""
         mine = derive(self.recipe)
-        wanted, train = (derived.config, derived.batch_tokens, gpus), recipe.train
-        same = (mine.config, mine.batch_tokens, self.gpus) == wanted and self.recipe.train.fp8 == train.fp8
-        return same and self.recipe.train.device_batch_size == train.device_batch_size
+        wanted, keys = (derived.config, derived.batch_tokens, gpus), ("fp8", "levers", "device_batch_size")
+        return (mine.config, mine.batch_tokens, self.gpus) == wanted and all(
+            getattr(self.recipe.train, key) == getattr(recipe.train, key) for key in keys
+        )
 
 
 def has_passed(store: Store, revision: str | None, gpu: str) -> bool:

@@ -123,7 +123,7 @@ class TrainConfig:
     )
     fp8: bool = _key(False, "matrix products of the large layers in fp8, as published from run 2 on")
     levers: tuple[str, ...] = _key(
-        (), f"passes over memory that fp8 blocks leave out: {', '.join(LEVERS)}", _one_of(*LEVERS)
+        (), f"passes over memory that fp8 blocks leave out, of {', '.join(LEVERS)}", _one_of(*LEVERS)
     )
     attention: str = _key(
         "fastest",

@@ -323,17 +323,22 @@ def step(depth: int, counting: Counting) -> None:
     assert not counters["graph_break"], counters["graph_break"]
 
 
+def with_triton() -> None:
+    """Return where Triton is; else run this command again in an environment that has the locked one, and exit as it
+    does."""
+    if find_spec("triton"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            python = locked.environment(Path(folder) / "env", "triton")
+        except locked.Unavailable as error:
+            print(f"the locked Triton cannot be had here: {error}", file=sys.stderr)
+            sys.exit(UNAVAILABLE)
+        sys.exit(subprocess.run([python, *sys.argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode)
+
+
 def main() -> None:
-    if find_spec("triton") is None:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                python = locked.environment(Path(folder) / "env", "triton")
-            except locked.Unavailable as error:
-                print(f"the locked Triton cannot be had here: {error}", file=sys.stderr)
-                sys.exit(UNAVAILABLE)
-            sys.exit(
-                subprocess.run([python, *sys.argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
-            )
+    with_triton()
     pretend()
     counting = Counting()
     counting.install()

@@ -82,3 +82,23 @@ def test_the_loss_holds_no_fp32_tensor_of_a_chunk(lowered: Table) -> None:
     """bf16 in, e5m2 out: three bytes a logit, a kernel's input counted once. One fp32 tensor would be eight more."""
     (numbers,) = [n for (_, graph), n in lowered.items() if graph.startswith("_loss_and_gradient")]
     assert float(numbers[3]) * 1e9 <= 3.1 * 2048 * 32_768
+
+
+@pytest.fixture(scope="module")
+def levers() -> dict[str, list[str]]:
+    """Preset -> GB of a block without and with value embedding, launches, saved, GB and ms of a step."""
+    command = [sys.executable, HERE / "hopper_levers.py", "frontier"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode == UNAVAILABLE:
+        pytest.skip(ended.stderr.strip().splitlines()[-1])
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.strip("|").split("|") for line in ended.stdout.splitlines()[2:]]
+    return {name.strip(): [number.strip() for number in numbers] for name, *numbers in rows}
+
+
+def test_levers_leave_a_fifth_of_a_micro_step_out(levers: dict[str, list[str]]) -> None:
+    plain, frontier = levers["none"], levers["frontier"]
+    assert float(frontier[0]) < 11.5 and float(frontier[1]) < 12.3
+    assert max(int(launches) for launches in frontier[2].split(",")) <= 50
+    assert max(float(saved) for saved in frontier[3].split(",")) <= 25
+    assert float(frontier[4]) < 0.8 * float(plain[4])

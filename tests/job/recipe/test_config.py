@@ -159,6 +159,17 @@ def test_values_that_are_younger_than_a_checkpoint_are_their_defaults() -> None:
     ]
 
 
+def test_levers_belong_to_a_checkpoint_where_they_change_numbers() -> None:
+    recipe = resolve("run6", overrides=["train.levers=shared_input,relu_root"])
+    now, plain = derive(recipe).mathematics(recipe), derive(recipe).mathematics(resolve("run6"))
+    assert now["train.levers"] == ["relu_root"] and plain["train.levers"] == []
+    old = {name: value for name, value in plain.items() if name != "train.levers"}
+    assert differing_values(old, plain) == []
+    assert differing_values(old, now) == ['train.levers: [] -> ["relu_root"]']
+    with pytest.raises(UsageError, match=r"train\.levers=.*shared_imput.* cannot be used: give one of shared_input, "):
+        resolve("run6", overrides=["train.levers=shared_imput"])
+
+
 def test_every_key_is_documented() -> None:
     keys = {f"{name}.{field.name}": field for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
     assert [key for key, field in keys.items() if not field.metadata.get("help")] == []
