@@ -37,12 +37,13 @@ from torch import Tensor, nn
 from model.attention import attention
 from model.config import SMEAR_CHANNELS, GPTConfig
 from model.fp8_tensor import Quantised
+from model.kv_cache import KVCache
 from model.loss import capped_logits, cross_entropy, token_losses
 from model.rotary import Rotary, rotate
 from model.shared_prefix import SharedPrefix
 
 Pair = tuple[Tensor, Tensor]
-AttentionFn = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor, int, float | None], Tensor]
 
 
 def norm(x: Tensor) -> Tensor:
@@ -185,24 +186,34 @@ class GPT(nn.Module):
         self.compiled = False
         self.before_loss: Callable[[], None] | None = None
 
-    def hidden(self, idx: Tensor, shared: SharedPrefix | None = None, positions: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        idx: Tensor,
+        shared: SharedPrefix | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """idx (B, T) int64 -> (B, T, width) after the final norm, in the compute dtype. T may exceed config.seq_len.
 
         With `shared` each row is a prefix and its suffixes, and every token is what it would be in a row of its own
-        sequence alone. With `positions`, (N,) int64 into B x T, their states alone, (N, width): the last block computes
-        little else.
+        sequence alone; with `cache` the tokens follow those that the cache has seen. With `positions`, (N,) int64 into
+        B x T, their states alone, (N, width): the last block computes little else.
         """
         x = norm(self.wte(idx))  # (B, T, width)
-        cos_sin, attention_fn = self._rotary.tables(idx.size(1), x), attention
-        if shared is not None:
-            cos_sin, attention_fn = shared.cos_sin(*cos_sin), shared.attention
+        layout = cache or shared
+        cos_sin = self._rotary.tables(cache.end if cache else idx.size(1), x)
+        if layout is not None:
+            cos_sin = layout.cos_sin(*cos_sin)
+        attention_fn: AttentionFn = shared.attention if shared else attention
         if self.config.smear:
-            x = self._smear(x, shared)
+            x = self._smear(x, layout)
         x0 = middle = x
         last = self.config.depth - 1
         for i, block in enumerate(self.blocks):
             value_embed = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
             lambdas = self.resid_lambdas[i], self.x0_lambdas[i]
+            if cache is not None:
+                attention_fn = cache.attention(i)
             x = block(x, x0, lambdas, value_embed, cos_sin, attention_fn, positions if i == last else None)
             if i == self.config.depth // 2:
                 middle = x if i == last else _at(x, positions)
@@ -210,11 +221,11 @@ class GPT(nn.Module):
             x = x - self.backout_lambda * middle
         return norm(x)
 
-    def _smear(self, x: Tensor, shared: SharedPrefix | None) -> Tensor:
+    def _smear(self, x: Tensor, layout: SharedPrefix | KVCache | None) -> Tensor:
         """x (B, T, width) with a gated part of the token before each."""
-        if shared is not None:
+        if layout is not None:
             gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
-            return x + gate * shared.previous_tokens(x)
+            return x + gate * layout.previous_tokens(x)
         gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))  # (B, T - 1, 1)
         return torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)
 

@@ -35,7 +35,7 @@ from job.train.kernels import choose_kernels, machine_of
 from job.train.loop import device_of
 from job.train.ranks import Ranks, joined
 from model.config import GPTConfig
-from model.generate import generate
+from model.generate import Sampling, generate
 from model.gpt import GPT
 
 
@@ -164,6 +164,7 @@ def write_samples(context: RankContext, model: GPT, prepared: Prepared) -> None:
     for number, document in enumerate(documents):
         prompt = document[:80].rsplit(None, 1)[0]
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        continuation = generate(model, ids, recipe.eval.sample_tokens, temperature=0.8, seed=recipe.train.seed + number)
-        context.reporter.emit("sample", prompt=prompt, text=tokenizer.decode(continuation[len(ids) :]))
+        sampling = Sampling(temperature=0.8, seed=recipe.train.seed + number)
+        continuation = [token for (token,) in generate(model, [ids], recipe.eval.sample_tokens, sampling)]
+        context.reporter.emit("sample", prompt=prompt, text=tokenizer.decode(continuation))
         context.reporter.progress("samples", number + 1, len(documents), "texts")
