@@ -180,7 +180,7 @@ def test_the_model_knows_no_job_no_files_no_network() -> None:
 ROOMS = (
     {"cli"},
     {"run"},
-    {"train", "data", "evaluation", "report", "plan"},
+    {"train", "data", "evaluation", "inference", "report", "plan"},
     {"store", "machine"},
     {"recipe"},
     {"errors", "console", "reporter", "retry", "addresses"},

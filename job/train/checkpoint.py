@@ -15,11 +15,12 @@ format is one JSON header and raw bytes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,9 @@ def _by_file(slices: Sequence[Slice]) -> list[tuple[str, list[Slice]]]:
     return [(prefix, mine) for prefix, mine in by_file if mine]
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file, fsynced; its size and SHA-256 as a manifest has them. Tensors are contiguous and on the
-    CPU."""
+    CPU; each is asked for twice and kept no longer than it takes."""
     header, at = {}, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -163,7 +164,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
         blocks = [memoryview(len(encoded).to_bytes(8, "little")), memoryview(encoded)]
-        for view in (*blocks, *(_raw(t) for t in tensors.values())):
+        for view in itertools.chain(blocks, map(_raw, tensors.values())):
             digest.update(view)
             while view:
                 view = view[file.write(view) :]
