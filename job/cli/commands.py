@@ -14,6 +14,7 @@ import click
 from job.cli.certify import certify
 from job.cli.compare import compare
 from job.cli.doctor import doctor
+from job.cli.inference import export, import_, sample
 from job.cli.options import (
     bucket_options,
     dry_option,
@@ -61,7 +62,7 @@ def main() -> None:
     """
 
 
-for command in (certify, compare, doctor, plan, rehearse, try8):
+for command in (certify, compare, doctor, export, import_, plan, rehearse, sample, try8):
     main.add_command(command)
 
 
@@ -69,14 +70,15 @@ for command in (certify, compare, doctor, plan, rehearse, try8):
 @recipe_options("smoke")
 @run_options
 @machine_options
-def run(**options: Any) -> None:
+@click.option("--export", "with_export", is_flag=True, help="At the end also leave the model as transformers loads it.")
+def run(with_export: bool, **options: Any) -> None:
     """All stages, one after the other; what is sealed is not done again.
 
     \b
     Example:
       speedrun run --preset smoke --data my-texts/ --run-id mine
     """
-    _run(STAGES, **options)
+    _run((*STAGES, "export") if with_export else STAGES, **options)
 
 
 @main.command()

@@ -114,7 +114,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; specials by their names, bytes that are not UTF-8 as U+FFFD."""
-        return b"".join(self._table[index] for index in ids).decode("utf-8", errors="replace")
+        return self.bytes_of(ids).decode("utf-8", errors="replace")
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """What `decode` decodes: a token need not end where a character does."""
+        return b"".join(self._table[index] for index in ids)
 
     def save(self, folder: Path) -> None:
         (folder / "ranks.tiktoken").write_bytes(_ranks_file((token, index) for index, token in enumerate(self.ranks)))

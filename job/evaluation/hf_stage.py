@@ -10,9 +10,12 @@ import torch
 
 from job.evaluation import hf
 from job.evaluation.fetch import open_core
+from job.evaluation.prompts import Encoder
 from job.evaluation.score import Forward, evaluate
+from job.inference.sources import open_source
 from job.machine import host
 from job.reporter import Reporter
+from job.store.sealed import is_sealed
 from job.train.context import RankContext
 from job.train.ranks import joined
 
@@ -31,17 +34,27 @@ def main(context: RankContext) -> None:
             first = hf.identity(folder, hf.WEIGHT_FILES), hf.identity(folder, hf.TOKENIZER_FILES)
         weights, tokenizer_id = ranks.all_gather(first)[0]
         bundle = open_core(asked["core_bundle"], cache, Reporter())
-        model, tokenizer = hf.load(folder, device)
+        forward, tokenizer, dtype, max_positions = load(folder, device, context.reporter)
         evaluate(
-            Forward(model, share_prefix=False, reporter=context.reporter),
+            forward,
             tokenizer,
             bundle,
             context.run,
             cap=asked["cap"],
             reporter=context.reporter,
-            made_from={"weights": weights, "tokenizer": tokenizer_id, "dtype": model.dtype, "backend": device.type},
+            made_from={"weights": weights, "tokenizer": tokenizer_id, "dtype": dtype, "backend": device.type},
             device=device,
-            max_tokens=model.max_positions,
+            max_tokens=max_positions,
             workers=host.usable_cores(),
             ranks=ranks,
         )
+
+
+def load(folder: Path, device: torch.device, reporter: Reporter) -> tuple[Forward, Encoder, str, int | None]:
+    """The model in `folder` to score with, its tokenizer, dtype and positions; an export of ours by our own code."""
+    if not is_sealed(folder):
+        model, tokenizer = hf.load(folder, device)
+        return Forward(model, share_prefix=False, reporter=reporter), tokenizer, model.dtype, model.max_positions
+    source, dtype = open_source(folder), host.compute_dtype("auto", gpu=device.type == "cuda")
+    forward = Forward(source.model(device, dtype), reporter=reporter)
+    return forward, source.tokenizer, str(dtype).removeprefix("torch."), None

@@ -24,7 +24,7 @@ from job.run.fruitless import RankDied, without_attempts
 from job.run.launch import check_writable
 from job.run.processes import start_ranks
 from job.run.supervise import Interrupts, supervise
-from job.store.sealed import atomic_write
+from job.store.sealed import atomic_write, is_sealed
 
 USED = ("eval.cap", "eval.core_bundle")
 
@@ -67,7 +67,7 @@ def folder_of(out: Path, folder: Path) -> Path:
 
 def check(folder: Path) -> None:
     """UsageError without the package, DataError without a model."""
-    if importlib.util.find_spec("transformers") is None:
+    if not is_sealed(folder) and importlib.util.find_spec("transformers") is None:
         raise UsageError(
             "--hf needs the package transformers; install it: make hf, or pip install 'transformers>=4.56'"
         )

@@ -153,6 +153,8 @@ def is_done(stage: str, run: Path, recipe: Recipe) -> bool:
     final = folder_of(run, derive(recipe).rows)
     if stage == "pretrain":
         return is_sealed(final)
+    if stage == "export":
+        return is_sealed(final) and is_sealed(run / "export")
     if stage == "evaluate":
         return is_sealed(final) and fullness_of_score(run, derive(recipe).rows) >= fullness_asked(recipe.eval)
     return False

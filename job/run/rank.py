@@ -33,6 +33,7 @@ STAGES = {
     "background": "job.run.background",
     "evaluate": "job.evaluation.stage",
     "evaluate_hf": "job.evaluation.hf_stage",
+    "export": "job.inference.stage",
 }
 """the module whose `main(context)` is a rank's part of a stage"""
 

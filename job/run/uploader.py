@@ -139,6 +139,7 @@ class Mirror:
             yield from self._checkpoints(self.run)
             yield from sorted(sealed_below(self.out / "compiled"))
             yield from sorted(sealed_below(self.run / "eval"))
+            yield from sealed_below(self.run / "export")
         for set_id in sorted(self.prepared):
             yield from sorted(sealed_below(self.out / "prepared" / set_id), key=lambda p: (p.name in LAST_OF_A_SET, p))
 
