@@ -14,7 +14,7 @@ import click
 from job.cli.certify import certify
 from job.cli.compare import compare
 from job.cli.doctor import doctor
-from job.cli.inference import export, import_, sample
+from job.cli.inference import export, import_, play, sample
 from job.cli.options import (
     bucket_options,
     dry_option,
@@ -62,7 +62,7 @@ def main() -> None:
     """
 
 
-for command in (certify, compare, doctor, export, import_, plan, rehearse, sample, try8):
+for command in (certify, compare, doctor, export, import_, plan, play, rehearse, sample, try8):
     main.add_command(command)
 
 

@@ -212,3 +212,31 @@ def import_(
             values[key] = value
     source = open_leaderboard(folder, tokenizer, step, values)
     click.echo(_said(write_export(source, to or out / "imported" / folder.resolve().name, license)))
+
+
+@click.command()
+@model_options
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0 takes any that is free."
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="0.0.0.0 in a container, behind docker run -p 127.0.0.1:..."
+)
+def play(out: Path, bucket: Any, run_id: str | None, model: str | None, port: int, host: str) -> None:
+    """A page in your browser: type, watch the model go on, see what else it might have said, go on from there.
+
+    \b
+    Example:
+      speedrun play --run-id smoke
+    """
+    from job.inference.play import Player
+    from job.inference.sample import TextModel
+    from job.run.models import find_model
+
+    player = Player(TextModel.load(find_model(out, run_id, model, bucket)), host, port)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    click.echo(f"open {player.link}\nCtrl-C ends.")
+    try:
+        player.serve_forever()
+    except KeyboardInterrupt:
+        click.echo("", err=True)

@@ -31,6 +31,7 @@ def test_the_commands_are_these() -> None:
         "export",
         "import",
         "plan",
+        "play",
         "prepare",
         "pretrain",
         "rehearse",
