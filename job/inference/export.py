@@ -125,6 +125,8 @@ def _compare(source: Source, shapes: Mapping[str, torch.Size], folder: Path) -> 
     ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     begun = ids[:, : min(8, length)]
     logits, greedy = _of_ours(source, ids, begun)
+    if not logits.isfinite().all():
+        raise DataError(f"{source.where}: the model's logits are no numbers, its training diverged; export another")
     theirs, text = _of_network(folder, config, ids, begun)
     worst = (logits - theirs).abs().max().item()
     if not worst <= TOLERANCE:

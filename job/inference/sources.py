@@ -100,7 +100,7 @@ def _of_checkpoint(sealed: Sealed) -> Source:
     recipe = recipe_of(run)
     tokenizer = tokenizer_folder(run, sealed)
     if not is_sealed(tokenizer):
-        raise DataError(f"{sealed.path} has no tokenizer ({tokenizer} is not there): restore it, or give --bucket")
+        raise DataError(f"{sealed.path} has no tokenizer ({tokenizer} is not there); restore it, or give --bucket")
     reader = Reader(sealed)
     slices = sealed.facts["slices"]
 

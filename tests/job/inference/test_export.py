@@ -9,22 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import job.inference.export
-from job.errors import DataError
-from job.inference.export import export, load_network
+from job.cli.commands import main
+from job.errors import DataError, UsageError
+from job.inference.export import export, load_network, push_to_hub
 from job.inference.hf_tokenizer import tokenizer_document
-from job.inference.sources import Source, open_source
+from job.inference.sources import SHAPE_KEYS, Source, open_source
 from job.store.sealed import open_sealed
 
 
 def test_an_export_is_opened_as_the_model_that_it_was_made_from(exported: tuple[Source, Path]) -> None:
     source, folder = exported
     back = open_source(folder)
-    assert back.config == dataclasses.replace(
-        back.config, **{key: getattr(source.config, key) for key in ("windows", "softcap") if key != "windows"}
-    )
+    for key in SHAPE_KEYS:
+        assert getattr(back.config, key) == getattr(source.config, key), key
     ids = torch.randint(source.config.vocab_size, (2, 60), generator=torch.Generator().manual_seed(1))
     assert torch.equal(back.model().logits(ids), source.model().logits(ids))
     assert back.tokenizer.encode("the same ids") == source.tokenizer.encode("the same ids")
@@ -67,6 +68,41 @@ def test_a_network_that_computes_something_else_is_found(
     with pytest.raises(DataError, match="logits differ by"):
         export(make_source("head"), tmp_path / "e", "mit")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_diverged_is_no_bug_of_ours(make_source: Callable[[str], Source], tmp_path: Path) -> None:
+    source = make_source("feb")
+    broken = dataclasses.replace(source, read=lambda name: source.read(name) * float("nan"))
+    with pytest.raises(DataError, match="its training diverged"):
+        export(broken, tmp_path / "e", "mit")
+
+
+def test_the_hub_wants_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(UsageError, match="--hub me/mine needs a token: set HF_TOKEN"):
+        push_to_hub(tmp_path, "me/mine")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["export"], 2, "say which model: --run-id ID for a run's, or --model"),
+        (["export", "--model", "MODEL"], 2, "this model is of no run: say where its export goes with --to DIR"),
+        (["import", ".", "--tokenizer", "t"], 11, ". holds no model_<step>.pt"),
+        (["import", ".", "--tokenizer", "t", "-o", "soft=3"], 2, "-o soft=3 cannot be used: there are depth, "),
+    ],
+)
+def test_what_cannot_be_exported_or_imported_is_one_sentence(
+    exported: tuple[Source, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    code: int,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(main, [str(exported[1]) if word == "MODEL" else word for word in words])
+    assert ended.exit_code == code and said in ended.stderr and len(ended.stderr.splitlines()) == 1
 
 
 def test_the_network_alone_gives_the_logits_of_padded_batches(exported: tuple[Source, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def test_a_run_in_a_bucket_is_exported_and_sampled_elsewhere(speedrun: Any, s3: 
     again = tmp_path / "fourth" / "runs" / "t" / "export"
     assert "the same bits" in said
     assert (again / "model.safetensors").read_bytes() == (first / "export" / "model.safetensors").read_bytes()
+    shutil.rmtree(next((tmp_path / "first" / "prepared").glob("*/tokenizer")))
+    lacking = there.here(there.command("sample", "--model", str(first), "a"), code=11).stderr
+    assert "has no tokenizer (" in lacking and lacking.endswith("restore it, or give --bucket\n")
     assert "license: mit" in (again / "README.md").read_text() and "smoke score is" in (again / "README.md").read_text()
 
 
