@@ -36,7 +36,7 @@ SHAPE_KEYS = tuple(field.name for field in dataclasses.fields(GPTConfig) if not 
 class Source:
     """A model: its shape, its tokenizer, and its tensors by the names of `GPT`'s parameters.
 
-    made_from: what identifies it. facts: what a model card says of it ("" keys are left out). run: the run's folder.
+    made_from: what identifies it. facts: what the maker of its folder noted. run: the folder of the run that it is of.
     """
 
     where: Path
@@ -114,7 +114,7 @@ def _of_checkpoint(sealed: Sealed) -> Source:
         names=frozenset(name.removeprefix(WEIGHT) for name in slices if name.startswith(WEIGHT)),
         read=read,
         made_from={"checkpoint": sealed.id, "prepared": sealed.made_from["prepared"]},
-        facts={"step": sealed.facts["step"], "rows": sealed.facts["rows"]},
+        facts=sealed.facts,
         run=run,
     )
 
