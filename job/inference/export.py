@@ -115,11 +115,7 @@ def _write_json(file: Path, document: dict[str, Any]) -> None:
 
 def _compare(source: Source, shapes: Mapping[str, torch.Size], folder: Path) -> dict[str, Any]:
     """What was compared and by how much it differed; DataError for any other bits, logits or greedy text."""
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        for name, tensor in _Tensors(source, shapes).items():
-            written = file.get_tensor(name)
-            if written.dtype != tensor.dtype or not torch.equal(_bits(written), _bits(tensor)):
-                raise DataError(f"{folder}: {name} does not have the bits of {source.where}; export it again")
+    _compare_bits(source, shapes, folder)
     config = source.config
     length = min(config.seq_len, min(config.windows) + 64)
     ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
@@ -134,6 +130,15 @@ def _compare(source: Source, shapes: Mapping[str, torch.Size], folder: Path) -> 
     if greedy != text:
         raise DataError(f"{folder}: greedy text differs from that of {source.where}; this is a bug of ours")
     return {"tokens": length, "logits": f"{worst:.1e}", "greedy": GREEDY}
+
+
+def _compare_bits(source: Source, shapes: Mapping[str, torch.Size], folder: Path) -> None:
+    """By itself, so that the file is no longer mapped when the networks are built."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        for name, tensor in _Tensors(source, shapes).items():
+            written = file.get_tensor(name)
+            if written.dtype != tensor.dtype or not torch.equal(_bits(written), _bits(tensor)):
+                raise DataError(f"{folder}: {name} does not have the bits of {source.where}; export it again")
 
 
 def _bits(tensor: Tensor) -> Tensor:
