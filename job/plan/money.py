@@ -29,7 +29,7 @@ RUN_6 = next(run for run in RUNS if run.name == "Run 6")
 
 BOOT, START, TEXT, COMPILE = "boot, pull, runtime", "start of the command", "text, tokenizer", "imports, compilation"
 UNTIMED, TRAINING = f"first {UNTIMED_STEPS} steps", "training, timed"
-VALIDATION, CHECKPOINTS, SCORE, REPORT = "validation", "checkpoints", "evaluation", "report, last upload"
+VALIDATION, CHECKPOINTS, SCORE, REPORT = "validation", "checkpoints", "evaluation", "report, export, upload"
 IDLE = "idle until teardown"
 
 BOOT_MINUTES = PROVISIONING[0] / 60, PROVISIONING[1] / 60
@@ -38,7 +38,7 @@ TOKENIZER = 1.5, 2.0  # for 2e9 characters
 TOKENIZER_CHARS = 2e9
 WAIT_FOR_ROWS = 0.0, 3.0
 COMPILE_MINUTES = 1.2, 3.3
-REPORT_MINUTES = 0.2, 1.0
+REPORT_MINUTES = 0.5, 2.0
 IDLE_MINUTES = 2.0, 3.0
 CORE = 0.8, 2.7  # all items, a d24, eight H100: half and twice the 80 s said of the leaderboard's program
 STALL = 0.18  # seconds that a checkpoint of a d24 stops one H100, measured (LOG, 2026-11-26)
@@ -64,7 +64,7 @@ class Upload:
     checkpoints: float
     """with optimizer state, those that are uploaded"""
     last: float
-    """weights of the finished model"""
+    """weights of the finished model, as a checkpoint and as its export"""
 
     @property
     def total(self) -> float:
@@ -102,7 +102,7 @@ def stages(work: Work, gpu: GPU, gpus: int, training: Stage) -> list[Stage]:
         _validation(work, gpu, gpus),
         _checkpoints(work),
         _core(work, gpu, gpus),
-        Stage(REPORT, *REPORT_MINUTES, f"estimated: {work.upload.last / 1e9:.1f} GB of weights after the last step"),
+        Stage(REPORT, *REPORT_MINUTES, f"estimated: {work.upload.last / 1e9:.1f} GB after the last step"),
         Stage(IDLE, *IDLE_MINUTES, "autostop of sky/*.yaml"),
     ]
 
@@ -172,7 +172,7 @@ def _checkpoints(work: Work) -> Stage:
     """They are written beside training, which waits for a copy only; at the end for the weights on disk."""
     stalls = work.checkpoints * STALL
     low, high = (
-        (factor * stalls + work.upload.last / speed) / 60 for factor, speed in zip((1, 3), WRITE_SPEED, strict=True)
+        (factor * stalls + work.upload.last / 2 / speed) / 60 for factor, speed in zip((1, 3), WRITE_SPEED, strict=True)
     )
     return Stage(CHECKPOINTS, low, high, f"{work.checkpoints} stops of 0.2 s, measured on one H100; the last written")
 

@@ -235,8 +235,8 @@ def _bids(on_node: OnNode) -> Iterator[str]:
     yield from _paragraph(
         f"As spot with none to {PREEMPTIONS} preemptions. Egress: {upload.total / GIGA:.1f} GB to a bucket outside of"
         f" the cloud (text {upload.text / GIGA:.1f}, once; checkpoints {upload.checkpoints / GIGA:.1f}, weights"
-        f" {upload.last / GIGA:.1f}) at list prices from memory, free within a region. At most: the slowest at the"
-        " highest price that the file lets SkyPilot pay."
+        f" and export {upload.last / GIGA:.1f}) at list prices from memory, free within a region. At most: the slowest"
+        " at the highest price that the file lets SkyPilot pay."
         f" Besides: storage ${STORAGE * upload.total / GIGA:.2f} a month (S3's list price), and the controller of"
         f" `sky jobs` ${CONTROLLER[0]:.2f} to ${CONTROLLER[1]:.2f} an hour while it is up (a guess)."
     )

@@ -243,7 +243,7 @@ def _upload(recipe: Recipe, derived: Derived, seconds: float, gpus: int) -> mone
     return money.Upload(
         text=2.0 * rows * (recipe.model.seq_len + 1),
         checkpoints=float(sent * checkpoint_bytes(derived.config, gpus)),
-        last=float(parameter_bytes(derived.config)),
+        last=2.0 * parameter_bytes(derived.config),
     )
 
 
