@@ -155,7 +155,7 @@ def _ecc(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
         return Finding("ECC", Verdict.REFUSED, said, f"{ANOTHER} (a reset, `nvidia-smi -r`, may heal it)")
 
     def damaged(gpu: Gpu) -> bool | None:
-        said = [gpu.remap_failed, gpu.remap_pending, None if gpu.uncorrected is None else gpu.uncorrected > 0]
+        said = [gpu.remap_failed, None if gpu.uncorrected is None else gpu.uncorrected > 0]
         known = [each for each in said if each is not None]
         return any(known) if known else None
 
@@ -164,6 +164,10 @@ def _ecc(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
     if off and found.verdict != Verdict.REFUSED:
         said = f"off on {_named(off)}: a flipped bit would go unnoticed"
         found = Finding("ECC", Verdict.WARNED, said, "`nvidia-smi -e 1` and a reset")
+    pending = [gpu.index for gpu in facts.gpus if gpu.remap_pending]
+    if pending and found.verdict != Verdict.REFUSED:
+        said = f"{_named(pending)} {_has('has', pending)} rows that are replaced at the next reset"
+        found = Finding("ECC", Verdict.WARNED, said, "nothing now; `nvidia-smi -r` where nobody computes")
     yield found
 
 

@@ -186,7 +186,16 @@ def _hub(facts: NodeFacts) -> Iterator[Finding]:
         yield Finding("hub", Verdict.OK, f"gives {facts.dataset}")
     else:
         remedy = "check the network, HF_ENDPOINT and HF_TOKEN, or prepare into the bucket elsewhere (sky/prepare.yaml)"
-        yield Finding("hub", Verdict.REFUSED, f"does not give {facts.dataset} ({facts.hub_failed})", remedy)
+        yield Finding("hub", _lasting(facts.hub_failed), f"does not give {facts.dataset} ({facts.hub_failed})", remedy)
+
+
+def _lasting(why: str) -> Verdict:
+    """A server that is away, busy or asks for patience is asked again by the run itself; anything else stays so."""
+    passing = why.startswith("HTTP") and not why.startswith("HTTP 4")
+    passing = (
+        passing or why in ("HTTP 408", "HTTP 429") or any(word in why for word in ("timed out", "reset", "refused"))
+    )
+    return Verdict.WARNED if passing else Verdict.REFUSED
 
 
 def _bundle(facts: NodeFacts) -> Iterator[Finding]:
@@ -194,7 +203,7 @@ def _bundle(facts: NodeFacts) -> Iterator[Finding]:
         yield Finding("CORE bundle", Verdict.OK, "none is named: the run has a smoke score")
     elif facts.bundle_failed:
         said = f"{facts.bundle} is not to be had ({facts.bundle_failed}), and without it the model is not scored"
-        yield Finding("CORE bundle", Verdict.REFUSED, said, "get the file and name it with --core-bundle")
+        yield Finding("CORE bundle", _lasting(facts.bundle_failed), said, "get the file and name it with --core-bundle")
     else:
         yield Finding("CORE bundle", Verdict.OK, facts.bundle)
 

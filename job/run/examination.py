@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from job.data.hub import DATASETS
-from job.errors import PreflightError, UsageError
+from job.errors import PreflightError, SpeedrunError, UsageError
 from job.machine.finding import Finding, Verdict
 from job.machine.gpu_checks import GpuFacts, GpusWanted, gpu_findings
 from job.machine.host import Machine, gpu_count
@@ -44,9 +45,23 @@ def examine(
     """All findings; `ranks` that are asked for on this machine (0: whatever there is), `price` in dollars an hour of
     the node where the user gives one."""
     there = gpu_count()
-    found = _gpus(recipe, ranks, there, price) if there else []
-    facts = node_facts(recipe, out, store, bucket_refused=bucket_refused, on_gpus=there > 0)
-    return [*found, *node_findings(facts, _wanted_of_node(recipe, ranks or there or 1, facts))]
+
+    def node() -> list[Finding]:
+        facts = node_facts(recipe, out, store, bucket_refused=bucket_refused, on_gpus=there > 0)
+        return node_findings(facts, _wanted_of_node(recipe, ranks or there or 1, facts))
+
+    looks = [lambda: _gpus(recipe, ranks, there, price)] if there else []
+    return [finding for look in (*looks, node) for finding in _found(look)]
+
+
+def _found(look: Callable[[], list[Finding]]) -> list[Finding]:
+    """What `look` finds. A bug of ours in it, or a tool that answers as no document says, must not cost a paid node."""
+    try:
+        return look()
+    except SpeedrunError:
+        raise
+    except Exception as error:
+        return [Finding("doctor", Verdict.UNKNOWN, f"it could not look ({error!r})", "report this line, it is a bug")]
 
 
 def _gpus(recipe: Recipe, ranks: int, there: int, price: float | None) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""How fast each GPU multiplies and all of them exchange, in ten seconds: a process a GPU, as training has.
+"""How fast each GPU multiplies and all of them exchange, in some ten seconds: a process a GPU, as training has.
 
     speeds(8)  ->  {"matmul": [FLOP/s by rank], "all_reduce": [bytes/s by rank]}
 
@@ -26,8 +26,8 @@ from job.run.processes import environment_for, free_port, python_environment
 if TYPE_CHECKING:
     import torch
 
-SECONDS = 40.0
-"""that the whole probe may take"""
+SECONDS = 90.0
+"""that the whole probe may take: eight processes load torch and CUDA from a disk that nobody has read yet"""
 WIDTH = {"cuda": 8192, "cpu": 512}
 DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
 PRODUCTS = {"cuda": 200, "cpu": 2}

@@ -153,6 +153,11 @@ GPU_TABLES: dict[str, tuple[dict[str, Any], str]] = {
         "refused  ECC: GPU 1 has 0 uncorrected memory errors, or rows that need replacing; take another node (a reset,"
         " `nvidia-smi -r`, may heal it)",
     ),
+    "a row that waits for a reset": (
+        {"edits": {1: {"pending>No": "pending>Yes"}}},
+        "warned   ECC: GPU 1 has rows that are replaced at the next reset; nothing now; `nvidia-smi -r` where nobody"
+        " computes",
+    ),
     "ECC off": (
         {"edits": {0: {"<current_ecc>Enabled": "<current_ecc>Disabled"}}},
         "warned   ECC: off on GPU 0: a flipped bit would go unnoticed; `nvidia-smi -e 1` and a reset",

@@ -120,6 +120,17 @@ NODE_TABLES: dict[str, tuple[dict[str, Any], list[str]]] = {
          "refused  hub: does not give climbmix (HTTP 401); check the network, HF_ENDPOINT and HF_TOKEN, or prepare"
          " into the bucket elsewhere (sky/prepare.yaml)"],
     ),
+    "a busy hub": (
+        {"prepared": "", "hub_failed": "HTTP 429"},
+        [NOT_PREPARED,
+         "warned   hub: does not give climbmix (HTTP 429); check the network, HF_ENDPOINT and HF_TOKEN, or prepare"
+         " into the bucket elsewhere (sky/prepare.yaml)"],
+    ),
+    "a bundle's server away": (
+        {"bundle_failed": "timed out"},
+        ["warned   CORE bundle: eval_bundle.zip is not to be had (timed out), and without it the model is not scored;"
+         " get the file and name it with --core-bundle"],
+    ),
     "no bundle": (
         {"bundle_failed": "no such file or folder"},
         ["refused  CORE bundle: eval_bundle.zip is not to be had (no such file or folder), and without it the model"

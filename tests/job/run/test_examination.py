@@ -210,3 +210,13 @@ def test_a_run_does_not_begin_on_a_machine_that_is_refused(
         ended = speedrun.here(speedrun.command(command, *words, *flags), code=10)
         assert f"speedrun: {sentence}" in ended.stderr and " NVLink: " in ended.stderr
     assert not (tmp_path / "out").exists() and s3.keys() == []
+
+
+def test_a_look_that_fails_by_a_bug_costs_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a field that no document names")
+
+    monkeypatch.setattr(examination, "node_facts", broken)
+    (finding,) = examination.examine(resolve("smoke"), tmp_path, None)
+    assert (finding.verdict, finding.check) == (Verdict.UNKNOWN, "doctor")
+    assert finding.said == "it could not look (KeyError('a field that no document names'))"
