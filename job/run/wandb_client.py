@@ -21,6 +21,7 @@ from pathlib import Path
 from job.console import Console
 from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
 from job.run.processes import LocalRank, environment_for
+from job.run.wandb_process import has_key
 from job.store.attempt import Attempt, fold
 
 COMMAND = ["-m", "job.run.wandb_process"]
@@ -34,7 +35,10 @@ SYNC = 600.0
 
 @contextlib.contextmanager
 def wandb_logging(run: Path, attempt: Attempt, console: Console) -> Iterator[None]:
-    """Send the run's events to wandb while the block runs; a failure of wandb is a warning and nothing else."""
+    """Send the run's events to wandb while the block runs; a failure of wandb is a warning and nothing else.
+
+    Where nobody asked for wandb, or somebody asked that it be off, nothing is started and nothing is written.
+    """
     if is_off():
         yield
         return
@@ -65,9 +69,13 @@ def _warn(attempt: Attempt, console: Console, lost: str) -> None:
 
 
 def is_off() -> bool:
-    """Whether wandb's own variables say that nothing is to be written."""
-    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1")
-    return disabled or os.environ.get("WANDB_MODE", "") == "disabled"
+    """Whether nobody asked for wandb (no key or settings here, no variable of its own but folders) or it is off."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1") or os.environ.get("WANDB_MODE") == "disabled":
+        return True
+    said = (name for name, value in os.environ.items() if name.startswith("WANDB_") and value)
+    settings = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings"
+    asked = any(not name.endswith("_DIR") for name in said) or settings.is_file()
+    return not asked and not has_key("https://api.wandb.ai")
 
 
 def sync(run: Path, console: Console) -> None:

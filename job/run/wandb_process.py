@@ -6,8 +6,8 @@ The events of all attempts are the truth; the copy on wandb can be made again at
   id made of the run id and the moment the run began, so that a run begun anew with `--fresh` is another one there too.
   wandb's server says after which step it goes on; only later steps are sent. What an attempt that died left out is
   sent by the next one. Steps done again after a checkpoint give the same numbers, and are passed over.
-- **Offline** (no key, or WANDB_MODE=offline) the folder `wandb/offline-run-*` in the run's folder is wandb's own
-  format. Each attempt writes all of the run's events into a new one and removes the older.
+- **Offline** (WANDB_MODE=offline, or a variable of wandb's and no key) the folder `wandb/offline-run-*` in the run's
+  folder is wandb's own format. Each attempt writes all of the run's events into a new one and removes the older.
 - A step is sent with the validation before it; the row after the last step has the evaluation.
 
 The names of the numbers are those of the leaderboard's runs (nanochat's training script): curves can be compared.

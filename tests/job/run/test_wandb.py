@@ -184,6 +184,23 @@ def test_the_mode_follows_the_key_and_wandbs_own_variable(tmp_path: Path, monkey
     assert wandb_client.is_off()
 
 
+def test_where_nobody_asked_for_wandb_there_is_no_trace_of_it(run: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "")  # a secret of a YAML that nobody filled in
+    with wandb_logging(run, begin(run), Console()):
+        assert sorted(path.name for path in run.iterdir()) == ["attempts", "events", "recipe.json"]
+    assert warnings(run) == [] and capfd.readouterr().err == ""
+    for name, value in (("WANDB_API_KEY", KEY), ("WANDB_MODE", "offline"), ("WANDB_PROJECT", "mine")):
+        with monkeypatch.context() as asked:
+            asked.setenv(name, value)
+            assert not wandb_client.is_off()
+    (tmp_path / "settings").touch()  # as `wandb login --host` leaves it
+    assert not wandb_client.is_off()
+
+
 # --- sent once, by the real client
 
 
