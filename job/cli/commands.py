@@ -17,6 +17,7 @@ from job.cli.doctor import doctor
 from job.cli.inference import export, import_, play, sample
 from job.cli.options import (
     bucket_options,
+    confirm_fresh,
     dry_option,
     json_option,
     machine_options,
@@ -265,6 +266,7 @@ def _run(
     as_json: bool,
     console: Console,
     limits: Any,
+    yes: bool,
     strict: bool = False,
     allow_fa2: bool = False,
     accept_slow: bool = False,
@@ -290,17 +292,16 @@ def _run(
         plan = describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size)
         click.echo("\n".join([plan, *notes]))
         return
+    confirm_fresh(fresh and not yes and nodes.is_first, recipe.preset, launch.run_folder(out, run_id), bucket)
     cap = limits.here(gpu_count(), nodes.count)
-    if gpu_count():
-        trial = run_id == RUN_ID  # which has had its doctor
-        _examine(recipe, out, bucket, nodes, cap, console, strict=strict, accept_slow=accept_slow, trial=trial)
+    if gpu_count() and run_id != RUN_ID:  # which has had its doctor
+        _examine(recipe, out, bucket, nodes, cap, console, strict=strict, accept_slow=accept_slow)
     machine = preflight.this_machine()
     notes += preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2, machine=machine)
     if strict and bucket and nodes.ranks > 1 and run_id != RUN_ID:
         notes += preflight.about_try8(bucket.store, machine)
     quote = Quote.of(recipe, machine, nodes.count) if cap.price or cap.hours else None
-    notes += [] if quote is None else [cap.sentence(quote)]
-    for sentence in notes:
+    for sentence in [*notes, *([cap.sentence(quote)] if quote else [])]:
         console.say(sentence)
     if not nodes.is_first:
         join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)
@@ -324,7 +325,6 @@ def _examine(
     *,
     strict: bool,
     accept_slow: bool,
-    trial: bool,
 ) -> None:
     """On GPUs first of all: say what every check found; raise what stands against this machine."""
     from job.machine.finding import refusal
@@ -335,8 +335,6 @@ def _examine(
             "--strict is for machines that go away, and what is on this one would go with it: give --bucket"
             " s3://bucket/prefix"
         )
-    if trial:
-        return
     price = cap.price.hour / nodes.count if cap.price else None
     findings = examination.examine(recipe, out, bucket.store if bucket else None, ranks=nodes.ranks, price=price)
     for finding in findings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,14 +161,31 @@ def ranks_option(command: Callable) -> Callable:
     return click.option("--ranks", type=click.IntRange(1, 64), metavar="N", help=words)(command)
 
 
+def confirm_fresh(asked: bool, preset: str, run: Path, bucket: Any) -> None:
+    """Where `asked`, have a person agree that a finished or stored run is discarded (one of smoke needs nobody).
+
+    UsageError where they do not, or where there is no terminal to ask on.
+    """
+    from job.run.launch import fresh_would_discard
+
+    discarded = fresh_would_discard(run, bucket) if asked and preset != "smoke" else None
+    if discarded is None:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError(f"--fresh would discard {discarded}: add --yes, or take another --run-id")
+    if not click.confirm(f"--fresh discards {discarded}; go on?", err=True):
+        raise UsageError(f"--fresh discarded nothing; take another --run-id for a new run beside {run.name}")
+
+
 def run_options(command: Callable) -> Callable:
     """Options of the commands that make or continue a run."""
     name = "Name of the run; the same name goes on where it stopped.  [default: the preset's name]"
     run_id = click.option("--run-id", metavar="ID", help=name)
     discard = "Discard what this run id has and start anew; prepared data are kept."
     fresh = click.option("--fresh", is_flag=True, help=discard)
+    yes = click.option("--yes", is_flag=True, help="With --fresh, discard a finished or stored run without asking.")
     talk = (talk_options, json_option, dry_option)
-    for option in (*talk, fresh, ranks_option, run_id, money_options, bucket_options, out_option):
+    for option in (*talk, yes, fresh, ranks_option, run_id, money_options, bucket_options, out_option):
         command = option(command)
     return command
 

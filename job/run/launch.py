@@ -46,6 +46,7 @@ from job.run.wandb_client import wandb_logging
 from job.store.attempt import Attempt, fold
 from job.store.checkpoint_folder import CheckpointManager, folder_of, identity, newest_usable
 from job.store.documents import hashed, read_recipe
+from job.store.fence import run_key
 from job.store.sealed import atomic_write, is_sealed
 from job.store.stores import Store
 
@@ -88,6 +89,14 @@ def run_folder(out: Path, run_id: str) -> Path:
             f"--run-id {run_id!r} cannot be used: write letters, digits, dots, dashes and underscores, at most 100"
         )
     return out / "runs" / run_id
+
+
+def fresh_would_discard(run: Path, bucket: Bucket | None) -> str | None:
+    """What `--fresh` would discard that took a whole run or lies in the bucket, in words; None where it is neither."""
+    if bucket and bucket.recipe(run.name):
+        return f"what {bucket.store.url}/{run_key(run.name)} has"
+    finished = any(life.exit_code == ExitCode.DONE for life in fold(run).attempts)
+    return f"the finished run {run}" if finished else None
 
 
 def open_run(

@@ -155,7 +155,7 @@ class Trial:
 
     def _warm_up(self) -> str:
         began = time.monotonic()
-        self._train("bf16", "--fresh")
+        self._train("bf16", "--fresh", "--yes")
         self._wait_for("its first step", lambda: self._events("train.step"))
         return f"the first step is done after {time.monotonic() - began:.0f} s"
 
