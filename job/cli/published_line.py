@@ -46,6 +46,21 @@ class Flag(NamedTuple):
 LINE = {
     "depth": Flag("--depth", int, "Transformer blocks", "model.depth"),
     "ratio": Flag("--target-param-data-ratio", float, "Tokens per scaling parameter", "train.param_data_ratio"),
+    "iterations": Flag("--num-iterations", int, "Steps; count more than the ratio", "train.steps", off="by the ratio"),
+    "window_pattern": Flag(
+        "--window-pattern", str, "Windows of the layers, S short and L long", "model.window_pattern"
+    ),
+    "matrix_lr": Flag("--matrix-lr", float, "Base learning rate of Muon's matrices", "train.matrix_lr"),
+    "embedding_lr": Flag("--embedding-lr", float, "That of the embeddings", "train.embedding_lr"),
+    "unembedding_lr": Flag("--unembedding-lr", float, "That of the head", "train.unembedding_lr"),
+    "scalar_lr": Flag("--scalar-lr", float, "That of the residual stream's factors", "train.scalar_lr"),
+    "warmup_steps": Flag("--warmup-steps", int, "Steps of linear warm-up", "train.warmup_steps"),
+    "warmdown_ratio": Flag(
+        "--warmdown-ratio", float, "Last share of the steps, rates going down", "train.warmdown_ratio"
+    ),
+    "final_lr_frac": Flag("--final-lr-frac", float, "Factor of the rates at the end", "train.final_lr_frac"),
+    "eval_every": Flag("--eval-every", int, "Steps between validations", "train.val_every", off="at the end only"),
+    "eval_tokens": Flag("--eval-tokens", int, "Validation tokens", "train.val_tokens"),
     "device_batch": Flag("--device-batch-size", int, "Rows per micro-step and rank", "train.device_batch_size"),
     "total_batch": Flag("--total-batch-size", int, "Tokens per step", "train.total_batch_size", off="by depth"),
     "fp8": Flag("--fp8", bool, "Large matrix products in fp8", "train.fp8"),
@@ -110,7 +125,7 @@ def recipe_flags(preset: str | None, options: dict[str, Any]) -> tuple[str | Non
             "train.fp8": (source, False),
             "train.checkpoint_every": (source, 0),
         }
-    for name, value in given.items():
+    for name, value in given.items():  # iterations after the ratio, which they overrule
         flag = LINE[name]
         if flag.key:
             flags[flag.key] = flag.name, 0 if flag.off and value == -1 else value

@@ -12,6 +12,8 @@ import math
 from statistics import NormalDist
 from typing import Any
 
+from job.recipe.config import Recipe
+from job.recipe.derive import Derived, departures
 from job.recipe.leaderboard import GPT2_XL_CORE, UNTIMED_STEPS
 from model import scaling
 from model.config import GPTConfig
@@ -96,9 +98,10 @@ def runs_needed(core: float, p: float = 0.01, most: int = 1000) -> int | None:
     return next((n for n in range(2, most + 1) if margin * math.sqrt(n) >= stdtrit(n - 1, 1 - p)), None)
 
 
-def closest(config: GPTConfig, batch_tokens: int, steps: int, fp8: bool, dataset: str) -> tuple[Run, list[str]]:
+def closest(recipe: Recipe, derived: Derived) -> tuple[Run, list[str]]:
     """The published run with the fewest differences (then the nearest FLOPs), and those differences in words."""
-    flops = scaling.flops_per_token(config) * batch_tokens * steps
+    config, flops = derived.config, derived.scaling.flops.value
+    tuned = [f"{key} {published:g} -> {asked:g}" for key, (published, asked) in departures(recipe).items()]
 
     def differences(run: Run) -> list[str]:
         changed = [
@@ -107,12 +110,12 @@ def closest(config: GPTConfig, batch_tokens: int, steps: int, fp8: bool, dataset
             if getattr(run.config, field.name) != getattr(config, field.name)
         ]
         pairs = (
-            ("batch", f"{run.batch_tokens:,}", f"{batch_tokens:,}"),
-            ("steps", f"{run.steps:,}", f"{steps:,}"),
-            ("precision", _precision(run.fp8), _precision(fp8)),
-            ("text", run.dataset, dataset),
+            ("batch", f"{run.batch_tokens:,}", f"{derived.batch_tokens:,}"),
+            ("steps", f"{run.steps:,}", f"{derived.steps:,}"),
+            ("precision", _precision(run.fp8), _precision(recipe.train.fp8)),
+            ("text", run.dataset, recipe.data.source),
         )
-        changed += [f"{what} {theirs} -> {ours}" for what, theirs, ours in pairs if theirs != ours]
+        changed += [f"{what} {theirs} -> {ours}" for what, theirs, ours in pairs if theirs != ours] + tuned
         return [*changed, f"without {run.besides}"] if run.besides else changed
 
     def distance(run: Run) -> tuple[int, float]:

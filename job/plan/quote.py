@@ -158,9 +158,7 @@ def make_plan(
     """
     derived = derive(recipe)
     node = find_node(recipe.preset, gpu, gpus, price)
-    run, differences = published_runs.closest(
-        derived.config, derived.batch_tokens, derived.steps, recipe.train.fp8, recipe.data.source
-    )
+    run, differences = published_runs.closest(recipe, derived)
     on_node = None if node is None else place(recipe, derived, node, None if differences else run, measured)
     flops = derived.scaling.flops.value
     return Plan(

@@ -48,6 +48,10 @@ def _or_zero(of: str, zero: str) -> dict[str, Any]:
     return {"min": 0, "give": f"a positive number of {of}, or 0 {zero}"}
 
 
+def _or_published(high: float) -> dict[str, Any]:
+    return {"min": 0, "max": high, "also": -1, "give": f"a number from 0 to {high}, or -1 for the published one"}
+
+
 def _ratio(example: str) -> dict[str, Any]:
     return {"above": 0, "give": f"a positive number, e.g. {example}"}
 
@@ -58,6 +62,7 @@ class ModelConfig:
 
     depth: int = _key(24, "number of transformer blocks", _from_to(1, 100, "a number of blocks"))
     seq_len: int = _key(2048, "tokens per row, T", _from_to(16, 65536, "a sequence length") | {"multiple_of": 16})
+    window_pattern: str = _key("SSSL", "windows of the layers, S short and L long, repeated; the last one is L")
     generation: str = _key(
         "head",
         'architecture generation: "feb" (runs 1-4 of the leaderboard) or "head" (run 6)',
@@ -116,6 +121,13 @@ class TrainConfig:
     )
     device_batch_size: int = _key(16, "rows per micro-step and rank", _positive("rows"))
     lr_scale: float = _key(1.0, "factor on every learning rate of the published rules", _ratio("1.0"))
+    matrix_lr: float = _key(-1.0, "base learning rate of Muon's matrices; -1 = published", _or_published(100))
+    embedding_lr: float = _key(-1.0, "that of all embeddings, in proportion; -1 = published", _or_published(100))
+    unembedding_lr: float = _key(-1.0, "that of the head; -1 = published", _or_published(100))
+    scalar_lr: float = _key(-1.0, "that of the residual's factors, in proportion; -1 = published", _or_published(100))
+    warmup_steps: int = _key(-1, "steps of linear warm-up; -1 = published", _or_published(1_000_000))
+    warmdown_ratio: float = _key(-1.0, "last share of the steps, rates going down; -1 = published", _or_published(1))
+    final_lr_frac: float = _key(-1.0, "factor of the rates at the end; -1 = published", _or_published(1))
     dtype: str = _key(
         "auto",
         '"bf16", "fp32", or "auto": bf16 where the processor has bf16 matrix instructions',
@@ -270,7 +282,7 @@ def _check(section: str, config: Any) -> None:
         given = value if isinstance(value, tuple) else (value,)
         kept = set(given) <= set(rule.get("choices", given))
         if isinstance(value, (int, float)):
-            within = rule.get("min", value) <= value <= rule.get("max", value)
+            within = rule.get("min", value) <= value <= rule.get("max", value) or value == rule.get("also")
             kept = within and rule.get("above", -math.inf) < value < rule.get("below", math.inf)
         step = rule.get("multiple_of")
         if kept and step and value % step:

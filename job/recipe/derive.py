@@ -24,6 +24,19 @@ DEFAULTS: dict[str, Any] = {
 """what `mathematics` has of a part where nothing else is asked for"""
 
 
+RATES = {
+    "matrices": "matrix_lr",
+    "wte": "embedding_lr",
+    "value_embeds": "embedding_lr",
+    "head": "unembedding_lr",
+    "x0_lambdas": "scalar_lr",
+    "resid_lambdas": "scalar_lr",
+}
+"""the key of the train section that a group's learning rate follows; it is the rate of the first group named with it"""
+SCHEDULE = {"warmup_steps": "warmup_steps", "warmdown_ratio": "warmdown_ratio", "final_lr_frac": "final_lr"}
+"""keys of the train section, and what the schedule calls them"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Derived:
     """The network, its horizon and its hyperparameters, as one recipe decides them."""
@@ -72,9 +85,15 @@ def derive(recipe: Recipe) -> Derived:
     """All that follows from `recipe`; UsageError where it cannot be trained."""
     model, train = recipe.model, recipe.train
     try:
-        config = GPTConfig.for_depth(model.depth, recipe.data.vocab_size, model.seq_len, model.generation)
-        rules = scaling.RULES[model.generation]
-        scaled = {name: group.lr * train.lr_scale for name, group in rules.groups.items()}
+        config = GPTConfig.for_depth(
+            model.depth, recipe.data.vocab_size, model.seq_len, model.generation, window_pattern=model.window_pattern
+        )
+        rules, other = scaling.RULES[model.generation], departures(recipe)
+        factors = {key: asked / published for key, (published, asked) in other.items() if published}
+        scaled = {
+            name: group.lr * factors.get(RATES.get(name, ""), 1.0) * train.lr_scale
+            for name, group in rules.groups.items()
+        }
         derived = scaling.derive(
             config,
             rules.changed(lrs=scaled),
@@ -82,10 +101,20 @@ def derive(recipe: Recipe) -> Derived:
             steps=train.steps or None,
             batch_tokens=train.total_batch_size or None,
         )
-        schedule = Schedule.for_generation(derived.steps.value, model.generation)
+        overrides = {name: other[key][1] for key, name in SCHEDULE.items() if key in other}
+        schedule = Schedule.for_generation(derived.steps.value, model.generation, **overrides)
     except ConfigError as error:
         raise UsageError(str(error)) from None
     return Derived(config, derived, schedule, derived.batch_tokens.value // model.seq_len)
+
+
+def departures(recipe: Recipe) -> dict[str, tuple[float, float]]:
+    """(published, asked) of each key of the train section that trains otherwise than its generation was published."""
+    rules, schedule = scaling.RULES[recipe.model.generation], Schedule.for_generation(1, recipe.model.generation)
+    published = {"lr_scale": 1.0} | {key: getattr(schedule, name) for key, name in SCHEDULE.items()}
+    published |= {key: rules.groups[name].lr for name, key in reversed(RATES.items())}
+    asked = {key: getattr(recipe.train, key) for key in published}
+    return {key: (value, asked[key]) for key, value in published.items() if asked[key] not in (-1, value)}
 
 
 def differing_values(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from job.evaluation.ledger import sealed_ledgers
+from job.recipe.config import from_document
 from job.report import progress, words
 from job.report import result as results
 from job.report.receipt import receipt
@@ -74,6 +75,7 @@ def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str
         "result": result,
         "headline": words.headline(result),
         "verdict": [words.bpb_sentence(result), words.score_sentence(result)],
+        "published": words.published_sentence(from_document(recipe)),
         "progress": progress.progress_sentence(recipe, record, result, bill),
         "warnings": progress.warnings(record),
         "to_paste": words.to_paste(result),

@@ -10,6 +10,9 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+from job.plan.published_runs import closest
+from job.recipe.config import Recipe
+from job.recipe.derive import derive
 from job.recipe.leaderboard import GPT2_XL_CORE, UNTIMED_STEPS
 from job.store.attempt import Record
 
@@ -111,6 +114,15 @@ def score_sentence(result: dict[str, Any]) -> str:
             "It is not CORE and compares only with other smoke scores."
         )
     return "It was not scored on tasks yet."
+
+
+def published_sentence(recipe: Recipe) -> str:
+    """Which published run this is, or the nearest one and where this one differs from it."""
+    run, differences = closest(recipe, derive(recipe))
+    name = f"{run.name} ({run.when})"
+    if not differences:
+        return f"It repeats {name}."
+    return f"It repeats no published run; from the nearest, {name}, it differs in {'; '.join(differences)}."
 
 
 def to_paste(result: dict[str, Any]) -> dict[str, str] | None:

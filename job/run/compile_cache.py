@@ -51,6 +51,7 @@ from job.console import Console
 from job.errors import DataError, SpeedrunError, StorageError
 from job.machine import host
 from job.recipe.config import Recipe
+from job.recipe.derive import RATES, SCHEDULE
 from job.reporter import Reporter
 from job.run.nodes import NodeContext
 from job.store.sealed import MANIFEST, Sealed, content_id, is_sealed, open_sealed, sealing, sha256_file
@@ -65,7 +66,7 @@ KEEP = 4
 PACKAGES = ("torch", "triton", "torchao", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
 NO_GRAPH = frozenset(
     {"steps", "param_data_ratio", "total_batch_size", "lr_scale", "seed", "threads", "val_tokens", "compile_cache"}
-    | {"checkpoint_every", "checkpoint_minutes", "silence_seconds"}
+    | {"checkpoint_every", "checkpoint_minutes", "silence_seconds", *RATES.values(), *SCHEDULE}
 )
 """keys of the train section that shape no graph; one that should be here and is not costs an id for each of its values,
 and no more"""

@@ -9,8 +9,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from job.cli.commands import main
-from job.cli.published_line import DEFAULTS
+from job.cli.published_line import DEFAULTS, LINE
 from job.recipe.config import resolve
+from job.recipe.derive import derive
+from job.report.words import published_sentence
 from model.scaling import RULES
 
 REST = "--sample-every=-1 --save-every=-1 --core-metric-max-per-task=-1"
@@ -172,3 +174,54 @@ def test_items_per_task_are_remembered_for_the_evaluation(tmp_path: Path) -> Non
 def test_a_plan_of_a_published_dataset_needs_no_data(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["plan", "--preset", "run6", "--json"])
     assert json.loads(result.stdout)["text"]["shards"] == 147
+
+
+def test_rates_schedule_windows_and_validation_of_a_line(tmp_path: Path) -> None:
+    line = "--window-pattern=L --eval-every=250 --eval-tokens=1048576 --warmup-steps=0 --warmdown-ratio=0.5"
+    line += " --final-lr-frac=0"
+    rates = "--matrix-lr=0.04 --embedding-lr=0.2 --unembedding-lr=0.004 --scalar-lr=0.25 --num-iterations=100"
+    result = pretrain(tmp_path, "--preset", "smoke", "--target-param-data-ratio=2", *line.split(), *rates.split())
+    found = {key: said(result, key)[1] for key in ("train.val_every", "train.val_tokens", "train.steps", "steps")}
+    assert found == {"train.val_every": "250", "train.val_tokens": "1,048,576", "train.steps": "100", "steps": "100"}
+    words = {flag.key: (flag.name, word.partition("=")[2]) for flag in LINE.values() for word in
+             (line + " " + rates).split() if word.startswith(f"{flag.name}=")}  # fmt: skip
+    asked, plain = derive(resolve("smoke", words)), derive(resolve("smoke", {"train.steps": ("", 100)}))
+    assert set(asked.config.windows) == {256}
+    schedule = asked.schedule
+    assert (schedule.warmup_steps, schedule.warmdown_ratio, schedule.final_lr) == (0, 0.5, 0)
+    factors = {name: asked.specs[name].lr / spec.lr for name, spec in plain.specs.items()}
+    wte, head, scalars = 2 / 3, 0.5, 0.5
+    assert factors == pytest.approx(
+        {"matrices": 2, "wte": wte, "value_embeds": wte, "head": head, "resid_lambdas": scalars, "x0_lambdas": scalars}
+        | {"smear_backout": 1}
+    )
+
+
+def test_what_the_published_program_does_anyhow_is_the_published_run(tmp_path: Path) -> None:
+    """Its defaults of July 2026, given: the very mathematics, so that a run goes on with or without them."""
+    line = "--window-pattern=SSSL --warmup-steps=40 --warmdown-ratio=0.65 --final-lr-frac=0.05 --matrix-lr=0.02"
+    line += " --embedding-lr=0.3 --unembedding-lr=0.008 --scalar-lr=0.5 --num-iterations=-1"
+    result = pretrain(tmp_path, "--generation", "run6", *LINES["run6"].split(), *line.split())
+    assert said(result, "steps")[1] == "5,568"
+    given = {flag.key: ("", word.partition("=")[2]) for flag in LINE.values() for word in line.split()
+             if word.startswith(f"{flag.name}=") and flag.key != "train.steps"}  # fmt: skip
+    recipe, published = resolve("run6", given), resolve("run6")
+    assert derive(recipe).mathematics(recipe) == derive(published).mathematics(published)
+    assert published_sentence(recipe) == "It repeats Run 6 (a825e63, 14 Mar 2026)."
+    slower = resolve("run6", {"train.matrix_lr": ("", 0.01), "train.lr_scale": ("", 2)})
+    assert published_sentence(slower) == (
+        "It repeats no published run; from the nearest, Run 6 (a825e63, 14 Mar 2026), it differs in lr_scale 1 -> 2;"
+        " matrix_lr 0.02 -> 0.01."
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("--warmdown-ratio=1.5", "train.warmdown_ratio=1.5 cannot be used: give a number from 0 to 1, or -1 for the"),
+        ("--matrix-lr=-0.02", "train.matrix_lr=-0.02 cannot be used: give a number from 0 to 100, or -1 for the"),
+        ("--window-pattern=SSX", "window_pattern is 'SSX': write it with S (short) and L (long), for example SSSL"),
+    ],
+)
+def test_a_rate_or_a_window_that_cannot_be_is_one_sentence(tmp_path: Path, word: str, sentence: str) -> None:
+    assert sentence in refused(tmp_path, "--preset", "smoke", word)
