@@ -84,7 +84,7 @@ def interrupted(name: str) -> bool:
 
 def test_the_folder_holds_yaml_and_nothing_else() -> None:
     assert [path for path in (ROOT / "sky").rglob("*") if path.suffix != ".yaml"] == []
-    assert set(TASKS) == {"speedrun", "prepare", "try", "try8", "smoke"}
+    assert set(TASKS) == {"speedrun", "d20", "prepare", "try", "try8", "smoke"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -136,7 +136,10 @@ def test_secrets_are_secrets_and_have_no_null(name: str) -> None:
 def test_the_machine_goes_away_and_has_a_price_cap(name: str) -> None:
     resources = TASKS[name]["resources"]
     assert resources["autostop"] == {"idle_minutes": 2, "down": True, "wait_for": "jobs"}
-    assert resources["max_hourly_cost"] <= {"speedrun": 33, "try8": 32, "try": 8, "prepare": 1.5, "smoke": 0.5}[name]
+    assert (
+        resources["max_hourly_cost"]
+        <= {"speedrun": 33, "d20": 5, "try8": 32, "try": 8, "prepare": 1.5, "smoke": 0.5}[name]
+    )
     assert resources["image_id"] == "docker:ghcr.io/YOUR-NAME/gpt2-speedrun:latest"
     assert [mount for mount in ("file_mounts", "workdir", "setup") if mount in TASKS[name]] == [], (
         "everything is in the image"
@@ -170,13 +173,15 @@ def test_no_zone_of_a_row_costs_more_than_its_cap(name: str) -> None:
     number = int(resources["accelerators"].removeprefix("H100:"))
     for choice in resources["any_of"]:
         row = resources | choice
-        assert row["max_hourly_cost"] <= {"speedrun": 16 if row["use_spot"] else 33, "try8": 32, "try": 8}[name]
+        assert (
+            row["max_hourly_cost"] <= {"speedrun": 16 if row["use_spot"] else 33, "d20": 5, "try8": 32, "try": 8}[name]
+        )
         found = prices(row, number)
         assert found and max(found) <= row["max_hourly_cost"], f"{choice}: {sorted(found)}"
         assert min(found) >= row["max_hourly_cost"] / 4, f"the cap of {name} bounds nothing: {choice}: {min(found)}"
 
 
-CAPPED = {"speedrun": "run6", "try": "try", "try8": "try", "smoke": "smoke"}
+CAPPED = {"speedrun": "run6", "d20": "d20", "try": "try", "try8": "try", "smoke": "smoke"}
 """the files with a cap, and the preset whose quote it is compared with"""
 
 
