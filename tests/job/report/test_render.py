@@ -151,6 +151,14 @@ def test_plots_follow_the_theme(run):
     assert "prefers-color-scheme: dark" in source
 
 
+def test_both_pages_say_what_published_run_is_nearest(run):
+    run.whole()
+    page, text = page_of(run), (run.path / "report" / "report.md").read_text()
+    for shown in (page.text, text):
+        assert "It repeats no published run; from the nearest, Run " in shown
+    assert "\n\n\n" not in text[: text.index("## Tasks")]
+
+
 @pytest.mark.parametrize("file", ["report.html", "report.md"])
 def test_what_people_and_models_wrote_is_escaped(run, file):
     document = json.loads((run.path / "recipe.json").read_text())
