@@ -32,7 +32,8 @@ That is every matrix of the blocks and the head, and none of the gates. Attentio
 forward pass quantises the fp32 weight anew. The head is the exception: its loss is computed in many chunks
 (`model/loss.py`), so its quantised copies are made once per optimizer step and kept (`model/fp8_linear.py`).
 
-**Levers** leave passes over memory out (`model/fp8_passes.py`), where a recipe names them.
+**Levers** leave passes over memory out (`model/fp8_passes.py`), where a recipe names them; `model/fp8_levers_proof.py`
+asks the device whether a block with them computes the same.
 
 **Evaluation is outside fp8.** Where no gradient is wanted (`torch.no_grad`), the same layers compute in the dtype of
 their input, so that scores agree with the checkpoint loaded into a model without fp8.

@@ -22,7 +22,7 @@ word's row hangs on few tokens, so that chance may double it (LOSS_SPREAD). The 
 
 The gradients that come in are tiny (1e-6), as in training: without their scale e5m2 would round all of them to zero.
 The layers are compiled anew inside their blocks, where the compiler fuses more; a fault of such a kernel shows in the
-first steps.
+first steps. Blocks with levers are `model/fp8_levers_proof.py`'s.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _named(label: str, compared: Callable[[], list[Agreement]]) -> list[Agreemen
 def layer_agreements(inputs: int, outputs: int, tokens: int, device: torch.device) -> list[Agreement]:
     """The three products of an fp8 layer, as trained (bf16 in and out, fp32 weight), against fp32."""
     layer = fp8_layer(inputs, outputs, device)
-    draw = _drawing(device)
+    draw = drawing(device)
     x = draw(tokens, inputs).bfloat16().requires_grad_()
     dy = draw(tokens, outputs).mul_(GRADIENT).bfloat16()
     with torch.no_grad():
@@ -147,7 +147,7 @@ def loss_agreements(
     width: int, vocab_size: int, rows: int, softcap: float, tokens: int, device: torch.device
 ) -> list[Agreement]:
     """The head's loss and its gradients against fp32. rows: of the head, padding included."""
-    head, draw = fp8_layer(width, rows, device), _drawing(device)
+    head, draw = fp8_layer(width, rows, device), drawing(device)
     with torch.no_grad():
         head.weight.copy_(draw(rows, width) * (STEEPNESS / math.sqrt(width)))
     hidden = F.rms_norm(draw(tokens, width), (width,)).bfloat16().requires_grad_()
@@ -206,7 +206,7 @@ def disagreement(got: Tensor, right: Tensor) -> float:
     return max(ratio.max().nan_to_num(nan=torch.inf).item() for ratio in ratios) ** 0.5
 
 
-def _drawing(device: torch.device) -> Callable[..., Tensor]:
+def drawing(device: torch.device) -> Callable[..., Tensor]:
     """Normally distributed fp32 numbers of a shape, from a generator of its own."""
     generator = torch.Generator(device).manual_seed(0)
     return lambda *shape: torch.randn(*shape, generator=generator, device=device)

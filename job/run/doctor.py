@@ -3,8 +3,8 @@ machine computes correctly, and how fast.
 
     look      card, driver, versions, whether these are the lock's; GPUs, disk, bucket and network; attention, fp8
     --deep    on the first GPU: attention against the windowed SDPA, forward and backward milliseconds at the recipe's
-              shapes; each fp8 layer shape's three products and the head's loss against fp32 (model/fp8_proof.py).
-              Without a GPU the same at small sizes.
+              shapes; each fp8 layer shape's three products and the head's loss against fp32 (model/fp8_proof.py); a
+              block with the recipe's levers against one without. Without a GPU the same at small sizes.
 
 A machine that computes wrongly is refused always, one that a check finds slow unless that is accepted, one with a
 slower kernel or without a GPU with --strict.
@@ -108,13 +108,16 @@ def _prove(recipe: Recipe, here: host.Machine, rows: list[dict[str, Any]], *, st
             _row(f"attention, window {window}", error, attention.PROOF_BOUND, f"{forward:.2f} + {both - forward:.2f}")
         )
     if recipe.train.fp8:
-        from model import fp8_proof  # torchao takes seconds to import
+        from model import fp8_levers_proof, fp8_proof  # torchao takes seconds to import
 
-        tokens = batch * config.seq_len
+        tokens, generation, levers = batch * config.seq_len, recipe.model.generation, recipe.train.levers
         try:
-            model = layers_in_fp8(config, tokens, recipe.model.generation)
+            model = layers_in_fp8(config, tokens, generation)
             for name, agreements in fp8_proof.measurements(model, tokens, device):
                 rows += [_row(f"{name}, {found.what}", found.error, found.bound) for found in agreements]
+            if levers:
+                agreements = fp8_levers_proof.prove(config, tokens, generation, levers, device)
+                rows += [_row(found.what, found.error, found.bound) for found in agreements]
         except Fp8Error as error:
             raise PreflightError(str(error)) from None
     if wrong := next((row for row in rows if row["error"] is None or row["error"] > row["bound"]), None):

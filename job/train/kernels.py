@@ -72,13 +72,20 @@ def choose_kernels(
 
 
 def _prove_fp8(recipe: Recipe, device: torch.device) -> str:
-    """How well the products of the recipe's model agree with fp32 on `device`; Fp8Error where they do not."""
+    """How well the products of the recipe's model agree with fp32 on `device`, and its levers with none; Fp8Error
+    where they do not."""
     import torch
 
-    from model import fp8_proof  # torchao takes seconds to import: only where there is fp8
+    from model import fp8_levers_proof, fp8_proof  # torchao takes seconds to import: only where there is fp8
 
+    config, generation, levers = derive(recipe).config, recipe.model.generation, recipe.train.levers
     tokens = recipe.train.device_batch_size * recipe.model.seq_len
-    proof = fp8_proof.prove(layers_in_fp8(derive(recipe).config, tokens, recipe.model.generation), tokens, device)
+    proof = fp8_proof.prove(layers_in_fp8(config, tokens, generation), tokens, device)
+    if levers:
+        found = fp8_levers_proof.prove(config, tokens, generation, levers, device)
+        worst = max(found, key=lambda each: each.error / each.bound)
+        wrong = f"{worst.error:.1%} where rounding explains {worst.bound:.1%}: {worst.what}"
+        proof += f"; levers agree with none (at most {wrong})"
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the comparison's blocks have other sizes than training's
     return proof

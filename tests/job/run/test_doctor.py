@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from job.errors import ExitCode
+from job.errors import ExitCode, PreflightError
 from job.machine.finding import Finding, Verdict
+from job.machine.host import Machine
 from job.recipe.config import resolve
 from job.recipe.derive import derive
 from job.run import doctor
+from job.train.kernels import choose_kernels
+from model import fp8_passes
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 ALONE = [*("-o", "data.source=embedded"), *("-o", "eval.core_bundle="), *("-o", "model.depth=4")]
@@ -67,6 +70,18 @@ def test_a_machine_that_computes_wrongly_is_refused_and_the_table_stays(monkeypa
     assert document["refused"].startswith("blocks.0.attn.q (128 to 128 channels), forward product is wrong by 5")
     assert len(document["proofs"]) == 14 and "what was computed agrees" not in doctor.page(document)
     assert "| attention, window 32 | " in doctor.page(document)
+
+
+@NO_GPU
+def test_a_broken_lever_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = "train.levers: kept_columns computes something else on this device: block with levers, attention, "
+    monkeypatch.setattr(fp8_passes, "transposed", lambda x: x.t().roll(1, 0).contiguous())
+    overrides = ["train.levers=kept_columns", "model.depth=2", "model.seq_len=128", "data.vocab_size=512"]
+    recipe = resolve("run6", overrides=overrides)
+    refused = doctor.look(recipe, [], strict=False, allow_fa2=False, deep=True)["refused"]
+    assert refused.startswith(broken) and "; say -o train.levers= (none)" in refused
+    with pytest.raises(PreflightError, match=broken):  # as a rank does before it trains
+        choose_kernels(recipe, Machine(), 1, prove_on=torch.device("cpu"))
 
 
 def test_a_recipe_without_fp8_proves_attention_only() -> None:
