@@ -92,9 +92,9 @@ class Measured:
             raise UsageError(
                 f"the trial did not come to measure {recipe.comm}: plan without --measured, or make one anew"
             )
-        mine, fp8 = derive(self.recipe), self.recipe.train.fp8
-        modelled = step_seconds(mine.config, mine.batch_tokens, gpu, self.gpus, fp8)
-        planned = step_seconds(derived.config, derived.batch_tokens, gpu, gpus, recipe.train.fp8)
+        mine, was, now = derive(self.recipe), self.recipe.train, recipe.train
+        modelled = step_seconds(mine.config, mine.batch_tokens, gpu, self.gpus, was.fp8, levers=was.levers)
+        planned = step_seconds(derived.config, derived.batch_tokens, gpu, gpus, now.fp8, levers=now.levers)
         if self.gpus == gpus:
             return planned * self.step_seconds[variant] / modelled
         mine_apart, apart = (

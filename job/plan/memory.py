@@ -6,13 +6,15 @@ Exact, from the shapes and from how `model.optimizer` shares its state out:
     gradients       one for each parameter, in its dtype
     states          Muon: momentum and a second moment a row or column, for the whole matrices that a rank owns;
                     AdamW: two moments in the parameter's dtype, for the rows that a rank owns. The fullest rank counts.
-    weight copies   what the matrix products read: 1 byte a weight in fp8, 2 in bf16
+    weight copies   what the matrix products read: 1 byte a weight in fp8, 2 in bf16; where blocks keep them
+                    (`train.levers`), their transposes too
     temporaries     of the optimizer step: the gathered matrices and the owner's reduced and fresh ones. They come when
                     the activations are gone, so that only the larger of the two counts.
 
 Modelled, with three constants (bytes), calibrated on what is published:
 
-    activations     ACTIVATION x width, a token and layer: what the backward pass needs again
+    activations     ACTIVATION x width, a token and layer: what the backward pass needs again; levers change it by
+                    KEPT_BY_LEVER, which is counted
     loss            in chunks (`model.loss`): CHUNK_LOGIT x the logits of one chunk, and the two gradients kept;
                     plain: PLAIN_LOGIT x all logits of the device batch
 
@@ -29,12 +31,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from model.config import LOSS_CHUNK_ELEMENTS, GPTConfig
 from model.partition import Shard, parameter_groups, partition
 
 ACTIVATION = {"fp8": 29, "bf16": 36}
+KEPT_BY_LEVER = {"kept_weights": 0.6, "norm_output": -4.0, "kept_columns": 2.5, "relu_root": -4.0}
+"""counted (`python tests/model/hopper_levers.py`), the mean of blocks with and without a value embedding; others: 0"""
 PLAIN_LOGIT = 6
 CHUNK_LOGIT = 4
 """compiled, as on a GPU: the logits, and their gradient or its two copies in fp8"""
@@ -135,9 +139,20 @@ def low_precision_weights(config: GPTConfig) -> int:
     return 12 * config.width**2 * config.depth + config.padded_vocab * config.width
 
 
-def step_memory(config: GPTConfig, rows: int, ranks: int, fp8: bool, *, plain_loss: bool = False) -> Memory:
+def step_memory(
+    config: GPTConfig,
+    rows: int,
+    ranks: int,
+    fp8: bool,
+    levers: Collection[str] = (),
+    *,
+    plain_loss: bool = False,
+) -> Memory:
     """What one rank of `ranks` needs for micro-steps of `rows` rows. `plain_loss`: as the published program computes
     it."""
+    levers = levers if fp8 else ()
+    kept = ACTIVATION["fp8" if fp8 else "bf16"] + sum(KEPT_BY_LEVER.get(lever, 0.0) for lever in levers)
+    transposes = 12 * config.width**2 * config.depth if "kept_weights" in levers else 0
     parameters = parameter_bytes(config)
     tokens = rows * config.seq_len
     owned = sum(FP32 * stack.slots(ranks) * stack.parameters[0].size for stack in muon_stacks(config))
@@ -146,8 +161,8 @@ def step_memory(config: GPTConfig, rows: int, ranks: int, fp8: bool, *, plain_lo
         parameters=parameters,
         gradients=parameters,
         states=max(state_bytes(config, ranks, rank) for rank in range(ranks)),
-        weight_copies=low_precision_weights(config) * (1 if fp8 else BF16),
-        activations=ACTIVATION["fp8" if fp8 else "bf16"] * config.width * config.depth * tokens,
+        weight_copies=low_precision_weights(config) * (1 if fp8 else BF16) + transposes,
+        activations=round(kept * config.width * config.depth * tokens),
         loss=PLAIN_LOGIT * config.padded_vocab * tokens if plain_loss else _chunked_loss(config, tokens),
         temporaries=owned * (ranks + 2) if ranks > 1 else 2 * owned,
     )
@@ -158,10 +173,12 @@ def _chunked_loss(config: GPTConfig, tokens: int) -> int:
     return chunk + BF16 * tokens * config.width + FP32 * config.padded_vocab * config.width
 
 
-def largest_batch(config: GPTConfig, batch_rows: int, ranks: int, fp8: bool, card: float) -> Memory | None:
+def largest_batch(
+    config: GPTConfig, batch_rows: int, ranks: int, fp8: bool, card: float, levers: Collection[str] = ()
+) -> Memory | None:
     """The most rows that divide `batch_rows` over `ranks` and fit the card; None where not even one row does."""
     per_rank = batch_rows // ranks
     for rows in range(per_rank, 0, -1):
-        if per_rank % rows == 0 and (memory := step_memory(config, rows, ranks, fp8)).fits(card):
+        if per_rank % rows == 0 and (memory := step_memory(config, rows, ranks, fp8, levers)).fits(card):
             return memory
     return None

@@ -10,6 +10,7 @@ from job.plan.money import PREEMPTIONS, beside_training, bids
 from job.plan.prices import CONTROLLER, STORAGE
 from job.plan.published_runs import CORE_SD, chance, runs_needed
 from job.plan.quote import OnNode, Plan, assumptions, warnings
+from job.plan.steptime import block_gigabytes
 from job.recipe.leaderboard import GPT2_XL_CORE
 
 WIDTH = 100
@@ -54,9 +55,13 @@ def _summary(plan: Plan) -> dict[str, str]:
     if on_node is None:
         return said | {"machine": "a CPU, minutes"}
     evidence = "published" if plan.is_published else "estimated"
+    asked = next(memory for memory, _ in on_node.memory if memory.rows == plan.recipe.train.device_batch_size)
+    said["machine"] = f"{on_node.node.gpus} x {on_node.node.gpu.title}"
+    if plan.recipe.train.fp8:
+        said["a d24's blocks, 16 rows"] = f"{block_gigabytes(plan.recipe.train.levers):.1f} GB a micro-step (counted)"
     said |= {
-        "machine": f"{on_node.node.gpus} x {on_node.node.gpu.title}",
         "step": f"{on_node.step_seconds * 1e3:,.0f} ms (estimated)",
+        "memory of a GPU": f"{asked.total / GIGA:.1f} GB in {asked.rows} rows (estimated)",
         "training, timed": f"{_span(*on_node.training)} min ({evidence})",
         "boot to teardown": f"{_span(*on_node.minutes)} min (estimated)",
     }

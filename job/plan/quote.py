@@ -30,7 +30,15 @@ from job.plan.memory import (
     parameter_bytes,
     step_memory,
 )
-from job.plan.steptime import BEYOND, expected_error, optimizer_seconds, published_fit, step_seconds
+from job.plan.steptime import (
+    BEYOND,
+    BLOCK_GB,
+    block_gigabytes,
+    expected_error,
+    optimizer_seconds,
+    published_fit,
+    step_seconds,
+)
 from job.recipe.config import DataConfig, Recipe, preset_header
 from job.recipe.derive import Derived, derive, micro_steps
 from job.recipe.leaderboard import UNTIMED_STEPS
@@ -201,7 +209,7 @@ def place(
     if train.fp8 and not gpu.fp8:
         raise UsageError(f"the {gpu.title} has no fp8 (Ada, Hopper or newer have): plan bf16 with -o train.fp8=false")
     micro = micro_steps(recipe, derived, gpus)
-    seconds = step_seconds(config, derived.batch_tokens, gpu, gpus, train.fp8)
+    seconds = step_seconds(config, derived.batch_tokens, gpu, gpus, train.fp8, levers=train.levers)
     if measured:
         seconds = measured.carried_to(recipe, derived, gpu, gpus)
     per_rank = derived.rows_per_step // gpus
@@ -223,8 +231,8 @@ def place(
         node=node,
         micro_steps=micro,
         step_seconds=seconds,
-        memory=[(step_memory(config, rows, gpus, train.fp8), per_rank % rows == 0) for rows in batches],
-        largest=largest_batch(config, per_rank * gpus, gpus, train.fp8, gpu.memory),
+        memory=[(step_memory(config, rows, gpus, train.fp8, train.levers), per_rank % rows == 0) for rows in batches],
+        largest=largest_batch(config, per_rank * gpus, gpus, train.fp8, gpu.memory, train.levers),
         host=host_memory(config, gpus),
         stages=money.stages(work, gpu, gpus, _training(recipe, derived, seconds, node, published, measured)),
         upload=upload,
@@ -320,6 +328,12 @@ def assumptions(plan: Plan) -> list[str]:
         f" a run left out of the fit is missed by at most {fit.worst:.1%}. Of it"
         f" {optimizer_seconds(plan.derived.config, node.gpu, node.gpus) * 1e3:.0f} ms are the optimizer, not fitted."
     )
+    if plan.recipe.train.fp8 and (levers := plan.recipe.train.levers):
+        said.append(
+            f"levers: the blocks of a d24 move {block_gigabytes(levers):.1f} GB a micro-step of 16 rows with them and"
+            f" {BLOCK_GB:.1f} without, counted and not timed; the fit's passes and the activations are scaled by such"
+            " counts"
+        )
     if measured := plan.measured:
         said.append(
             f"it is scaled to the step that was measured on {measured.gpus} x {measured.gpu} with image"

@@ -14,12 +14,16 @@ that counts is that of a run which was left out of the fit; `Fit.errors` has it 
 bf16 peak, P's term with their memory bandwidth, the bus with NVLink's. bf16 instead of fp8: the step without the
 optimizer takes 740/630 times as long, as published for a d26. The device batch is not in it: 32 instead of 16 rows
 brought about 1 % where it was tried.
+
+Levers (`train.levers`) scale P by the bytes of a micro-step's blocks that they leave out, counted by lowering a d24 for
+an H100 (LEFT_OUT_GB): an estimate on top of the fit, since no lever was timed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 
 import numpy as np
 
@@ -34,6 +38,20 @@ from model.scaling import flops_per_token
 POLAR_ITERATIONS = 5
 POLAR_EFFICIENCY = 0.6
 """of the bf16 peak, assumed"""
+BLOCK_GB = 366.0
+"""what the blocks of a d24 move in a micro-step of 16 x 2048 tokens in fp8, 10^9 bytes without levers: counted"""
+LEFT_OUT_GB = {
+    "shared_input": 15.8,
+    "kept_weights": 7.8,
+    "norm_output": 4.8,
+    "kept_columns": 0.0,
+    "joint_qkv": 9.3,
+    "relu_root": 9.7,
+    "wide_gradients": 2.7,
+    "bounded_scales": 30.0,
+}
+"""of these, by each lever on top of those before it, weights copied once in four micro-steps: counted (`python
+tests/model/hopper_levers.py`)"""
 REFERENCE = GPUS["h100"]
 """what the published runs ran on"""
 BEYOND = 0.15
@@ -75,19 +93,34 @@ def polar_flops(config: GPTConfig, ranks: int) -> int:
     return total
 
 
+def block_gigabytes(levers: Collection[str]) -> float:
+    """What a d24's blocks move in a micro-step with `levers`, 10^9 bytes; without one on which another builds, near
+    it."""
+    return BLOCK_GB - sum(LEFT_OUT_GB[lever] for lever in levers)
+
+
 def step_seconds(
-    config: GPTConfig, batch_tokens: int, gpu: GPU, ranks: int, fp8: bool, fit: Fit | None = None
+    config: GPTConfig,
+    batch_tokens: int,
+    gpu: GPU,
+    ranks: int,
+    fp8: bool,
+    fit: Fit | None = None,
+    levers: Collection[str] = (),
 ) -> float:
     """One optimizer step of `batch_tokens` tokens on `ranks` GPUs, seconds; an estimate, see `Fit.worst`."""
     tokens = batch_tokens / ranks
-    return tokens * token_seconds(config, gpu, fp8, fit) + optimizer_seconds(config, gpu, ranks)
+    return tokens * token_seconds(config, gpu, fp8, fit, levers) + optimizer_seconds(config, gpu, ranks)
 
 
-def token_seconds(config: GPTConfig, gpu: GPU, fp8: bool, fit: Fit | None = None) -> float:
+def token_seconds(
+    config: GPTConfig, gpu: GPU, fp8: bool, fit: Fit | None = None, levers: Collection[str] = ()
+) -> float:
     """Forward and backward of one token on one GPU."""
     fit = fit or published_fit()
     compute = flops_per_token(config) / (fit.flops * gpu.bf16 / REFERENCE.bf16)
-    memory = fit.passes * _stream_bytes(config) / gpu.bandwidth
+    passes = fit.passes * block_gigabytes(levers if fp8 else ()) / BLOCK_GB
+    memory = passes * _stream_bytes(config) / gpu.bandwidth
     return (compute + memory) * (1.0 if fp8 else BF16_TIME)
 
 

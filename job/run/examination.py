@@ -70,10 +70,11 @@ def _gpus(recipe: Recipe, ranks: int, there: int, price: float | None) -> list[F
     facts = gpu_facts() or GpuFacts(gpus=())
     name = facts.gpus[0].name if facts.gpus else ""
     made_for = re.fullmatch(r"(\d+)x(.+)", preset_header(recipe.preset).machine)
+    train = recipe.train
     wanted = GpusWanted(
         count=ranks,
         made_for=(int(made_for[1]), made_for[2]) if made_for else None,
-        memory=step_memory(derive(recipe).config, recipe.train.device_batch_size, count, recipe.train.fp8).total,
+        memory=step_memory(derive(recipe).config, train.device_batch_size, count, train.fp8, train.levers).total,
         cost=lambda share: price_of(share, recipe, Machine(there, name), count, price),
     )
     if any(finding.verdict == Verdict.REFUSED for finding in gpu_findings(facts, wanted)):

@@ -22,7 +22,7 @@ from job.plan.memory import (
 )
 from model import fp8
 from model.attention import attention
-from model.config import GPTConfig
+from model.config import LEVERS, SAME_NUMBERS, GPTConfig
 from model.gpt import GPT
 from model.optimizer import Optimizer, build_shards
 from model.scaling import RULES, derive
@@ -154,3 +154,16 @@ def test_what_the_compiler_keeps_of_a_block_is_what_the_plan_counts(precision: s
         )
     print(f"{precision}: {kept[0]:.1f} and {kept[1]:.1f} bytes a token and channel")
     assert sum(kept) / 2 == pytest.approx(ACTIVATION[precision], rel=0.1)
+
+
+def test_levers_keep_transposed_weights_and_other_activations() -> None:
+    c = config(24)
+    plain, fast, all_of_them, bf16 = (
+        step_memory(c, 16, 8, fp8, levers)
+        for levers, fp8 in (((), True), (SAME_NUMBERS, True), (LEVERS, True), (LEVERS, False))
+    )
+    assert fast.weight_copies - plain.weight_copies == 12 * c.width**2 * c.depth
+    channels = 16 * 2048 * c.width * c.depth
+    assert (fast.activations - plain.activations) / channels == pytest.approx(-0.9)
+    assert (all_of_them.activations - plain.activations) / channels == pytest.approx(-4.9)
+    assert bf16 == step_memory(c, 16, 8, fp8=False)

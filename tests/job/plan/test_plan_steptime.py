@@ -8,6 +8,7 @@ from job.machine.gpus import GPUS
 from job.plan.published_runs import RUNS
 from job.plan.steptime import (
     BEYOND,
+    LEFT_OUT_GB,
     REFERENCE,
     Fit,
     expected_error,
@@ -18,7 +19,7 @@ from job.plan.steptime import (
     step_seconds,
     token_seconds,
 )
-from model.config import GPTConfig
+from model.config import LEVERS, SAME_NUMBERS, GPTConfig
 from model.kernels import BF16_TIME
 
 BY_NAME = {run.name: run for run in RUNS}
@@ -98,3 +99,14 @@ def test_one_gpu_takes_eight_times_the_tokens_and_sends_nothing() -> None:
     one, eight = (step_seconds(run.config, run.batch_tokens, REFERENCE, ranks, True) for ranks in (1, 8))
     assert 7.7 < one / eight < 8
     assert optimizer_seconds(run.config, REFERENCE, 1) == pytest.approx(polar_flops(run.config, 1) / (0.6 * 989e12))
+
+
+def test_levers_take_their_counted_bytes_from_the_passes() -> None:
+    run = BY_NAME["Run 6"]
+    plain, fast, frontier, bf16 = (
+        step_seconds(run.config, run.batch_tokens, REFERENCE, 8, fp8, levers=levers)
+        for levers, fp8 in (((), True), (SAME_NUMBERS, True), (LEVERS, True), (LEVERS, False))
+    )
+    assert [round(1000 * step) for step in (plain, fast, frontier)] == [1087, 1058, 1005], "the counter's last column"
+    assert bf16 == step_seconds(run.config, run.batch_tokens, REFERENCE, 8, False), "no fp8, no levers"
+    assert LEFT_OUT_GB.keys() == set(LEVERS)
