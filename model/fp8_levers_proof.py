@@ -28,14 +28,14 @@ from model import fp8
 from model.attention import attention
 from model.config import GPTConfig
 from model.fp8_proof import FEWEST_TOKENS, GRADIENT, SPREAD, Agreement, disagreement, drawing, rounding
-from model.fp8_tensor import E4M3, E5M2
+from model.fp8_tensor import E4M3, E5M2, MULTIPLE
 from model.gpt import GPT
 from model.kernels import Fp8Error
 
 INPUT = 2**-6
 """size of the numbers that come in"""
-LENGTH_WITHOUT_GPU = 128
-"""tokens of a row at most, where there is no GPU"""
+GAIN = 2.0
+"""of each layer: what the norms of q and k divide by is not 1, so that a norm which does not would show"""
 IDLE = {"attention": "mlp.down.weight", "MLP": "attn.o.weight"}
 """a part of a block, and the weight that is zero where the part is looked at alone"""
 
@@ -47,8 +47,9 @@ def prove(
 
     Raises Fp8Error naming the lever where a result is wrong or a kernel fails.
     """
-    length = config.seq_len if device.type == "cuda" else min(config.seq_len, LENGTH_WITHOUT_GPU)
-    rows = max(tokens if device.type == "cuda" else 0, FEWEST_TOKENS) // length
+    rows, length = tokens // config.seq_len, config.seq_len
+    if device.type != "cuda":  # few tokens, and for any length a number that fp8 can do
+        rows, length = MULTIPLE, min(length, FEWEST_TOKENS // MULTIPLE)
     one = dataclasses.replace(config, depth=1, vocab_size=64, seq_len=length)
     right = _computed(one, rows, generation, (), device)
     found, fault = _compared(one, rows, generation, levers, device, right)
@@ -108,7 +109,7 @@ def _computed(
     for part, idle in IDLE.items():
         with torch.no_grad():
             for name, weight in weights.items():
-                weight.copy_(draw(*weight.shape) / math.sqrt(weight.size(1)) * (name != idle))
+                weight.copy_(draw(*weight.shape) * (GAIN / math.sqrt(weight.size(1)) * (name != idle)))
         if model.before_loss:
             model.before_loss()
         out = block(x, x0, lambdas, value_embed, model._rotary.tables(config.seq_len, x), attention)
