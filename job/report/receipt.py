@@ -35,7 +35,8 @@ ROWS = (
 )
 PLANNED = {money.VALIDATION: AROUND, money.CHECKPOINTS: AROUND}
 """stages of the quote that are not told apart afterwards"""
-STAGES = {"prepare": money.TEXT, "evaluate": money.SCORE, "report": money.REPORT}
+STAGES = {"prepare": money.TEXT, "evaluate": money.SCORE}
+"""the others but training are the report's row"""
 NOTE = "our clock times your price, not your invoice"
 CENT = Decimal("0.01")
 
@@ -86,7 +87,7 @@ def _divided(bill: Billed, record: Record, steps: Sequence[dict[str, Any]]) -> d
         end = life.end if span.end is None else span.end
         last_end = max(last_end, end)
         if span.stage != "pretrain":
-            found[STAGES[span.stage]] += end - span.start
+            found[STAGES.get(span.stage, money.REPORT)] += end - span.start
             continue
         before = end - span.start
         if steps:

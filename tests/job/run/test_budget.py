@@ -121,6 +121,10 @@ def simulate(run: Path, usd: float, world: World, monkeypatch: pytest.MonkeyPatc
             if wishes.count:
                 return sim.end(int(ExitCode.BUDGET))
         sim.emit("stage.done", stage="evaluate")
+        for stage in ("report", "export"):
+            sim.emit("stage.started", stage=stage)
+            sim.now += 10
+            sim.emit("stage.done", stage=stage)
         return sim.end(0)
 
 
@@ -231,7 +235,7 @@ def test_a_run_that_its_cap_stopped_goes_on_when_it_is_given_more(tmp_path: Path
     kept = r"what is sealed is kept, and the same command with --max-hours 0\.\d goes on from there"
     sentence = rf"^speedrun: --max-hours {float(hours):g} {why}: {finish}; {kept}$"
     assert re.search(sentence, stopped.stderr, re.MULTILINE), stopped.stderr
-    speedrun(speedrun.tiny("run", capped, *words, "--max-hours", "5", "--price", "24"))
+    speedrun(speedrun.tiny("run", capped, *words, "--max-hours", "5", "--price", "24", "--export"))
     assert _weights(capped) == _weights(whole)
     result, paper = (json.loads((capped / "runs/t/report" / f"{n}.json").read_text()) for n in ("result", "receipt"))
     assert sum(Decimal(row["usd"]) for row in paper["rows"]) == Decimal(paper["usd"]) == Decimal(str(result["usd"]))
