@@ -24,6 +24,7 @@ from job.evaluation.ledger import ANSWERS, Ledger, read_answers
 from job.recipe.config import differing_keys
 from job.report import words
 from job.report.certify import MADE_OF, RUN_SD, SHOWN, metric_name
+from job.report.receipt import receipt
 from job.report.result import evaluations, present, result_of
 from job.report.words import probability
 from job.store.attempt import Record, fold
@@ -45,7 +46,7 @@ def compare(a: Path, b: Path) -> tuple[dict[str, Any], tuple[Record, Record]]:
     UsageError where there is no run, DataError where something sealed is damaged.
     """
     recipes, records = (recipe_of(a), recipe_of(b)), (present(fold(a)), present(fold(b)))
-    results = [result_of(*parts) for parts in zip((a, b), recipes, records, strict=True)]
+    results = [result_of(*parts) for parts in zip((a, b), recipes, records, map(receipt, (a, b)), strict=True)]
     settings = [recipe["recipe"] for recipe in recipes]
     document = {
         "schema": 1,

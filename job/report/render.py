@@ -45,11 +45,11 @@ def report_files(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     recipe = recipe_of(run)
     record = results.present(fold(run))
-    result = results.result_of(run, recipe, record)
-    context = describe(run, recipe, record, result)
-    bill = {"receipt.json": json.dumps(context["receipt"], indent=1) + "\n"} if context["receipt"] else {}
+    bill = receipt(run)
+    result = results.result_of(run, recipe, record, bill)
+    context = describe(run, recipe, record, result, bill)
     return result, {
-        **bill,
+        **({"receipt.json": json.dumps(bill, indent=1) + "\n"} if bill else {}),
         "result.json": json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": page.markdown(context),
         "report.html": page.html(context, record),
@@ -64,9 +64,10 @@ def input_hashes(run: Path) -> dict[str, str]:
     return {file.relative_to(run).as_posix(): sha256_file(file) for file in files}
 
 
-def describe(run: Path, recipe: dict[str, Any], record: Record, result: dict[str, Any]) -> dict[str, Any]:
-    """The variables of both templates, ready to print."""
-    bill = receipt(run)
+def describe(
+    run: Path, recipe: dict[str, Any], record: Record, result: dict[str, Any], bill: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The variables of both templates, ready to print; `bill` is the receipt, where there is one."""
     settings = {
         section: [(key, _plain(value), recipe["sources"][f"{section}.{key}"]) for key, value in entries.items()]
         for section, entries in recipe["recipe"].items()

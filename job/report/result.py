@@ -31,11 +31,11 @@ def build_result(run: Path) -> dict[str, Any]:
 
     Raises UsageError when there is no run, DataError when its recipe or a sealed folder is damaged.
     """
-    return result_of(run, recipe_of(run), present(fold(run)))
+    return result_of(run, recipe_of(run), present(fold(run)), receipt(run))
 
 
-def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, Any]:
-    """`build_result` from parts that are already read: `recipe.json`'s document and the present record."""
+def result_of(run: Path, recipe: dict[str, Any], record: Record, bill: dict[str, Any] | None) -> dict[str, Any]:
+    """`build_result` from parts that are already read: `recipe.json`'s document, the present record, the receipt."""
     derived = recipe["derived"]
     planned_steps = derived["steps"]["value"]
     rows = max((step["rows"] for step in record.steps.values()), default=0)
@@ -52,7 +52,6 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record) -> dict[str, An
     scores = scores_of(ledgers)
     fullest = next(reversed(ledgers.values()), None)
     versions = record.machine.get("versions") or {}
-    bill = receipt(run)
     return {
         "schema": SCHEMA,
         "run_id": recipe["run_id"],
