@@ -144,10 +144,12 @@ class Mirror:
             yield from sorted(sealed_below(self.out / "prepared" / set_id), key=lambda p: (p.name in LAST_OF_A_SET, p))
 
     def _checkpoints(self, run: Path) -> list[Path]:
-        """The newest, if it is wanted: what is older is needed by nobody once there is a newer one."""
+        """Each where no minutes are set; else the newest, if it is wanted."""
+        if not self._minutes:
+            return folders(run)
         for newest in folders(run)[:1]:
             age = (newest / MANIFEST).stat().st_mtime - self._last_checkpoint
-            if not self._minutes or self.ending or int(newest.name) == self.final_rows or age >= 60 * self._minutes:
+            if self.ending or int(newest.name) == self.final_rows or age >= 60 * self._minutes:
                 return [newest]
         return []
 

@@ -104,6 +104,7 @@ def test_the_newest_checkpoint_comes_first_and_what_makes_a_set_whole_last(store
     assert order == [
         f"{RUN}/recipe.json",
         f"{RUN}/checkpoints/{16:015d}",
+        f"{RUN}/checkpoints/{8:015d}",
         f"{RUN}/eval/task",
         "prepared/p/items/x/y",
         "prepared/p/rows/00000",
