@@ -105,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         size = self.headers.get("Content-Length", "")
         if not size.isdigit() or int(size) > MOST_BYTES:
+            if size.isdigit():  # a client that is still sending would see no answer
+                self.rfile.read(min(int(size), 2 * MOST_BYTES))
             self._answer(413, b"a request has at most a megabyte", "text/plain")
             return
         try:
