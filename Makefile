@@ -49,7 +49,7 @@ SKY := .sky-env/made-from-$(shell \
 BY_FILE := --dist loadfile --no-loadscope-reorder
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help hf smoke test slow chaos services container cluster byhand lint bench gpu image push compose lock sizes clean
+.PHONY: help hf smoke test slow chaos services container cluster byhand lint docs bench gpu image push compose lock sizes clean
 .DELETE_ON_ERROR:
 
 help: ## list these commands
@@ -87,6 +87,9 @@ lint: $(PROJECT) ## style, formatting and types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+docs: $(PROJECT) ## docs/commands.md, from the command line itself
+	.venv/bin/python docs/commands.py
 
 bench: $(PROJECT) ## tables of timings (tests/bench/bench_*.py)
 	.venv/bin/python -m pytest tests/bench --override-ini "python_files=bench_*.py" --capture=no

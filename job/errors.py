@@ -13,7 +13,7 @@ from typing import Any
 
 
 class ExitCode(enum.IntEnum):
-    """What the process's exit code means; README, YAML and postmortem are checked against this table."""
+    """What the process's exit code means; docs/commands.md, YAML and postmortem are checked against this table."""
 
     DONE = 0
     BUG = 1

@@ -129,7 +129,7 @@ def _driver(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
         return
     said = f"{facts.driver} can do CUDA {facts.driver_cuda}, torch is built for {facts.torch_cuda}"
     if int(facts.driver_cuda.partition(".")[0]) < int(facts.torch_cuda.partition(".")[0]):
-        remedy = "take a host with a newer driver, or an image built with COMPAT=DIR or CUDA=cu126 (README, The image)"
+        remedy = "take a host with a newer driver, or an image built with COMPAT=DIR or CUDA=cu126 (docs/cloud.md)"
         yield Finding("driver", Verdict.REFUSED, said, remedy)
     else:
         yield Finding("driver", Verdict.OK, said)

@@ -79,18 +79,6 @@ def test_help_imports_neither_torch_nor_boto3_and_answers_at_once() -> None:
         assert f"{int(code):>2}  {meaning}" in said
 
 
-def test_the_readme_has_the_same_table_of_exit_codes() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for code, meaning in MEANING.items():
-        assert f"| {int(code)} | {meaning} |" in readme
-
-
-def test_the_readme_shows_every_command() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, _ in walk():
-        assert f"speedrun {name}" in readme
-
-
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [

@@ -141,7 +141,7 @@ GPU_TABLES: dict[str, tuple[dict[str, Any], str]] = {
     "old driver": (
         {"versions": {"driver": "535.104.05", "cuda": "12.2"}},
         "refused  driver: 535.104.05 can do CUDA 12.2, torch is built for 13.0; take a host with a newer driver, or an"
-        " image built with COMPAT=DIR or CUDA=cu126 (README, The image)",
+        " image built with COMPAT=DIR or CUDA=cu126 (docs/cloud.md)",
     ),
     "ECC errors": (
         {"edits": {6: {"<dram_uncorrectable>0": "<dram_uncorrectable>2"}}},

@@ -215,10 +215,17 @@ def test_a_place_without_a_trial(tmp_path: Path) -> None:
     assert "holds no trial of `speedrun try8`" in plan("--measured", str(tmp_path / "other.json")).stderr
 
 
-def test_the_readmes_table_is_what_plan_prints() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    printed = plan("run6", "fast").stdout.splitlines()
-    assert "\n".join(f"    {line}".rstrip() for line in printed) in readme
+def test_the_documents_tables_are_what_plan_prints() -> None:
+    root = Path(__file__).parents[3]
+    printed = plan("run6", "fast").stdout
+    quoted = "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
+    assert quoted in (root / "docs" / "results.md").read_text(encoding="utf-8")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    table = [line.strip("| ").split(" | ")[1:] for line in readme.splitlines() if re.match(r"\| `(run6|fast)`", line)]
+    rows = [re.split("  +", line)[1:] for line in printed.splitlines()[1:]]
+    assert len(table) == 2
+    for column, figures in enumerate(table):
+        assert len(figures) == 3 and set(figures) <= {row[column] for row in rows if len(row) == 2}
 
 
 def test_presets_side_by_side() -> None:
