@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -78,6 +79,35 @@ def test_the_release_smokes_what_it_pushed_before_it_names_it() -> None:
         assert flag.replace("=", " ", 1) in scripts[order[1]], (
             "the release smokes with the flags that the tests smoke with"
         )
+
+
+def test_the_release_pins_its_base_by_digest_and_the_image_says_which(tmp_path: Path) -> None:
+    """The step's own script, with a docker that knows one digest and writes down what it is told."""
+    steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["image"]["steps"]
+    (script,) = (step["run"] for step in steps if "push-by-digest=true" in step.get("run", ""))
+    digest = f"sha256:{'ab' * 32}"
+    (tmp_path / "docker").write_text(
+        f"""#!/bin/bash
+[ "$2" != imagetools ] || echo '{{"digest": "{digest}"}}'
+[ "$2" != build ] || {{ printf '%s\\n' "$@" >"$CALLS"; echo '{{"containerimage.digest": "sha256:1"}}' >metadata.json; }}
+"""
+    )
+    (tmp_path / "jq").write_text(
+        "#!/usr/bin/env python3\nimport json, sys\nprint(json.load(open(sys.argv[3]) if sys.argv[3:] else sys.stdin)"
+        "[sys.argv[2].strip('.\"')])\n"
+    )
+    for program in ("docker", "jq"):
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / "Dockerfile").write_text((ROOT / "Dockerfile").read_text())
+    script = script.replace("${{ matrix.target }}", "sky").replace("$(git log -1 --format=%ct)", "0")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    environment |= {"GITHUB_ENV": str(tmp_path / "env"), "IMAGE": "i"}
+    environment |= dict.fromkeys(("GITHUB_SHA", "GITHUB_SERVER_URL", "GITHUB_REPOSITORY"), "x")
+    subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, check=True)
+    told = (tmp_path / "calls").read_text().splitlines()
+    assert f"BASE_IMAGE=python:3.11-slim-bookworm@{digest}" in told
+    assert f"org.opencontainers.image.base.digest={digest}" in told
+    assert (tmp_path / "env").read_text() == "DIGEST=sha256:1\n"
 
 
 def test_what_compose_and_the_image_import_of_ours_is_there() -> None:

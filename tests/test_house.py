@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -273,4 +274,33 @@ def test_ci_and_the_makefile_have_the_commands() -> None:
     assert targets >= {"smoke", "test", "slow", "lint", "bench", "image"}
     ci = ROOT / ".ci" / "run"
     assert os.access(ci, os.X_OK)
-    assert set(re.search(r"^make (.+)$", ci.read_text(), re.MULTILINE)[1].split()) == {"lint", "test", "slow"}
+    assert set(re.search(r"set -- (.+)\nmake \"\$@\"$", ci.read_text(), re.MULTILINE)[1].split()) == {
+        "lint",
+        "test",
+        "slow",
+    }
+
+
+def test_every_push_runs_what_ci_runs_here() -> None:
+    """The jobs' targets are those of .ci/run, its `slow` in the parts that the Makefile makes of it."""
+    here = re.search(r"set -- (.+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)[1].split()
+    below = {target: [] for target in here}
+    rules = re.findall(r"^(\w+):([^#\n]*)[^\n]*\n((?:\t.*\n)*)", MAKEFILE, re.MULTILINE)
+    for target, needed, commands in rules:
+        calls = re.findall(r"\$\(MAKE\) .*--no-print-directory (.+)", commands)
+        below[target] = [word for line in [needed, *calls] for word in line.split() if word.isalpha()]
+
+    def parts(target: str) -> set[str]:
+        return set().union(*map(parts, below[target])) | ({target} - {"slow", "services"})
+
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow[True].keys() == {"push", "pull_request"}, "YAML reads `on` as true"
+    (job,) = workflow["jobs"].values()
+    assert job["steps"][-1]["run"] == "bash .ci/run ${{ matrix.target }}"
+    assert set(job["strategy"]["matrix"]["target"]) == set().union(*map(parts, here))
+
+
+@pytest.mark.parametrize("name", ["ci", "release"])
+def test_actions_are_pinned_by_digest(name: str) -> None:
+    uses = re.findall(r"uses: (.+)", (ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+    assert uses and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", action) for action in uses)
