@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import tomllib
@@ -21,6 +20,7 @@ from typing import Any, get_type_hints
 
 from job.addresses import keep_whole
 from job.errors import DataError, UsageError
+from job.recipe.names import did_you_mean, right_key
 from model.config import LEVERS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -246,15 +246,10 @@ def preset_names() -> list[str]:
     return sorted(p.stem for p in PRESETS.glob("*.toml"))
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
-    return f"did you mean {match[0]}?" if match else f"known: {', '.join(known)}"
-
-
 def _coerce(key: str, value: Any) -> Any:
     """`value` as the type of `key`; a string from the command line is parsed, a TOML value is checked."""
     if key not in known_keys():
-        raise UsageError(f"unknown key {key!r}; {_nearest(key, known_keys())}")
+        raise UsageError(f"unknown key {key!r}; {right_key(key, known_keys())}")
     section, _, name = key.partition(".")
     wanted = get_type_hints(SECTIONS[section])[name]
     is_number = isinstance(value, (int, float, str)) and not isinstance(value, bool)
@@ -295,6 +290,8 @@ def _check(section: str, config: Any) -> None:
 class PresetHeader:
     """What a preset says of itself, beside its values."""
 
+    purpose: str
+    """what it is for, in a sentence"""
     machine: str
     """what it is made for: cpu, or a number and a GPU, e.g. 8xh100"""
     notes: tuple[str, ...]
@@ -304,12 +301,13 @@ class PresetHeader:
 def preset_header(name: str) -> PresetHeader:
     """The header of the preset called `name`; UsageError where there is none."""
     table = _read_preset(name)
-    return PresetHeader(table["machine"], tuple(table.get("notes", ())))
+    return PresetHeader(table["purpose"], table["machine"], tuple(table.get("notes", ())))
 
 
 def _read_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
-        raise UsageError(f"no preset {name!r}; {_nearest(name, preset_names())} (presets: {', '.join(preset_names())})")
+        near = did_you_mean(name, preset_names())
+        raise UsageError(f"no preset {name!r}{near} (presets: {', '.join(preset_names())})")
     return tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -321,11 +319,11 @@ def load_preset(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
     if base := table.pop("base", None):
         values, sources, _ = load_preset(base)
     evidence = table.pop("evidence")
-    table.pop("machine")
-    table.pop("notes", None)
+    for word in ("purpose", "machine", "notes"):
+        table.pop(word, None)
     for section, entries in table.items():
         if section not in SECTIONS:
-            raise UsageError(f"preset {name}: unknown section {section!r}; {_nearest(section, list(SECTIONS))}")
+            raise UsageError(f"preset {name}: unknown section {section!r}{did_you_mean(section, SECTIONS)}")
         for key, value in entries.items():
             values[f"{section}.{key}"] = _coerce(f"{section}.{key}", value)
             sources[f"{section}.{key}"] = f"preset {name}"
