@@ -76,6 +76,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, bill: dict[str,
         },
         "stages_s": {stage: round(seconds, 3) for stage, seconds in record.stage_seconds().items()},
         "attempts": len(record.attempts),
+        "newest_attempt": _newest(record),
         "unusable_events": len(record.unusable),
         "usd": bill and float(bill["usd"]),
         "machine": _machine(record),
@@ -144,6 +145,14 @@ def _score(ledger: Ledger | None) -> dict[str, Any] | None:
     tasks = [{"task": task.label} | {key: getattr(task, key) for key in TASK_KEYS} for task in ledger.tasks]
     baselines = {task.label: task.baseline for task in ledger.tasks}
     return {"metric": ledger.metric, "se": ledger.se, "cap": ledger.cap, "baselines": baselines, "tasks": tasks}
+
+
+def _newest(record: Record) -> dict[str, Any] | None:
+    """Where the run's newest attempt is: Unix seconds of its last event, and how it ended, null while it goes on."""
+    if not record.attempts:
+        return None
+    life = record.attempts[-1]
+    return {"number": life.number, "seen": round(life.end, 3), "exit_code": life.exit_code, "reason": life.reason}
 
 
 def _machine(record: Record) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _cap(score: dict[str, Any]) -> str:
     return f"at most {count(score['cap'])} items each" if score["cap"] else "all items"
 
 
-def summary_lines(result: dict[str, Any], page: Path) -> list[str]:
+def summary_lines(result: dict[str, Any], page: Path | str) -> list[str]:
     """The end of a run on the terminal, about eight lines; `page` is where report.html is."""
     score = score_of(result)
     bigram = f"   (bigram model of the same tokens: {number(result['bigram_bpb'])})" if result["bigram_bpb"] else ""

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from job.console import Console
 from job.errors import DataError, UsageError
 from job.evaluation.ledger import ANSWERS, LEDGER
+from job.recipe.names import no_run
 from job.store import VARIABLE, open_store
 from job.store.attempt import Attempt, newest_attempt
 from job.store.checkpoint_folder import KIND as CHECKPOINT
@@ -110,6 +111,19 @@ class Bucket:
     def recipe(self, run_id: str) -> bytes | None:
         """The stored `recipe.json` of a run; None where the bucket has no such run."""
         return self.store.get(f"{run_key(run_id)}/recipe.json")
+
+    def run_ids(self) -> set[str]:
+        """The runs that the bucket has a recipe of."""
+        return {PurePosixPath(key).parts[1] for key in self.store.list("runs") if key.endswith("/recipe.json")}
+
+    def pull_run(self, out: Path, run_id: str) -> Path:
+        """A folder below `out` with a run as the bucket has it, without checkpoints; UsageError where it has none."""
+        run, stored = out / run_key(run_id), self.recipe(run_id)
+        if stored is None:
+            raise no_run(run_id, self.store.url, self.run_ids())
+        atomic_write(run / "recipe.json", stored)
+        self.pull_results(run)
+        return run
 
     def check_history(self, run: Path) -> None:
         """UsageError when the run of this name on this disk is not the one in the bucket."""

@@ -28,6 +28,7 @@ from job.machine import container, host
 from job.plan.cap import UNBOUNDED, Cap, Quote
 from job.recipe.config import SCHEMA, Recipe, differing_keys
 from job.recipe.derive import derive, differing_values, micro_steps
+from job.recipe.names import no_run
 from job.report import postmortem
 from job.report.render import write_report
 from job.reporter import Reporter
@@ -149,11 +150,9 @@ def existing_run(out: Path, run_id: str, bucket: Bucket | None = None) -> Path:
             atomic_write(run / "recipe.json", stored)
     if not (run / "recipe.json").is_file():
         parent = out / "runs"
-        known = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
-        raise UsageError(
-            f"no run {run_id} below {parent}; "
-            + (f"there are: {', '.join(known)}" if known else "begin one with: speedrun run")
-        )
+        known = {path.name for path in parent.iterdir()} if parent.is_dir() else set()
+        place = f"{parent}, or in {bucket.store.url}" if bucket else parent
+        raise no_run(run_id, place, known | (bucket.run_ids() if bucket else set()))
     return run
 
 

@@ -34,6 +34,7 @@ def test_whole_run_exactly(run):
     hashes = result.pop("hashes")
     assert [each["name"] for each in result.pop("evaluations")] == ["smoke_score"] and result.pop("unhashed") == []
     assert result.pop("provenance")["gpus"] == ["NVIDIA H100"] * 8 and result.pop("packed_bpb") is None
+    assert result.pop("newest_attempt") == {"number": 1, "seen": run.clock.now, "exit_code": 0, "reason": "done"}
     assert result == {
         "schema": 1,
         "run_id": "smoke",
