@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
+from job.cli.completion import complete_runs
 from job.cli.options import bucket_options, existing_runs, out_option
 from job.errors import UsageError
 
 
 @click.command()
-@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@click.argument("runs", nargs=-1, metavar="[RUN]...", shell_complete=complete_runs)
 @click.option("--core", "figures", type=float, multiple=True, metavar="X", help="A CORE instead of a run; repeat it.")
 @click.option("--sd", type=float, metavar="S", help="The standard deviation from run to run, where it is known.")
 @click.option("--table", metavar="PLACE", help="Collect the results below a folder or s3://... into a leaderboard.")

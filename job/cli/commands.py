@@ -13,8 +13,10 @@ import click
 
 from job.cli.certify import certify
 from job.cli.compare import compare
+from job.cli.completion import run_id_option
 from job.cli.doctor import doctor
 from job.cli.inference import export, import_, play, sample
+from job.cli.listing import LISTS
 from job.cli.options import (
     bucket_options,
     confirm_fresh,
@@ -29,30 +31,16 @@ from job.cli.options import (
 )
 from job.cli.plan import plan
 from job.cli.published_line import scored_at_the_end
+from job.cli.refusals import EPILOG, Commands
 from job.cli.rehearse import rehearse
 from job.cli.try8 import try8
 from job.console import Console
-from job.errors import MEANING, SpeedrunError, UsageError
+from job.errors import UsageError
 
 STAGES = ("prepare", "pretrain", "evaluate", "report")
 
 
-def exit_code_table() -> str:
-    return "\b\nExit codes:\n" + "\n".join(f"  {int(code):>2}  {meaning}" for code, meaning in MEANING.items())
-
-
-class Commands(click.Group):
-    """Prints expected failures as one sentence, with the exit code of the table."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SpeedrunError as error:
-            click.echo(f"speedrun: {error}", err=True)
-            ctx.exit(int(error.exit_code))
-
-
-@click.group(cls=Commands, epilog=exit_code_table(), context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gpt2-speedrun", prog_name="speedrun")
 def main() -> None:
     """Train a GPT-2-grade model and score it: prepare, pretrain, evaluate, report, or `run` for all of it.
@@ -63,7 +51,7 @@ def main() -> None:
     """
 
 
-for command in (certify, compare, doctor, export, import_, plan, play, rehearse, sample, try8):
+for command in (*LISTS, certify, compare, doctor, export, import_, plan, play, rehearse, sample, try8):
     main.add_command(command)
 
 
@@ -141,7 +129,7 @@ def pretrain(
 @main.command()
 @out_option
 @bucket_options
-@click.option("--run-id", metavar="ID", help="The run whose finished model is scored.")
+@run_id_option("The run whose finished model is scored.")
 @click.option(
     "--hf",
     type=click.Path(path_type=Path),
@@ -219,7 +207,7 @@ def evaluate(
 @main.command()
 @out_option
 @bucket_options
-@click.option("--run-id", required=True, metavar="ID", help="The run that is reported.")
+@run_id_option("The run that is reported.", required=True)
 @json_option
 @talk_options
 def report(out: Path, bucket: Any, run_id: str, as_json: bool, console: Console) -> None:
@@ -241,7 +229,7 @@ def report(out: Path, bucket: Any, run_id: str, as_json: bool, console: Console)
 
 @main.command("wandb-sync")
 @out_option
-@click.option("--run-id", required=True, metavar="ID", help="The run that wandb is to have, finished or not.")
+@run_id_option("The run that wandb is to have, finished or not.", required=True)
 def wandb_sync(out: Path, run_id: str) -> None:
     """Send wandb what it has not got yet of a run that was offline, or that lost wandb on the way.
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
+from job.cli.completion import complete_runs
 from job.cli.options import bucket_options, existing_runs, out_option
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=complete_runs)
+@click.argument("b", shell_complete=complete_runs)
 @click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help="Write it as HTML, too, with the curves.")
 @out_option
 @bucket_options

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from job.cli.completion import run_id_option
 from job.cli.options import bucket_url_option, machine_options, out_option, ranks_option, recipe_options
 
 PATIENCE = 10.0
@@ -27,11 +28,7 @@ PATIENCE = 10.0
     is_flag=True,
     help="Compute and compare on the GPU as well: attention, fp8's products and loss (a minute).",
 )
-@click.option(
-    "--run-id",
-    metavar="ID",
-    help="With --bucket: the run beside whose record doctor.json is put.  [default: the preset's name]",
-)
+@run_id_option("With --bucket: the run beside whose record doctor.json is put.  [default: the preset's name]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, and nothing else, on stdout.")
 def doctor(
     recipe: Any,

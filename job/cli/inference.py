@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from job.cli.completion import run_id_option
 from job.cli.options import bucket_options, out_option
 from job.errors import UsageError
 
@@ -20,7 +21,7 @@ def model_options(command: Callable) -> Callable:
     """Options that say which model: `run_id`, `model`, `out` and `bucket`."""
     address = "A run's folder, a checkpoint, an export, or s3://bucket/prefix/runs/ID (also with /export behind it)."
     command = click.option("--model", metavar="PATH", help=address)(command)
-    command = click.option("--run-id", metavar="ID", help="The run whose newest model is meant.")(command)
+    command = run_id_option("The run whose newest model is meant.")(command)
     return out_option(bucket_options(command))
 
 

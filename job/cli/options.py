@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from job.cli.completion import complete_keys, complete_presets, run_id_option
 from job.cli.published_line import line_options, recipe_flags
 from job.console import Console
 from job.errors import UsageError
@@ -90,16 +91,20 @@ def recipe_options(
     """The options that make a recipe, with or without the leaderboard's flags; the command is given `recipe`, or
     `recipes` where it takes several presets by their names alone."""
 
+    named = f"Named recipe: `speedrun presets`.  [default: {default_preset}]"
+    several_presets = click.argument("presets", nargs=-1, metavar="[PRESET]...", shell_complete=complete_presets)
+
     def decorate(command: Callable) -> Callable:
         @(line_options if published_line else lambda command: command)
-        @(click.argument("presets", nargs=-1, metavar="[PRESET]...") if several else lambda command: command)
-        @click.option("--preset", metavar="NAME", help=f"Named recipe.  [default: {default_preset}]")
+        @(several_presets if several else lambda command: command)
+        @click.option("--preset", metavar="NAME", shell_complete=complete_presets, help=named)
         @click.option(
             "-o",
             "overrides",
             multiple=True,
             metavar="SECTION.KEY=VALUE",
-            help="Override one value of the recipe; may be repeated.",
+            shell_complete=complete_keys,
+            help="Override one value of the recipe: `speedrun keys`; may be repeated.",
         )
         @click.option(
             "--data",
@@ -180,7 +185,7 @@ def confirm_fresh(asked: bool, preset: str, run: Path, bucket: Any) -> None:
 def run_options(command: Callable) -> Callable:
     """Options of the commands that make or continue a run."""
     name = "Name of the run; the same name goes on where it stopped.  [default: the preset's name]"
-    run_id = click.option("--run-id", metavar="ID", help=name)
+    run_id = run_id_option(name)
     discard = "Discard what this run id has and start anew; prepared data are kept."
     fresh = click.option("--fresh", is_flag=True, help=discard)
     yes = click.option("--yes", is_flag=True, help="With --fresh, discard a finished or stored run without asking.")
