@@ -137,9 +137,10 @@ class Quote:
         done += step / self.steps * self._middle((money.UNTIMED, money.TRAINING, money.VALIDATION, money.CHECKPOINTS))
         return 30 * (low + high) - done
 
-    def around(self, step: int) -> float:
-        """Seconds, at the middle, of validations and checkpoints beside the steps that are left."""
-        return (1 - step / self.steps) * self._middle((money.VALIDATION, money.CHECKPOINTS))
+    def needed(self, step: int, seconds: float) -> float:
+        """Seconds after `step` steps: those that are left, of `seconds` each, what is around them, and the reserve."""
+        around = (1 - step / self.steps) * self._middle((money.VALIDATION, money.CHECKPOINTS))
+        return (self.steps - step) * seconds + around + self.reserve
 
 
 def must_stop(
@@ -155,6 +156,5 @@ def must_stop(
         return "reached"
     if trained or seconds is None or made < FORECAST_AFTER or step >= LAST_QUARTER * quote.steps:
         return None
-    needed = (quote.steps - step) * seconds + quote.around(step) + quote.reserve
     slack = 0.0 if made == FORECAST_AFTER else SLACK * allowed
-    return "forecast" if needed > left + slack else None
+    return "forecast" if quote.needed(step, seconds) > left + slack else None

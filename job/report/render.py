@@ -77,7 +77,7 @@ def describe(
         "headline": words.headline(result),
         "verdict": [words.bpb_sentence(result), words.score_sentence(result)],
         "published": words.published_sentence(from_document(recipe)),
-        "progress": progress.progress_sentence(recipe, record, result, bill),
+        "progress": progress.progress_sentence(progress.figures(from_document(recipe), record)),
         "warnings": progress.warnings(record),
         "to_paste": words.to_paste(result),
         "when": words.moment(record.attempts[0].start) if record.attempts else "",

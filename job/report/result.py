@@ -81,7 +81,7 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, bill: dict[str,
         "usd": bill and float(bill["usd"]),
         "machine": _machine(record),
         "versions": {name: str(version) for name, version in sorted(versions.items())},
-        "provenance": _provenance(record),
+        "provenance": provenance(record),
         "hashes": _hashes(run, recipe, record, fullest),
         "unhashed": _unhashed(run),
     }
@@ -161,7 +161,7 @@ def _machine(record: Record) -> dict[str, Any]:
     return {"cpu": cpu.get("model"), "cores": cpu.get("cores"), "cpu_bf16": cpu.get("bf16")} | train
 
 
-def _provenance(record: Record) -> dict[str, Any] | None:
+def provenance(record: Record) -> dict[str, Any] | None:
     """Of the newest attempt that trained, or of the newest; None for a run of an earlier version."""
     lives = {life.number: life.first for life in record.attempts}
     newest = record.train.get("attempt", max(lives, default=0))

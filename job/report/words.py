@@ -188,7 +188,8 @@ def summary_lines(result: dict[str, Any], page: Path | str) -> list[str]:
         "validation bpb": number(result["val_bpb"]) + bigram,
         score_name(result): points,
         "trained": f"{short(result['tokens'])} tokens {steps}, {short(result['flops'], 'FLOP')}",
-        "time": duration(result["clocks"]["node_s"]) + (f"   ({stages})" if stages else ""),
+        "time": duration(result["clocks"]["node_s"]),
+        **({"of which": stages} if stages else {}),
         **({} if result["usd"] is None else {"cost": f"${result['usd']:.2f}   (boot and teardown included)"}),
         "page": str(page),
     }

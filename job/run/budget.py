@@ -87,11 +87,10 @@ class Budget(Reporter):
         if why is None:
             return
         left_steps = self._quote.steps - self._step
-        needed = self._quote.reserve + (
-            0.0 if seconds is None else left_steps * seconds + self._quote.around(self._step)
-        )
-        if seconds is None and not self._trained:
-            needed = self._quote.left(self._step)
+        if seconds is None:
+            needed = self._quote.reserve if self._trained else self._quote.left(self._step)
+        else:
+            needed = self._quote.needed(self._step, seconds)
         found = "is reached" if why == "reached" else f"would be passed by the {left_steps:,} steps that are left"
         self._reason = f"{self._cap} {found}: {self._finish(needed)}"
         self._interrupts.announce("the budget", STOP_SECONDS)

@@ -44,6 +44,7 @@ from job.run.processes import GRACE, LocalRank, free_port, start_ranks
 from job.run.supervise import Interrupts, supervise
 from job.run.uploader_client import AnnouncingReporter, Uploads, uploading
 from job.run.wandb_client import wandb_logging
+from job.run.watch import Watch
 from job.store.attempt import Attempt, fold
 from job.store.checkpoint_folder import CheckpointManager, folder_of, identity, newest_usable
 from job.store.documents import hashed, read_recipe
@@ -209,6 +210,7 @@ def execute(
         uploads.start()
         budget = Budget(cap, quote, run, interrupts, attempt, trained=is_done("pretrain", run, recipe))
         start = _Start(node, recipe, attempt, console, interrupts, link, uploads, bucket, budget)
+        attempt.heard = Watch(run, recipe, console).take
         with budget.explaining(), wandb_logging(run, attempt, console):  # wandb's id follows from the first event
             for stage in stages:
                 interrupts.check(stage)

@@ -35,7 +35,7 @@ ANSWER = 3.0
 """seconds that a process has to say where it is, and to write its stack"""
 ELSEWHERE = 20.0
 """seconds that other nodes have to say which of their ranks it is"""
-STILL_EVERY = 30.0
+STILL_EVERY = 60.0
 """seconds between two lines on what takes long"""
 
 

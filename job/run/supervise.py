@@ -153,6 +153,7 @@ def supervise(
             rank.kill()
         _drain(selector, reporter, console, manager)
         selector.close()
+        console.close()
     if cgroup.oom_kills() != kills and any(codes) and not any(rank.error for rank in ranks):
         raise OutOfMemoryError(_memory_sentence(stage))
     _raise_failure(stage, ranks, codes, signalled=interrupts.count > 0)

@@ -23,7 +23,7 @@ import secrets
 import socket
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Attempt(Reporter):
         self._sequence = 0
         self._began = time.monotonic()
         self._torn = False
+        self.heard: Callable[[dict[str, Any]], None] = lambda event: None
+        """is given each event when it is written"""
         self._file = open(run / "events" / f"{number}.jsonl", "ab", buffering=0)  # noqa: SIM115 - lives as long as the attempt
 
     @classmethod
@@ -89,6 +91,7 @@ class Attempt(Reporter):
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._torn = False
+        self.heard(record)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -196,6 +199,7 @@ class Record:
     attempts: list[Life] = dataclasses.field(default_factory=list)
     stages: list[Span] = dataclasses.field(default_factory=list)
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quote: dict[str, Any] = dataclasses.field(default_factory=dict)
     prepared: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     shards: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -237,6 +241,7 @@ class Record:
 
 LATEST = {
     "attempt.started": "machine",
+    "quote": "quote",
     "prepare.tokenizer": "tokenizer",
     "prepare.done": "prepared",
     "prepare.leaks": "leaks",

@@ -138,7 +138,6 @@ def record_step(run: Run, reading: Reading) -> None:
         done, tokens = reading.step + 1, run.batches.rows_per_step * run.recipe.model.seq_len
         numbers = {"loss": reading.loss, "lr_mult": reading.lr_mult, "ms": reading.seconds * 1000, "tokens": tokens}
         run.context.reporter.emit("train.step", step=reading.step, rows=done * run.batches.rows_per_step, **numbers)
-        run.context.reporter.progress("pretrain", done * tokens, run.derived.steps * tokens, "tokens")
         if slow := run.slow_ranks.take(reading):
             run.context.reporter.emit(
                 "train.slow_ranks", step=reading.step, rows=done * run.batches.rows_per_step, **slow

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from decimal import Decimal
+
 import pytest
 
+from job.plan import money
+from job.plan.money import Stage
 from job.plan.published_runs import RUNS
-from job.recipe.config import resolve
+from job.recipe.config import from_document, resolve
 from job.report import gpt2
-from job.report.progress import progress_sentence, utilization, warnings
+from job.report.progress import figures, line_parts, progress_sentence, utilization, warnings
 from job.report.render import report_files
-from job.report.result import build_result
 from job.report.words import to_paste
-from job.run.launch import recipe_document
-from job.store.attempt import fold
+from job.store.attempt import Attempt, Life, Record, fold
 from job.store.documents import recipe_of
 
 TASKS = tuple((name, "schema", 0, 0.0, 30, 100) for name in gpt2.ACCURACY)
@@ -20,31 +23,51 @@ TASKS = tuple((name, "schema", 0, 0.0, 30, 100) for name in gpt2.ACCURACY)
 
 def test_progress_has_step_loss_speed_and_time_left(run) -> None:
     attempt = run.start()
-    assert progress_sentence(recipe_of(run.path), fold(run.path), build_result(run.path)) == ""
+    assert progress_sentence(figures(from_document(recipe_of(run.path)), fold(run.path))) == ""
     run.prepare(attempt)
     run.pretrain(attempt, last=50)
     text = report_files(run.path)[1]["report.html"]
     assert (
-        "Step 50 of 200 (25 %), loss 4.698, 16,384 tokens a second; at this pace 1 min 15 s of steps are left." in text
+        "Step 50 of 200 (25 %), loss 5.115, 16,384 tokens a second; at this pace 1 min 15 s of steps are left." in text
     )
-    bill = {"usd": "1.23", "rows": [{"planned_usd": "40.00"}, {"planned_usd": None}, {"planned_usd": "5.5"}]}
-    said = progress_sentence(recipe_of(run.path), fold(run.path), build_result(run.path), bill)
-    assert said.endswith("of steps are left. $1.23 are spent of a quoted $45.50.")
     run.pretrain(attempt, first=50)
     assert "at this pace" not in report_files(run.path)[1]["report.html"]
+
+
+def test_the_line_and_the_page_have_one_source_of_dollars_and_forecast(run) -> None:
+    """36 dollars an hour are a cent a second: 10 s of boot, 20 of preparing, 25 of 50 steps; 75 s of steps are left,
+    and of the quote three quarters of the checkpoints' minute, and the score's minutes."""
+    attempt = Attempt.claim(run.path)
+    attempt.emit("attempt.started", price={"hour": 36.0, "source": "a test"}, boot={"id": "b", "up_s": 10.0})
+    stages = [Stage(money.CHECKPOINTS, 1.0, 1.0, ""), Stage(money.SCORE, 1.0, 2.0, "")]
+    attempt.emit("quote", stages=[dataclasses.asdict(stage) for stage in stages], price={"hour": 36.0})
+    run.prepare(attempt)
+    run.pretrain(attempt, last=50)
+    found = figures(from_document(recipe_of(run.path)), fold(run.path))
+    assert found and (found.usd, found.forecast) == (Decimal("0.55"), Decimal("0.55") + Decimal("2.40"))
+    assert progress_sentence(found).endswith("$0.55 are spent of $2.95 that the run will cost at this pace.")
+    assert progress_sentence(found) in report_files(run.path)[1]["report.html"]
+    smoothed = found.loss
+    assert smoothed and run.loss_at(49) < smoothed < run.loss_at(20)
+    assert line_parts(found) == [
+        *("step 50/200, 1 min 15 s left", f"loss {smoothed:.3f}", "bpb 2.469", "16.4 k tok/s", "$0.55 of $2.95")
+    ]
 
 
 def test_utilization_by_both_conventions() -> None:
     """Run 6 by its published seconds: 59 % by the leaderboard's count, of which attention is overcounted by a third."""
     run6 = next(run for run in RUNS if run.name == "Run 6")
-    recipe = recipe_document(resolve("run6"), "r")
-    result = {"provenance": {"gpus": ["NVIDIA H100 80GB HBM3"] * 8}, "machine": {"device": "cuda", "world_size": 8}}
-    causal, counted = utilization(recipe, result, run6.batch_tokens / run6.step_seconds)
+    train, gpus = {"attempt": 1, "device": "cuda", "world_size": 8}, ["NVIDIA H100 80GB HBM3"] * 8
+
+    def on(provenance: dict | None) -> Record:
+        return Record([Life(1, 0.0, 0.0, {"provenance": provenance}, again=False)], train=train)
+
+    causal, counted = utilization(resolve("run6"), on({"gpus": gpus}), run6.batch_tokens / run6.step_seconds)
     assert counted == pytest.approx(4775225616 * run6.batch_tokens / run6.step_seconds / (8 * 989e12))
     attention = 12 * 1536 * (18 * 512 + 6 * 2048)
     assert (counted - causal) / counted == pytest.approx((1 - 0.68) * attention / 4775225616, rel=0.1)
-    assert utilization(recipe, result | {"provenance": {"gpus": ["GeForce"]}}, 1.0) is None
-    assert utilization(recipe, result | {"provenance": None}, 1.0) is None
+    assert utilization(resolve("run6"), on({"gpus": ["GeForce"]}), 1.0) is None
+    assert utilization(resolve("run6"), on(None), 1.0) is None
 
 
 def test_warnings_are_shown_once_and_escaped(run) -> None:

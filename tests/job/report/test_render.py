@@ -291,7 +291,8 @@ def test_summary_lines(run):
         "  validation bpb  1.700   (bigram model of the same tokens: 2.250)",
         "  smoke score     0.0944 ± 0.0923   (3 tasks, all items)",
         "  trained         1.64 M tokens in 200 of 200 steps, 44.5 TFLOP",
-        "  time            2 min 30 s   (prepare 20 s, pretrain 1 min 40 s, evaluate 30 s)",
+        "  time            2 min 30 s",
+        "  of which        prepare 20 s, pretrain 1 min 40 s, evaluate 30 s",
         "  page            out/runs/smoke/report/report.html",
     ]
     on_gpu = result | {
