@@ -53,20 +53,19 @@ needs_corpus = pytest.mark.skipif(not CORPUS.is_dir(), reason="the corpus of rea
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Rows, and steps of so many tokens; shards and buffer are cut into `parts`, so that fewer steps see as many."""
+    """A model's depth and its rows, and steps of so many tokens."""
 
+    depth: int
     seq_len: int
     vocab_size: int
     step_tokens: int
     steps: int
     val_tokens: int
-    parts: int = 1
 
 
-THIRD = Shape(256, 4096, 2048, 120, 32_768, parts=3)
-SMALL = Shape(256, 4096, 2048, 500, 32_768)
-LONG = Shape(512, 8192, 8192, 250, 524_288)
-"""rows and steps of a d4 of the leaderboard's program and one of ours, which ended .016 apart"""
+SMALL = Shape(2, 256, 4096, 2048, 500, 32_768)
+LONG = Shape(4, 512, 8192, 8192, 250, 524_288)
+"""model, rows and steps of a run of the leaderboard's program and one of ours, which ended .016 apart"""
 
 
 @dataclasses.dataclass
@@ -77,11 +76,10 @@ class Text:
     held_out: list[str]
 
 
-def corpus(parts: int = 1) -> Text:
-    """Its four shards, each cut into so many."""
+def corpus() -> Text:
     *train, val = sorted(CORPUS.glob("shard_*.parquet"))
     read = [pq.read_table(file, columns=["text"]).column(0).to_pylist() for file in (*train, val)]
-    return Text([shard[part::parts] for shard in read[:-1] for part in range(parts)], read[-1])
+    return Text(read[:-1], read[-1])
 
 
 def embedded() -> Text:
@@ -111,7 +109,7 @@ class Packer:
             bos=self.tokenizer.bos_id,
             split_long=split_long,
             counts=PackCounts(),
-            buffer_documents=BUFFER_DOCUMENTS // self.shape.parts,
+            buffer_documents=BUFFER_DOCUMENTS,
         )
         return np.stack(list(rows))
 
@@ -152,9 +150,10 @@ def scores_of_a_bigram_model(packer: Packer, rows: np.ndarray, seed: int, sets: 
 
 
 def scores_of_a_gpt(packer: Packer, rows: np.ndarray, seed: int, sets: dict[str, np.ndarray]) -> Scores:
-    """A d2 trained on `rows` in their order, as the smoke preset trains."""
+    """A GPT trained on `rows` in their order, as the smoke preset trains."""
     shape = packer.shape
     values = {
+        "model.depth": shape.depth,
         "model.seq_len": shape.seq_len,
         "data.vocab_size": shape.vocab_size,
         "train.total_batch_size": shape.step_tokens,
@@ -173,23 +172,30 @@ def scores_of_a_gpt(packer: Packer, rows: np.ndarray, seed: int, sets: dict[str,
     return {name: bits_per_byte(model, v, packer.tokenizer.token_bytes, **options)["bpb"] for name, v in sets.items()}
 
 
-def compare(title: str, runs: dict[str, tuple[Packer, str]], score: Callable[..., Scores], sets_of: Callable) -> None:
+def compare(
+    title: str,
+    runs: dict[str, tuple[Packer, str]],
+    score: Callable[..., Scores],
+    sets_of: Callable,
+    seeds: tuple[int, ...] = SEEDS,
+) -> None:
     """Learn and score each run with each seed; the table of differences from the first one."""
     measured: dict[str, list[Scores]] = {name: [] for name in runs}
     sets = {name: sets_of(packer) for name, (packer, _) in runs.items()}
     print(f"\n\n{title}: {next(iter(runs.values()))[0].shape}")
-    for seed, (name, (packer, arm)) in itertools.product(SEEDS, runs.items()):
+    for seed, (name, (packer, arm)) in itertools.product(seeds, runs.items()):
         measured[name].append(score(packer, packer.train_rows(arm, seed), seed, sets[name]))
         cells = "".join(f"{key:>10} {value:.4f}" for key, value in measured[name][-1].items())
         print(f"{name:12} seed {seed}{cells}", flush=True)
     base = next(iter(runs))
-    print(f"bpb of {base}, and what the others differ from it by: mean of {len(SEEDS)} seeds (standard error)")
+    print(f"bpb of {base}, and what the others differ from it by: mean of {len(seeds)} seeds (standard error)")
     for name, results in measured.items():
         line = f"{name:12}"
         for key in results[0]:
             pairs = zip(results, measured[base], strict=True)
             found = [one[key] - (other[key] if name != base else 0) for one, other in pairs]
-            line += f"{key:>10} {statistics.mean(found):+.4f} ({statistics.stdev(found) / len(found) ** 0.5:.4f})"
+            error = f"{statistics.stdev(found) / len(found) ** 0.5:.4f}" if len(found) > 1 else "one seed"
+            line += f"{key:>10} {statistics.mean(found):+.4f} ({error})"
         print(line, flush=True)
 
 
@@ -205,9 +211,18 @@ def test_orders_by_a_bigram_model(shape):
 
 @needs_corpus
 def test_orders_by_a_gpt():
-    text = corpus(THIRD.parts)
-    packer = Packer(text, tokenizer_of(text, THIRD.vocab_size), THIRD)
-    compare("d2", {arm: (packer, arm) for arm in ARMS[:3]}, scores_of_a_gpt, Packer.validation_rows)
+    text = corpus()
+    packer = Packer(text, tokenizer_of(text, SMALL.vocab_size), SMALL)
+    compare("d2", {arm: (packer, arm) for arm in ARMS}, scores_of_a_gpt, Packer.validation_rows)
+
+
+@needs_corpus
+def test_the_two_runs_that_ended_apart():
+    """Ours and, in our own training, the rows and the tokenizer of the leaderboard's program; half an hour each."""
+    text = corpus()
+    ours, theirs = (Packer(text, tokenizer_of(text, LONG.vocab_size, chars), LONG) for chars in (8_000_000, 10**9))
+    runs = {"ours": (ours, "shard"), "theirs": (theirs, "stream")}
+    compare("d4", runs, scores_of_a_gpt, Packer.validation_rows, seeds=SEEDS[:1])
 
 
 SAMPLES = {"8 M of 10 k": (8_000_000, 10_000), "10 k": (10**9, 10_000), "all": (10**9, 10**9)}
