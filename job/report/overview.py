@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import DataError
+from job.recipe.config import from_document
 from job.report import words
 from job.report.postmortem import postmortem
-from job.report.progress import progress_sentence, warnings
+from job.report.progress import figures, progress_sentence, warnings
 from job.report.receipt import receipt
 from job.report.result import build_result, present, result_of
 from job.store.attempt import fold
@@ -110,7 +111,7 @@ def screen(run: Path, url: str | None, now: float) -> tuple[dict[str, Any], list
     said = [*words.summary_lines(result, f"{place}/report/report.html"), ""]
     state, newest = row(run.name, result, now)["state"], result["newest_attempt"]
     said.append(state + (f": attempt {newest['number']}, seen {words.moment(newest['seen'])}" if newest else ""))
-    if progress := progress_sentence(recipe, record, result, bill):
+    if progress := progress_sentence(figures(from_document(recipe), record)):
         said.append(progress)
     said += warnings(record)[:WARNINGS]
     if newest and state not in ("complete", "running"):

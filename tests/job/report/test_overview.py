@@ -94,7 +94,7 @@ def test_the_screen_of_a_run_that_stopped(make_run, clock):
     assert f"  page            {run.path}/report/report.html" in said
     assert said[said.index("") + 1 :] != []
     state = next(index for index, line in enumerate(said) if line.startswith("stopped: attempt 1, seen 20"))
-    assert said[state + 1].startswith("Step 100 of 200 (50 %), loss 3.6")
+    assert said[state + 1].startswith("Step 100 of 200 (50 %), loss 3.7")
     assert said[state + 2 :] == [
         "Attempt 1 ended with exit 75: SIGTERM: stopped before step 100",
         f"The checkpoint of step 100 is safe: {run.path}/checkpoints/000000000003200",
