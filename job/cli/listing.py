@@ -18,7 +18,7 @@ from job.cli.completion import complete_runs
 from job.cli.options import bucket_url_option, out_option
 
 NARROWEST = 40
-"""columns that the last cell of a row needs to stand in it; with fewer it goes below"""
+"""columns that a long last cell needs to stand in its row; with fewer it goes below"""
 
 
 def as_json_option(command: Callable) -> Callable:
@@ -174,13 +174,13 @@ def _print(rows: Sequence[Sequence[str]]) -> None:
 def table(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     indent = sum(widths) + 2 * len(widths)
-    below = width - indent < NARROWEST
-    for number, (*cells, last) in enumerate(rows):
+    for *cells, last in rows:
         line = "".join(f"{cell:<{size + 2}}" for cell, size in zip(cells, widths, strict=True))
-        if below:
+        room = width - indent
+        if len(last) > room and room < NARROWEST:
             yield line.rstrip()
-            yield from (f"    {part}" for part in _wrapped(last if number else "", width - 4))
+            yield from (f"    {part}" for part in _wrapped(last, width - 4))
         else:
-            first, *more = _wrapped(last, width - indent) or [""]
+            first, *more = _wrapped(last, room) or [""]
             yield f"{line}{first}".rstrip()
             yield from (" " * indent + rest for rest in more)

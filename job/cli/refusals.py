@@ -30,6 +30,7 @@ COMMANDS = {
     "estimate": "plan",
     "eval": "evaluate",
     "generate": "sample",
+    "help": "--help, of speedrun and of each command",
     "info": "status",
     "launch": "run on this machine, and sky launch sky/speedrun.yaml on a rented one",
     "logs": "status; the lines are in out/runs/RUN/logs",
@@ -42,6 +43,7 @@ COMMANDS = {
     "tokenize": "prepare",
     "train": "run, or pretrain without the score",
     "upload": "run --bucket, or export --hub",
+    "version": "--version",
 }
 """what commands are called in other tools, and what does it here"""
 OPTIONS = {
@@ -108,6 +110,8 @@ def _refusing(group: click.Group, context: click.Context | None = None) -> Itera
         raise Refused(str(error), error.exit_code) from None
     except click.exceptions.NoArgsIsHelpError:
         raise
+    except click.Abort:  # the end of what comes in, instead of an answer
+        raise Refused("nothing was done: the question has no answer", ExitCode.USAGE) from None
     except click.UsageError as error:
         called = context.invoked_subcommand if context else None
         raise Refused(sentence(error, group.commands.get(called or "", group)), ExitCode.USAGE) from None
@@ -135,7 +139,8 @@ def _no_option(error: click.NoSuchOption) -> str:
     known, others = _options(error.ctx.command), _commands_with(error.ctx, name)
     needed, elsewhere = OPTIONS.get(name.replace("_", "-"), ("", ""))
     key, by_word = name.lstrip("-").replace("-", "_"), {option.lstrip("-"): option for option in known}
-    if isinstance(error.ctx.command, click.Group):
+    match = names.nearest(name.lstrip("-"), by_word)
+    if isinstance(error.ctx.command, click.Group) and not match:
         remedy = f": options stand behind the command, as in speedrun {others[0] if others else 'run'} {name}"
     elif needed in known:
         remedy = f": here that is {elsewhere}"
@@ -143,7 +148,7 @@ def _no_option(error: click.NoSuchOption) -> str:
         remedy = f": here that is -o {names.ELSEWHERE[key]}"
     elif others:
         remedy = f": {', '.join(others[:3])} {'has' if len(others) == 1 else 'have'} it"
-    elif match := names.nearest(name.lstrip("-"), by_word):
+    elif match:
         remedy = f"; did you mean {by_word[match]}?"
     else:
         remedy = ": " + "long options begin with two dashes, and " * (not name.startswith("--")) + f"{path} --help"
@@ -215,7 +220,8 @@ def _too_many(error: click.UsageError) -> str:
 
 def _options(command: click.Command) -> dict[str, click.Option]:
     """By each of its names."""
-    return {name: option for option in command.params if isinstance(option, click.Option) for name in option.opts}
+    options = (each for each in command.get_params(click.Context(command)) if isinstance(each, click.Option))
+    return {name: option for option in options for name in option.opts}
 
 
 def _commands_with(context: click.Context, option: str) -> list[str]:

@@ -43,7 +43,7 @@ def test_help_plans_lists_and_usage_errors_import_nothing_heavy(tmp_path: Path) 
         (["list", *out], 0, "interrupted"),
         (["list", *out, "--bucket", str(tmp_path)], 0, "no runs"),
         (["status", "interrupted", *out], 0, "Training is under way"),
-        (["presets"], 0, "run6"),
+        (["presets"], 0, "free"),
         (["keys"], 0, "model.depth"),
         (["frobnicate"], 2, "no command"),
         (["run", "--nope"], 2, "--nope"),

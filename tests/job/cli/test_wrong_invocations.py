@@ -7,10 +7,12 @@ import shlex
 from pathlib import Path
 from unittest import mock
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from job.cli.commands import main
+from job.cli.refusals import Commands
 
 TWO_DASHES = "long options begin with two dashes, and speedrun run --help lists all"
 WRONG = (
@@ -22,6 +24,7 @@ WRONG = (
     ("run6", 2, "there is no command run6: for the preset write speedrun run --preset run6"),
     ("frobnicate", 2, "there is no command frobnicate: speedrun --help lists them"),
     ("--preset run6 run", 2, "speedrun has no option --preset: options stand behind the command, as in speedrun run"),
+    ("--hlep", 2, "speedrun has no option --hlep; did you mean --help?"),
     ("--version=3", 2, "--version takes no value: write it without = and what is behind"),
     # options
     ("run --resume", 2, "speedrun run has no option --resume: here that is the default: the same --run-id goes on"),
@@ -37,6 +40,7 @@ WRONG = (
     ("run --output-dir x", 2, "here that is --out DIR"),
     ("run --wandb", 2, "here that is no option: wandb is used where WANDB_API_KEY or WANDB_MODE is set"),
     ("run --presett run6", 2, "speedrun run has no option --presett; did you mean --preset?"),
+    ("plan --hlep", 2, "speedrun plan has no option --hlep; did you mean --help?"),
     ("run --max-use 3", 2, "did you mean --max-usd?"),
     ("run -preset run6", 2, f"speedrun run has no option -p: {TWO_DASHES}"),
     ("smoke --strict", 2, "speedrun smoke has no option --strict: run, doctor, pretrain have it"),
@@ -106,6 +110,12 @@ def test_one_sentence_with_the_remedy(
 
 def test_they_are_sixty() -> None:
     assert len({line for line, *_ in WRONG}) == len(WRONG) >= 60
+
+
+def test_a_question_without_an_answer_is_no_bug() -> None:
+    group = Commands("speedrun", commands=[click.Command("ask", callback=lambda: click.confirm("Go on?"))])
+    ended = CliRunner().invoke(group, ["ask"], input="")
+    assert (ended.exit_code, ended.stderr) == (2, "speedrun: nothing was done: the question has no answer\n")
 
 
 def test_without_a_word_it_is_the_help() -> None:

@@ -242,3 +242,13 @@ def test_evaluate_on_a_machine_without_the_run(finished: Finished, tmp_path: Pat
     with_s3(with_s3.command(*command))
     result = json.loads((tmp_path / "b" / "runs/t/report/result.json").read_text())
     assert result["smoke_score"]["cap"] == 13
+
+
+def test_list_and_status_on_a_machine_without_the_run(finished: Finished, tmp_path: Path, with_s3: Any) -> None:
+    place = ["--bucket", finished.s3.url, "--out", str(tmp_path / "out")]
+    rows = json.loads(with_s3.here(with_s3.command("list", *place, "--json")).stdout)
+    row = next(row for row in rows if row["run_id"] == "t")
+    assert (row["state"], row["steps"], row["val_bpb"]) == ("complete", 12, json.loads(finished.stdout)["val_bpb"])
+    said = with_s3.here(with_s3.command("status", "t", *place)).stdout
+    assert f"{finished.s3.url}/runs/t/report/report.html" in said and "complete: attempt " in said
+    assert not (tmp_path / "out").exists()
