@@ -100,7 +100,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     return [row["run_id"], row["state"], steps, words.number(row["val_bpb"]), points, usd, row["last_word"]]
 
 
-HEAD = ["run", "state", "steps", "bpb", "score", "dollars", "last word"]
+HEAD = ["run", "state", "steps", "bpb", "score", "$", "last word"]
 
 
 def screen(run: Path, url: str | None, now: float) -> tuple[dict[str, Any], list[str]]:

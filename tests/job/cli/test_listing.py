@@ -21,7 +21,7 @@ def run(tmp_path: Path) -> Path:
 def test_list_here_and_in_a_bucket(run: Path, speedrun, tmp_path: Path) -> None:
     here = ["--out", str(tmp_path / "out")]
     lines = speedrun.here(speedrun.command("list", *here)).stdout.splitlines()
-    assert lines[0].split() == ["run", "state", "steps", "bpb", "score", "dollars", "last", "word"]
+    assert lines[0].split() == ["run", "state", "steps", "bpb", "score", "$", "last", "word"]
     assert lines[1].split()[:5] == ["interrupted", "stopped", "2", "of", "12"]
     assert "exit 75: stopped before step 2 of 12" in " ".join(" ".join(lines[2:]).split())
     row = json.loads(speedrun.here(speedrun.command("list", *here, "--json")).stdout)[0]
