@@ -25,9 +25,13 @@ def as_json_option(command: Callable) -> Callable:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")(command)
 
 
+def in_bucket_option(command: Callable) -> Callable:
+    return bucket_url_option(command, "Look in s3://bucket/prefix (or a folder: /x, ./x) instead of --out.")
+
+
 @click.command("list")
 @out_option
-@bucket_url_option
+@in_bucket_option
 @as_json_option
 def list_(out: Path, url: str | None, as_json: bool) -> None:
     """The runs here, or in a bucket. Of each: state, steps, bits per byte, score, dollars, and how the newest attempt
@@ -59,7 +63,7 @@ def list_(out: Path, url: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("run_id", metavar="RUN", shell_complete=complete_runs)
 @out_option
-@bucket_url_option
+@in_bucket_option
 @click.option("--json", "as_json", is_flag=True, help="Print what result.json would be now, and nothing else.")
 def status(run_id: str, out: Path, url: str | None, as_json: bool) -> None:
     """One run on a screen. How far it is, its figures, what went wrong, what is safe, how to go on; writes nothing, and

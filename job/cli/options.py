@@ -27,15 +27,17 @@ def out_option(command: Callable) -> Callable:
     )(command)
 
 
-def bucket_url_option(command: Callable) -> Callable:
+MIRROR = "Mirror everything to s3://bucket/prefix (or a folder: /x, ./x), and go on from what is there."
+
+
+def bucket_url_option(command: Callable, words: str = MIRROR) -> Callable:
     """The command is given `url`, or None."""
     return click.option(
         "--bucket",
         "url",
         envvar="SPEEDRUN_BUCKET",
         metavar="URL",
-        help="Mirror everything to s3://bucket/prefix (or a folder: /x, ./x), and go on from what is there."
-        "  [env: SPEEDRUN_BUCKET]",
+        help=f"{words}  [env: SPEEDRUN_BUCKET]",
     )(command)
 
 
