@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs: `--help` answers without torch.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,14 @@ def prepare(recipe: Any, out: Path, bucket: Any, console: Console, dry_run: bool
       speedrun prepare --preset smoke --data my-texts/
     """
     from job.run import launch
-    from job.run.dry_run import describe_plan
+    from job.run.dry_run import plan_of, text_of
+    from job.run.prepare_alone import prepare_alone
 
+    launch.check_text(out, recipe)
     if dry_run:
-        click.echo(describe_plan(out, None, recipe, ("prepare",), ranks=1))
+        click.echo(text_of(plan_of(out, None, recipe, ("prepare",), ranks=1, bucket=bucket)))
         return
-    launch.prepare_alone(out, recipe, console=console, bucket=bucket)
+    prepare_alone(out, recipe, console=console, bucket=bucket)
 
 
 @main.command()
@@ -172,7 +175,7 @@ def evaluate(
     from job.evaluation import rescore
     from job.evaluation.ledger import Ledger, newest, table_lines
     from job.run import launch
-    from job.run.dry_run import describe_plan
+    from job.run.dry_run import plan_of, text_of
     from job.run.nodes import nodes_here
 
     if (run_id is None) == (hf is None):
@@ -187,16 +190,16 @@ def evaluate(
         return
 
     assert run_id is not None
-    run_path = launch.existing_run(out, run_id, bucket)
-    if bucket:
+    run_path = launch.existing_run(out, run_id, None if dry_run else bucket)
+    if bucket and not dry_run:
         bucket.pull_results(run_path)
     recipe = rescore.recipe_for_evaluation(run_path, core_bundle, overrides)
     stages = ("prepare", *STAGES[2:]) if bucket else STAGES[2:]  # which pulls what this machine lacks
     with rescore.asking(run_path, recipe, launch.recipe_document(recipe, run_id)) as asked:
         kept = "the run has a fuller score, which stays its own; this one goes beside it" if asked.is_lesser else ""
         if dry_run:
-            plan = describe_plan(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks)
-            click.echo(f"{plan}\n{kept}".rstrip())
+            planned = text_of(plan_of(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks))
+            click.echo(f"{planned}\n{kept}".rstrip())
             return
         launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, asked=asked, bucket=bucket)
     if not as_json and console.verbosity >= 0:
@@ -265,10 +268,9 @@ def _run(
 
     container.check_temporary_folder()  # torch wants one as it is imported
     from job.machine.host import gpu_count
-    from job.plan.cap import Quote
-    from job.plan.measured import RUN_ID
     from job.run import launch, preflight
-    from job.run.dry_run import describe_plan
+    from job.run.admission import check_machine
+    from job.run.dry_run import show_plan
     from job.run.join import join
     from job.run.nodes import nodes_here
     from job.run.supervise import ignore_signals
@@ -276,59 +278,27 @@ def _run(
     run_id = run_id or recipe.preset
     nodes = nodes_here(ranks, run_id, recipe.preset)
     notes = [*([note] if note else []), *preflight.about_comm(recipe, nodes.world_size)]
-    if dry_run:
-        plan = describe_plan(out, launch.run_folder(out, run_id), recipe, stages, ranks=nodes.world_size)
-        click.echo("\n".join([plan, *notes]))
-        return
-    confirm_fresh(fresh and not yes and nodes.is_first, recipe.preset, launch.run_folder(out, run_id), bucket)
+    asked = fresh and not yes and nodes.is_first
+    confirm_fresh(asked, recipe.preset, launch.run_folder(out, run_id), bucket, dry=dry_run)
     cap = limits.here(gpu_count(), nodes.count)
-    if gpu_count() and run_id != RUN_ID:  # which has had its doctor
-        _examine(recipe, out, bucket, nodes, cap, console, strict=strict, accept_slow=accept_slow)
-    machine = preflight.this_machine()
-    notes += preflight.check(recipe, nodes.ranks, strict=strict, allow_fa2=allow_fa2, machine=machine)
-    if strict and bucket and nodes.ranks > 1 and run_id != RUN_ID:
-        notes += preflight.about_try8(bucket.store, machine)
-    quote = Quote.of(recipe, machine, nodes.count) if cap.price or cap.hours else None
-    for sentence in [*notes, *([cap.sentence(quote)] if quote else [])]:
+    begin = {"fresh": fresh, "ranks": nodes.world_size, "bucket": bucket}
+    checks = {"strict": strict, "allow_fa2": allow_fa2, "accept_slow": accept_slow, "cap": cap, "console": console}
+    check = functools.partial(check_machine, recipe, out, run_id, notes, nodes=nodes, bucket=bucket, **checks)
+    if dry_run:
+        show_plan(out, run_id, recipe, stages, notes, check, cap=cap, as_json=as_json, **begin)
+        return
+    quote = check()
+    for sentence in notes:
         console.say(sentence)
     if not nodes.is_first:
         join(out, run_id, recipe, fresh=fresh, console=console, nodes=nodes, bucket=bucket)
         return
-    run_path = launch.open_run(out, run_id, recipe, fresh=fresh, ranks=nodes.world_size, bucket=bucket)
-    launch.execute(
-        out, run_path, recipe, stages, console=console, nodes=nodes, bucket=bucket, fresh=fresh, cap=cap, quote=quote
-    )
+    run_path = launch.open_run(out, run_id, recipe, **begin)
+    given = {"console": console, "nodes": nodes, "bucket": bucket, "fresh": fresh, "cap": cap, "quote": quote}
+    launch.execute(out, run_path, recipe, stages, **given)
     ignore_signals()  # all is sealed
     if "report" in stages:
         _show_result(run_path, as_json, console)
-
-
-def _examine(
-    recipe: Any,
-    out: Path,
-    bucket: Any,
-    nodes: Any,
-    cap: Any,
-    console: Console,
-    *,
-    strict: bool,
-    accept_slow: bool,
-) -> None:
-    """On GPUs first of all: say what every check found; raise what stands against this machine."""
-    from job.machine.finding import refusal
-    from job.run import examination
-
-    if strict and bucket is None:
-        raise UsageError(
-            "--strict is for machines that go away, and what is on this one would go with it: give --bucket"
-            " s3://bucket/prefix"
-        )
-    price = cap.price.hour / nodes.count if cap.price else None
-    findings = examination.examine(recipe, out, bucket.store if bucket else None, ranks=nodes.ranks, price=price)
-    for finding in findings:
-        console.say(finding.line())
-    if refused := refusal(findings, accept_slow=accept_slow or not strict):
-        raise refused
 
 
 def _evaluate_hf(

@@ -61,7 +61,7 @@ def bucket_options(command: Callable) -> Callable:
         elsewhere = others.get("hf") or others.get("figures") or others.get("table")
         if url is not None and not elsewhere:
             check_place(url, others["out"], strict=others.get("strict", False))
-            bucket = None if others.get("dry_run") else Bucket.at(url, 60 * bucket_wait)
+            bucket = Bucket.at(url, 60 * bucket_wait, dry=others.get("dry_run", False))
         return command(bucket=bucket, **others)
 
     return wrapped
@@ -82,9 +82,12 @@ def talk_options(command: Callable) -> Callable:
 
 
 def json_option(command: Callable) -> Callable:
-    return click.option("--json", "as_json", is_flag=True, help="Print result.json, and nothing else, on stdout.")(
-        command
-    )
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print result.json (of a dry run: the plan) on stdout, and nothing else.",
+    )(command)
 
 
 def recipe_options(
@@ -168,8 +171,9 @@ def ranks_option(command: Callable) -> Callable:
     return click.option("--ranks", type=click.IntRange(1, 64), metavar="N", help=words)(command)
 
 
-def confirm_fresh(asked: bool, preset: str, run: Path, bucket: Any) -> None:
-    """Where `asked`, have a person agree that a finished or stored run is discarded (one of smoke needs nobody).
+def confirm_fresh(asked: bool, preset: str, run: Path, bucket: Any, *, dry: bool) -> None:
+    """Where `asked`, have a person agree that a finished or stored run is discarded (one of smoke needs nobody; in a
+    dry run they would be asked).
 
     UsageError where they do not, or where there is no terminal to ask on.
     """
@@ -180,7 +184,7 @@ def confirm_fresh(asked: bool, preset: str, run: Path, bucket: Any) -> None:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UsageError(f"--fresh would discard {discarded}: add --yes, or take another --run-id")
-    if not click.confirm(f"--fresh discards {discarded}; go on?", err=True):
+    if not dry and not click.confirm(f"--fresh discards {discarded}; go on?", err=True):
         raise UsageError(f"--fresh discarded nothing; take another --run-id for a new run beside {run.name}")
 
 

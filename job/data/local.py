@@ -42,12 +42,7 @@ class FileShard:
 
 def open_local(paths: tuple[str, ...]) -> Source:
     """Files as shards. Every file is hashed and every parquet schema read now, so that most faults show at once."""
-    left_out: list[str] = []
-    files = [file for path in paths for file in _files(Path(path), left_out)]
-    if not files:
-        raise DataError(
-            "data.source is local but no path is given; point --data to a folder or to files that hold text"
-        )
+    files, left_out = text_files(paths)
     identity, sizes = [], []
     for file in files:
         with readable(file):
@@ -59,6 +54,17 @@ def open_local(paths: tuple[str, ...]) -> Source:
         name = members[0].name if len(members) == 1 else f"{members[0].name}..{members[-1].name}"
         shards.append(FileShard(name, sum(sizes[run]), tuple(members)))
     return Source({"source": "local", "files": identity}, tuple(shards), left_out=tuple(left_out))
+
+
+def text_files(paths: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+    """The files below `paths` that are read, and the names of others that are not; DataError where a path has none."""
+    left_out: list[str] = []
+    files = [file for path in paths for file in _files(Path(path), left_out)]
+    if not files:
+        raise DataError(
+            "data.source is local but no path is given; point --data to a folder or to files that hold text"
+        )
+    return files, left_out
 
 
 def _compression(file: Path) -> str | None:

@@ -101,11 +101,16 @@ class Bucket:
         return self.store.url if "://" in self.store.url else f"the folder {Path(self.store.url).resolve()}"
 
     @classmethod
-    def at(cls, url: str, wait: float = 600.0, patience: float = PATIENCE) -> Bucket:
-        """UsageError for a store that cannot be used, StorageError for one that does not answer."""
+    def at(cls, url: str, wait: float = 600.0, patience: float = PATIENCE, *, dry: bool = False) -> Bucket:
+        """UsageError for a store that cannot be used, StorageError for one that does not answer; a `dry` run leaves
+        nothing behind there."""
         store = open_store(url, patience)
+        missing = [path for path in (Path(url), *Path(url).parents) if "://" not in url and not path.exists()]
         store.prepare()
-        os.environ[VARIABLE] = url  # for the children: they pull prepared sets from there
+        if not dry:
+            os.environ[VARIABLE] = url  # for the children: they pull prepared sets from there
+        for folder in missing if dry else ():
+            folder.rmdir()
         return cls(store, wait)
 
     def recipe(self, run_id: str) -> bytes | None:

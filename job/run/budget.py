@@ -13,14 +13,13 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from job.errors import BudgetReached, InterruptedRun, SpeedrunError, UsageError
 from job.plan.cap import Cap, Quote, must_stop
 from job.reporter import Reporter
 from job.run.supervise import Interrupts
-from job.store.attempt import fold
+from job.store.attempt import Record
 from job.store.bill import billed
 
 STOP_SECONDS = 600.0
@@ -33,14 +32,21 @@ class Budget(Reporter):
     """Of one attempt: passes reports on, and stops the run by `interrupts` when `check` finds it has to."""
 
     def __init__(
-        self, cap: Cap, quote: Quote | None, run: Path, interrupts: Interrupts, reporter: Reporter, *, trained: bool
+        self,
+        cap: Cap,
+        quote: Quote | None,
+        record: Record,
+        interrupts: Interrupts,
+        reporter: Reporter,
+        *,
+        trained: bool,
     ) -> None:
-        """After the attempt's first event, when events of earlier attempts are there. quote: None where nothing bounds
+        """record: with the attempt's first event and those of earlier attempts. quote: None where nothing bounds
         the run and nobody knows its price. trained: the model is finished.
 
         UsageError where the quote is above what is left of the cap, BudgetReached where the run had trained before.
         """
-        record, self._began = fold(run), time.monotonic()
+        self._began = time.monotonic()
         self._cap, self._quote, self._interrupts = cap, quote, interrupts
         self._reporter = reporter
         attempts = billed(record)

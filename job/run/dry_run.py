@@ -1,36 +1,115 @@
-"""What a command would do, in words, before it does any of it."""
+"""What a command would do, after the same checks and before any of it; nothing is left behind."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
+from job.errors import PreflightError
+from job.evaluation.rescore import fullness_asked, fullness_of_score
+from job.plan.cap import Cap, Quote
 from job.recipe.config import Recipe
 from job.recipe.derive import derive, micro_steps
-from job.run.launch import is_done
+from job.reporter import Reporter
+from job.run.bucket import Bucket
+from job.run.budget import Budget
+from job.run.launch import check_run, is_done, run_folder
+from job.run.supervise import Interrupts
+from job.store.attempt import Record, fold
+from job.store.checkpoint_folder import folder_of
 
 
-def describe_plan(out: Path, run: Path | None, recipe: Recipe, stages: Sequence[str], *, ranks: int) -> str:
-    """What a command would do: the recipe with the origin of each value, what follows, and which stages are left."""
+def show_plan(
+    out: Path,
+    run_id: str,
+    recipe: Recipe,
+    stages: Sequence[str],
+    notes: list[str],
+    check: Callable[[], Quote | None],
+    *,
+    fresh: bool,
+    ranks: int,
+    bucket: Bucket | None,
+    cap: Cap,
+    as_json: bool,
+) -> None:
+    """Print what the run would do, or raise what it would raise before its first step.
+
+    check: looks at this machine and adds to `notes`. What is meant for another machine than this is shown, and then
+    refused as the run would be.
+    """
+    refused = None
+    try:
+        quote = check()
+        run, _ = check_run(out, run_id, recipe, fresh=fresh, ranks=ranks, bucket=bucket)
+        trained = not fresh and "pretrain" in _done(("pretrain",), run, recipe, bucket)
+        Budget(cap, quote, Record() if fresh else fold(run), Interrupts(), Reporter(), trained=trained)
+    except PreflightError as error:
+        refused = error
+    planned = plan_of(out, run_folder(out, run_id), recipe, stages, ranks=ranks, fresh=fresh, bucket=bucket)
+    click.echo(json.dumps(planned | {"notes": notes}, indent=1) if as_json else "\n".join([text_of(planned), *notes]))
+    if refused:
+        raise refused
+
+
+def plan_of(
+    out: Path,
+    run: Path | None,
+    recipe: Recipe,
+    stages: Sequence[str],
+    *,
+    ranks: int,
+    fresh: bool = False,
+    bucket: Bucket | None = None,
+) -> dict[str, Any]:
+    """The recipe with the origin of each value, what follows, and which stages are left, here and in the bucket."""
     derived = derive(recipe)
-    lines = [f"preset {recipe.preset} ({recipe.evidence})", ""]
-    lines += [f"  {key:<24} {_short(value):<16} {recipe.sources[key]}" for key, value in _flat(recipe)]
+    done = _done(stages, run, recipe, bucket) if run and not fresh else set()
+    why = {"value": micro_steps(recipe, derived, ranks), "why": f"on {ranks} rank{'s' * (ranks > 1)}"}
+    return {
+        "preset": recipe.preset,
+        "evidence": recipe.evidence,
+        "recipe": recipe.values(),
+        "sources": dict(recipe.sources),
+        "derived": derived.explained() | {"micro_steps": why},
+        "run_folder": str(run) if run else None,
+        "prepared": str(out / "prepared"),
+        "bucket": bucket.place if bucket else None,
+        "stages": {stage: "done already" if stage in done else "to do" for stage in stages},
+    }
+
+
+def text_of(plan: Mapping[str, Any]) -> str:
+    """A plan in words."""
+    lines = [f"preset {plan['preset']} ({plan['evidence']})", ""]
+    lines += [f"  {key:<24} {_short(value):<16} {plan['sources'][key]}" for key, value in _flat(plan["recipe"])]
     lines += ["", "what follows:"]
-    lines += [
-        f"  {name:<34} {_short(value['value']):<16} {value['why']}" for name, value in derived.explained().items()
-    ]
-    lines += [f"  {'micro_steps':<34} {micro_steps(recipe, derived, ranks):<16} on {ranks} rank{'s' * (ranks > 1)}", ""]
-    lines += [f"run folder: {run}" if run else f"prepared below: {out / 'prepared'}"]
-    for stage in stages:
-        done = run is not None and run.exists() and is_done(stage, run, recipe)
-        lines.append(f"  {stage}: {'done already' if done else 'to do'}")
-    return "\n".join(lines)
+    lines += [f"  {name:<34} {_short(of['value']):<16} {of['why']}" for name, of in plan["derived"].items()]
+    place = f"run folder: {plan['run_folder']}" if plan["run_folder"] else f"prepared below: {plan['prepared']}"
+    lines += ["", place, *([f"mirrored to {plan['bucket']}"] if plan["bucket"] else [])]
+    return "\n".join([*lines, *(f"  {stage}: {state}" for stage, state in plan["stages"].items())])
 
 
-def _flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    for section, entries in recipe.values().items():
+def _done(stages: Sequence[str], run: Path, recipe: Recipe, bucket: Bucket | None) -> set[str]:
+    done = {stage for stage in stages if is_done(stage, run, recipe)}
+    rows = derive(recipe).rows
+    if bucket and folder_of(run, rows) in bucket.checkpoints(run):
+        done |= {"pretrain"} & set(stages)
+        if "evaluate" in stages:
+            with tempfile.TemporaryDirectory() as folder:
+                there = Path(folder) / run.name
+                bucket.pull_results(there)
+                done |= {"evaluate"} if fullness_of_score(there, rows) >= fullness_asked(recipe.eval) else set()
+    return done
+
+
+def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, entries in recipe.items():
         for key, value in entries.items():
             yield f"{section}.{key}", value
 

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from job.addresses import recorded_argv
 from job.console import Console
+from job.data.local import text_files
 from job.errors import ExitCode, SpeedrunError, StorageError, UsageError
 from job.evaluation.rescore import FROM_BUCKET, Asked, fullness_asked, fullness_of_score
 from job.machine import container, host
@@ -31,16 +31,15 @@ from job.recipe.derive import derive, differing_values, micro_steps
 from job.recipe.names import no_run
 from job.report import postmortem
 from job.report.render import write_report
-from job.reporter import Reporter
 from job.run.bucket import Bucket
 from job.run.budget import Budget
 from job.run.compile_cache import Caches
-from job.run.fruitless import RankDied, judged, without_attempts
+from job.run.fruitless import RankDied, judged
 from job.run.node_checkpoints import SplitCheckpointManager, fetch, share
 from job.run.node_link import NodeLink, first_link
 from job.run.nodes import LaunchSpec, NodeContext, Nodes, same_command
 from job.run.preemption import Preemption
-from job.run.processes import GRACE, LocalRank, free_port, start_ranks
+from job.run.processes import GRACE, LocalRank, free_port
 from job.run.supervise import Interrupts, supervise
 from job.run.uploader_client import AnnouncingReporter, Uploads, uploading
 from job.run.wandb_client import wandb_logging
@@ -56,11 +55,12 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def check_writable(out: Path) -> None:
-    """UsageError unless `out` is or can become a folder we can write in; PreflightError without temporary files."""
+    """UsageError unless `out` is or can become a folder we can write in, which is not made yet; PreflightError without
+    temporary files."""
     container.check_temporary_folder()
-    probe = out / f".writable-{os.getpid()}"
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        probe = there / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -68,6 +68,13 @@ def check_writable(out: Path) -> None:
         if container.inside():
             remedy = container.remedy_for(out)
         raise UsageError(f"--out {out} cannot be written ({error.strerror}); {remedy}") from None
+
+
+def check_text(out: Path, recipe: Recipe) -> None:
+    """`check_writable`, and DataError unless the text's files are there."""
+    check_writable(out)
+    if recipe.data.source == "local":
+        text_files(recipe.data.paths)
 
 
 def recipe_document(recipe: Recipe, run_id: str) -> dict:
@@ -101,21 +108,22 @@ def fresh_would_discard(run: Path, bucket: Bucket | None) -> str | None:
     return f"the finished run {run}" if finished else None
 
 
-def open_run(
-    out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int = 1, bucket: Bucket | None = None
-) -> Path:
-    """The folder of `run_id`, its recipe written; UsageError when another one is there or in the bucket."""
+def check_run(
+    out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int, bucket: Bucket | None
+) -> tuple[Path, bytes]:
+    """The folder of `run_id` and what its recipe.json has to hold; nothing is written or discarded.
+
+    UsageError when another one is there or in the bucket, DataError when the text is not there.
+    """
     run = run_folder(out, run_id)
-    check_writable(out)
-    container.check(recipe)
+    check_text(out, recipe)
     document = recipe_document(recipe, run_id)
     micro_steps(recipe, derive(recipe), ranks)
-    if fresh and run.exists():
-        shutil.rmtree(run)
+    container.check(recipe)
     if bucket and not fresh:
         bucket.check_history(run)
     file = run / "recipe.json"
-    here = file.read_bytes() if file.is_file() else None
+    here = file.read_bytes() if file.is_file() and not fresh else None
     stored = bucket.recipe(run_id) if bucket and not fresh else None
     places = ((here, file), (stored, f"the recipe of {run_id} in the bucket"))
     begun = [read_recipe(data, name) for data, name in places if data is not None]
@@ -133,8 +141,20 @@ def open_run(
     kept = here or stored
     if not begun or differing_keys(begun[0]["recipe"], document["recipe"], free=True):
         kept = json.dumps(document, indent=1).encode()
-    if kept and kept != here:
-        atomic_write(file, kept)
+    assert kept
+    return run, kept
+
+
+def open_run(
+    out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int = 1, bucket: Bucket | None = None
+) -> Path:
+    """The folder of `run_id`, its recipe written, after `check_run`."""
+    run, document = check_run(out, run_id, recipe, fresh=fresh, ranks=ranks, bucket=bucket)
+    if fresh and run.exists():
+        shutil.rmtree(run)
+    file = run / "recipe.json"
+    if not file.is_file() or file.read_bytes() != document:
+        atomic_write(file, document)
     (run / FROM_BUCKET).unlink(missing_ok=True)
     return run
 
@@ -208,9 +228,9 @@ def execute(
         if bucket:
             bucket.begin(run, attempt, final_rows, console, fresh=fresh)
         uploads.start()
-        budget = Budget(cap, quote, run, interrupts, attempt, trained=is_done("pretrain", run, recipe))
+        budget = Budget(cap, quote, record := fold(run), interrupts, attempt, trained=is_done("pretrain", run, recipe))
         start = _Start(node, recipe, attempt, console, interrupts, link, uploads, bucket, budget)
-        attempt.heard = Watch(run, recipe, console).take
+        attempt.heard = Watch(record, recipe, console).take
         with budget.explaining(), wandb_logging(run, attempt, console):  # wandb's id follows from the first event
             for stage in stages:
                 interrupts.check(stage)
@@ -348,40 +368,3 @@ def _last_word(attempt: Attempt, uploads: Uploads, store: Store | None) -> Itera
         raise
     finally:
         attempt.close()
-
-
-def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket | None = None) -> None:
-    """The prepare stage without a run: what it seals is shared by runs with the same data, through the bucket too."""
-    check_writable(out)
-    with (
-        tempfile.TemporaryDirectory(prefix="speedrun-") as scratch,
-        Interrupts() as interrupts,
-        uploading(bucket, out, None, None, 0, console, interrupts, logs=Path(scratch)) as uploads,
-    ):
-        uploads.start()
-        if bucket:
-            console.say(f"mirroring what is prepared to {bucket.place}")
-        recipe_file = Path(scratch) / "recipe.json"
-        atomic_write(recipe_file, json.dumps(recipe_document(recipe, "prepare")).encode())
-        ranks = start_ranks(
-            ["prepare", str(out), str(recipe_file), ""], world_size=1, threads=0, logs=Path(scratch), label="prepare"
-        )
-        said = AnnouncingReporter(PrintingReporter(console), uploads)
-        try:
-            supervise("prepare", ranks, reporter=said, console=console, interrupts=interrupts, meanwhile=uploads.check)
-        except RankDied as died:
-            raise without_attempts(died) from None
-        uploads.flush()
-
-
-class PrintingReporter(Reporter):
-    """A reporter without a record: says where the prepared set is."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def emit(self, kind: str, **fields: Any) -> None:
-        if kind == "prepare.done":
-            read = ", ".join(f"{count} {suffix}" for suffix, count in sorted(fields.get("read", {}).items()))
-            rows = f"{fields['train_rows']:,} rows to train on, {fields['val_rows']:,} held out"
-            self._console.say(f"prepared {fields['id']}: {rows}" + (f" (files read: {read})" if read else ""))

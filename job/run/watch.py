@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from job.console import Console
 from job.recipe.config import Recipe
 from job.report.progress import figures, line_parts
 from job.report.result import present
-from job.store.attempt import fold, fold_event
+from job.store.attempt import Record, fold_event
 
 MILESTONES = {"train.val": "validated", "checkpoint.sealed": "checkpoint sealed", "upload.done": "checkpoint uploaded"}
 
 
 class Watch:
-    """Of one attempt whose first event is written."""
+    """Of one attempt whose first event is in the `record`, which the others are folded into."""
 
-    def __init__(self, run: Path, recipe: Recipe, console: Console) -> None:
-        self._recipe, self._console, self._record = recipe, console, fold(run)
+    def __init__(self, record: Record, recipe: Recipe, console: Console) -> None:
+        self._recipe, self._console, self._record = recipe, console, record
 
     def take(self, event: dict[str, Any]) -> None:
         """Show each step; at a validation, and at a checkpoint and its upload, leave a line of the same."""

@@ -63,10 +63,10 @@ def test_on_a_terminal_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("sys.stdin", keys)
         monkeypatch.setattr("sys.stderr", screen)
         if answer == "y":
-            confirm_fresh(True, "cpu", begun(tmp_path, 0), None)
+            confirm_fresh(True, "cpu", begun(tmp_path, 0), None, dry=False)
         else:
             with pytest.raises(UsageError, match="discarded nothing; take another --run-id"):
-                confirm_fresh(True, "cpu", begun(tmp_path, 0), None)
+                confirm_fresh(True, "cpu", begun(tmp_path, 0), None, dry=False)
         said = ""
         while "[y/N]:" not in said:
             said += os.read(person, 4096).decode()

@@ -133,8 +133,8 @@ def test_a_paid_machine_wants_a_bucket(name: str, monkeypatch: pytest.MonkeyPatc
         "speedrun: --strict is for machines that go away, and the folder ./mirror would go with it: give --bucket"
         " s3://bucket/prefix\n"
     )
-    assert command(name, "--strict", "--bucket", "s3://mine").exit_code == 0
-    monkeypatch.setattr("job.machine.host.gpu_count", lambda: 8)
+    check_place("s3://mine", here / "out", strict=True)
+    monkeypatch.setattr("job.run.admission.gpu_count", lambda: 8)
     refused = CliRunner().invoke(main, [name, "--strict"])
     assert (
         refused.exit_code == 2

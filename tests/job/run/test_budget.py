@@ -90,7 +90,7 @@ def simulate(run: Path, usd: float, world: World, monkeypatch: pytest.MonkeyPatc
         sim.start(cap, world.boot)
         wishes = Interrupts()
         try:
-            watch = Budget(cap, quote, run, wishes, sim, trained=False)
+            watch = Budget(cap, quote, fold(run), wishes, sim, trained=False)
         except SpeedrunError as error:
             return sim.end(int(error.exit_code))
         sim.emit("stage.started", stage="pretrain")
@@ -182,7 +182,7 @@ def test_run_6_is_scored_or_stops_within_60_steps(
         monkeypatch.setattr(budget.time, "monotonic", sim.monotonic)
         sim.start(Cap(80.0, None, Price(hour, "--price")), 600)
         with pytest.raises(BudgetReached, match="--max-usd 5 is nearly reached"):
-            Budget(Cap(5.0, None, Price(hour, "")), coarse(RUN_6), sim.run, Interrupts(), sim, trained=False)
+            Budget(Cap(5.0, None, Price(hour, "")), coarse(RUN_6), fold(sim.run), Interrupts(), sim, trained=False)
 
 
 def test_in_the_last_quarter_only_the_reserve_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ def test_in_the_last_quarter_only_the_reserve_stops_it(tmp_path: Path, monkeypat
     monkeypatch.setattr(budget.time, "monotonic", sim.monotonic)
     cap = Cap(None, quote.left(0) / 3600 + 0.3, None)
     sim.start(cap, 500)
-    watch = Budget(cap, quote, tmp_path / "r", wishes, sim, trained=False)
+    watch = Budget(cap, quote, fold(tmp_path / "r"), wishes, sim, trained=False)
     allowed = watch._allowed
     for step in range(STEPS):
         sim.now += 9.9 if step < 0.76 * STEPS else 40.0
@@ -209,7 +209,7 @@ def test_a_quote_above_the_cap_is_refused_before_the_first_step(
     cap = Cap(30.0, None, Price(23.6, "--price"))
     sim.start(cap, 500)
     with pytest.raises(UsageError) as refused:
-        Budget(cap, RUN_6, tmp_path / "r", Interrupts(), sim, trained=False)
+        Budget(cap, RUN_6, fold(tmp_path / "r"), Interrupts(), sim, trained=False)
     left = f"${quote_left(RUN_6):.2f}"
     assert str(refused.value) == (
         f"--max-usd 30 does not pay for this run, which is quoted at {left} more at $23.60 an hour (--price) where"

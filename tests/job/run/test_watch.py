@@ -14,7 +14,7 @@ from job import console as consoles
 from job.console import PLAIN_EVERY, Console
 from job.recipe.config import resolve
 from job.run.watch import Watch
-from job.store.attempt import Attempt
+from job.store.attempt import Attempt, fold
 from terminal import Screen, in_terminal
 
 STEPS = 12_000
@@ -29,7 +29,7 @@ class Terminal(io.StringIO):
 def begin(run: Path, console: Console) -> Attempt:
     attempt = Attempt.claim(run)
     attempt.emit("attempt.started", price={"hour": 2.5, "source": "a test"})
-    attempt.heard = Watch(run, resolve("smoke"), console).take
+    attempt.heard = Watch(fold(run), resolve("smoke"), console).take
     attempt.emit("train.start", step=0, rows=0, steps=STEPS)
     return attempt
 
