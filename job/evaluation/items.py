@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from job.data.prepare import Prepared
 from job.data.workers import run_tasks
 from job.evaluation.bundle import Bundle, Task
 from job.evaluation.prompts import Encoder, Item, check_cap, items_of
@@ -32,9 +31,9 @@ SPAWN_PAYS = 100_000
 VERSION = 1
 
 
-def items_folder(prepared: Prepared, bundle: Bundle, cap: int | None) -> Path:
-    """The folder of the tokens of this bundle's items, shared by runs on the same data."""
-    return prepared.path / "items" / f"{bundle.id}-{cap or 'all'}"
+def items_folder(prepared: Path, bundle: str, cap: int | None) -> Path:
+    """The folder, below that of a prepared set, of the tokens of the items of a bundle by its id."""
+    return prepared / "items" / f"{bundle}-{cap or 'all'}"
 
 
 class TaskItems(Sequence[Item]):

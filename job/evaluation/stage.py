@@ -150,7 +150,7 @@ def score(
         cap=cap,
         reporter=reporter,
         made_from=answered_by,
-        items=items_folder(prepared, bundle, cap),
+        items=items_folder(prepared.path, bundle.id, cap),
         device=model.wte.weight.device,
         workers=host.usable_cores(),
         ranks=ranks,

@@ -14,16 +14,15 @@ import itertools
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from job.evaluation.ledger import centered_accuracy
 from job.report import gpt2
 from job.report.result import finite
 from job.report.words import how_it_ended, number
@@ -117,6 +116,103 @@ def loss_figure(record: Record, vocab_size: int | None) -> Drawing | None:
     return Drawing(_svg(figure, "loss", label), "Training loss", caption)
 
 
+def step_figures(record: Record, mfu_of_one: float | None) -> list[Drawing]:
+    """Learning rate, speed, gradients and the ranks' own times over the steps, as far as events have them.
+
+    mfu_of_one: the share of the GPUs' peak that one token a second makes, where the peak is known.
+    """
+    speed = "Tokens a second" + (
+        ", and on the right the share of the GPUs' bf16 peak (MFU), by the leaderboard's count" if mfu_of_one else ""
+    )
+    drawings = [
+        _step_figure(
+            record,
+            "rate",
+            "Learning rate",
+            "Every learning rate's factor: 1 at its height.",
+            lambda e: e.get("lr_mult"),
+        ),
+        _step_figure(
+            record,
+            "speed",
+            "Speed",
+            f"{speed}. A step that waited or compiled is a dip.",
+            lambda e: 1000 * e["tokens"] / e["ms"] if e["ms"] else None,
+            right=mfu_of_one,
+        ),
+        _step_figure(
+            record,
+            "norm",
+            "Gradient norm",
+            "Of all gradients together, averaged over the ranks.",
+            lambda e: e.get("grad_norm"),
+        ),
+        _ranks_figure(record),
+    ]
+    return [drawing for drawing in drawings if drawing]
+
+
+def _step_figure(
+    record: Record,
+    name: str,
+    heading: str,
+    caption: str,
+    value: Callable[[dict[str, Any]], float | None],
+    right: float | None = None,
+) -> Drawing | None:
+    """One number of each step as means of buckets; `right` times it, in per cent, is a second axis."""
+    points = {_step(record, e): found for e in record.steps.values() if (found := finite(value(e))) is not None}
+    if len(points) < 2:
+        return None
+    size = -(-len(points) // MOST_POINTS)
+    steps, values = (bucket_means(list(numbers), size) for numbers in (points, points.values()))
+    figure, axes = _axes()
+    axes.plot(steps, values, color=ACCENT, linewidth=1.5)
+    _limits(axes, record, [0.0, *values])
+    axes.set_ylim(bottom=0)
+    if max(values) >= 1000:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    if right:
+        functions: Any = (lambda y: 100 * right * y, lambda y: y / right / 100)
+        share = axes.secondary_yaxis("right", functions=functions)
+        share.tick_params(colors=MUTED, length=0)
+        share.spines["right"].set_visible(False)
+        share.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    digits = 0 if max(values) >= 1000 else 3
+    first, last = (f"{number(values[at], digits)} at step {steps[at]:,.0f}" for at in (0, -1))
+    return Drawing(_svg(figure, name, f"{heading}: {first}, {last}"), heading, caption)
+
+
+def _ranks_figure(record: Record) -> Drawing | None:
+    """Each rank's own computing time of a step, the slowest rank's line in a colour of its own; None for one rank."""
+    windows = [event for event in record.rank_times.values() if len(event["ms"]) > 1]
+    world = len(windows[-1]["ms"]) if windows else 0
+    windows = [event for event in windows if len(event["ms"]) == world]
+    if not windows:
+        return None
+    steps = [_step(record, event) for event in windows]
+    lines = list(zip(*(event["ms"] for event in windows), strict=True))
+    slowest = max(range(world), key=lambda rank: sum(lines[rank]))
+    size = -(-len(steps) // (MOST_POINTS // 4))
+    figure, axes = _axes()
+    for rank, line in enumerate(lines):
+        color, width = (REFERENCE, 2.0) if rank == slowest else (MUTED, 0.8)
+        marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(steps) < SMOOTH_FROM else {}
+        axes.plot(
+            bucket_means(steps, size),
+            bucket_means(line, size),
+            color=color,
+            linewidth=width,
+            zorder=2 + (rank == slowest),
+            **marker,
+        )
+    _limits(axes, record, [ms for line in lines for ms in line])
+    caption = f"Milliseconds that each of {world} ranks computed in a step, before it waits for the others; means of"
+    caption += f" about {windows[-1]['steps']} steps. In colour: rank {slowest}, the slowest."
+    label = f"Step time by rank: the slowest is rank {slowest} with {number(lines[slowest][-1], 1)} ms in the end"
+    return Drawing(_svg(figure, "ranks", label), "Step time by rank", caption)
+
+
 def pair_figures(records: tuple[Record, Record], names: Sequence[str]) -> list[Drawing]:
     """Validation bits per byte and training loss of two runs over the tokens that each had trained on."""
     drawings = []
@@ -145,28 +241,28 @@ def pair_figures(records: tuple[Record, Record], names: Sequence[str]) -> list[D
 
 def core_figure(core: dict[str, Any] | None) -> Drawing | None:
     """Centred accuracy by task with its 95 % error by item sampling, beside GPT-2's sizes; None for other tasks."""
-    if core is None or any(task["task"] not in gpt2.ACCURACY for task in core["tasks"]):
+    if core is None or (rows := gpt2.centered(core["baselines"])) is None:
         return None
-    names = [task["task"] for task in core["tasks"]]
     bars = [(task["centered"], task["se"]) for task in core["tasks"]] + [(core["metric"], core["se"])]
-    rows = [[centered_accuracy(a, core["baselines"][name]) for a in gpt2.ACCURACY[name]] for name in names]
-    rows.append([sum(column) / len(rows) for column in zip(*rows, strict=True)])
     figure, axes = _axes(size=(SIZE[0], 0.8 + 0.24 * len(rows)))
     places = range(len(rows))
-    *smaller, xl = zip(*rows, strict=True)
+    *smaller, xl = zip(*rows.values(), strict=True)
+    for mean in rows["CORE"]:
+        axes.axvline(mean, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
     for size, values in enumerate(smaller):
         axes.scatter(values, places, marker="|", color=MUTED, s=25 + 35 * size, zorder=2)
     axes.scatter(xl, places, marker="D", color=REFERENCE, s=26, zorder=2)
     centers, errors = zip(*bars, strict=True)
     reach = [1.96 * se for se in errors]
     axes.errorbar(centers, places, xerr=reach, fmt="o", color=ACCENT, markersize=5, zorder=3)
-    axes.set_yticks(places, [*names, "CORE"])
-    axes.axhline(len(names) - 0.5, color=RULE, linewidth=1)
+    axes.set_yticks(places, list(rows))
+    axes.axhline(len(rows) - 1.5, color=RULE, linewidth=1)
     axes.invert_yaxis()
     axes.xaxis.grid(True, color=RULE, linewidth=0.8)
     axes.set_xlabel("centered accuracy", color=MUTED)
     caption = "Dots: this model, with the 95 % error of item sampling. As published for GPT-2: diamonds 1.6B (XL),"
     caption += " ticks 124M (shortest), 355M and 774M (longest); all but 124M of at most 1,000 items a task."
+    caption += " Dotted lines: their four COREs, the smallest model's on the left."
     return Drawing(_svg(figure, "core", "CORE by task beside GPT-2's four sizes"), "Beside GPT-2", caption)
 
 

@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from job.evaluation.ledger import centered_accuracy, metric_of
+
 SIZES = ("124M", "355M", "774M", "1.6B")
 ACCURACY = {
     "hellaswag_zeroshot": (0.308504, 0.39, 0.44, 0.502),
@@ -31,3 +35,14 @@ ACCURACY = {
     "bigbench_language_identification": (0.2566, 0.269, 0.261, 0.25),
 }
 """by task, in the order of SIZES"""
+
+
+def centered(baselines: Mapping[str, float]) -> dict[str, tuple[float, ...]] | None:
+    """Centred accuracies in the order of SIZES, by task and last of all by "CORE"; None for other tasks than CORE's.
+
+    baselines: a guesser's accuracy, 0 to 1, by task.
+    """
+    if not baselines.keys() <= ACCURACY.keys():
+        return None
+    rows = {task: tuple(centered_accuracy(a, guess) for a in ACCURACY[task]) for task, guess in baselines.items()}
+    return rows | {"CORE": tuple(metric_of(column) for column in zip(*rows.values(), strict=True))}

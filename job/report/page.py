@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from job.report import figures, words
+from job.report import figures, gpt2, words
 from job.store.attempt import Record
 
 
@@ -25,6 +25,9 @@ def html(context: dict[str, Any], record: Record) -> str:
         "drawings": [drawing for drawing in drawings if drawing],
         "attempts": figures.attempts_figure(record),
         "core_figure": figures.core_figure(result["core"]),
+        "step_figures": figures.step_figures(record, context["mfu_of_one"]),
+        "beside": gpt2_rows(result["core"]),
+        "sizes": gpt2.SIZES,
         "samples": list(record.samples.items()),
         "tiles": tiles(result),
         "groups": groups(context["tasks"]),
@@ -40,7 +43,13 @@ def foreign_html(context: dict[str, Any]) -> str:
         .get_template("foreign.html.j2")
         .render(
             context
-            | {"groups": groups(context["tasks"]), "core_figure": figures.core_figure(context["result"]["core"])}
+            | {
+                "groups": groups(context["tasks"]),
+                "core_figure": figures.core_figure(context["result"]["core"]),
+                "beside": gpt2_rows(context["result"]["core"]),
+                "sizes": gpt2.SIZES,
+                "asked": [],
+            }
         )
     )
 
@@ -50,8 +59,9 @@ def fill(template: str, context: dict[str, Any]) -> str:
     return _environment().get_template(template).render(context)
 
 
-def markdown(context: dict[str, Any]) -> str:
-    return _environment().get_template("report.md.j2").render(context | {"kinds": words.KINDS})
+def markdown(context: dict[str, Any], record: Record) -> str:
+    more = {"kinds": words.KINDS, "samples": list(record.samples.items())}
+    return _environment().get_template("report.md.j2").render(context | more)
 
 
 def tiles(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -75,6 +85,14 @@ def tiles(result: dict[str, Any]) -> list[dict[str, str]]:
     return filled
 
 
+def gpt2_rows(core: dict[str, Any] | None) -> list[tuple[str, float, tuple[float, ...]]]:
+    """(task, this model's centered accuracy, those of GPT-2's sizes), and last the COREs; empty for other tasks."""
+    if core is None or (sizes := gpt2.centered(core["baselines"])) is None:
+        return []
+    own = {task["task"]: task["centered"] for task in core["tasks"]} | {"CORE": core["metric"]}
+    return [(name, own[name], values) for name, values in sizes.items()]
+
+
 def groups(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tasks by kind, in their first order, and the mean of each kind's centered accuracies."""
     found = []
@@ -95,7 +113,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     filters = (words.number, words.count, words.short, words.duration, words.percent, words.probability)
-    environment.filters |= {f.__name__: f for f in (*filters, code, breakable)}
+    environment.filters |= {f.__name__: f for f in (*filters, code, block, breakable)}
     environment.filters["css"] = lambda share: f"{100 * share:.2f}%"
     return environment
 
@@ -108,6 +126,17 @@ def breakable(name: str) -> Markup:
 def code(value: Any) -> str:
     """`value` as a Markdown code span for a table cell: one line, a fence longer than any backticks in it."""
     text = " ".join(str(value).split()).replace("|", "\\|")
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    fence = _fence(text, 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{text}{pad}{fence}" if text else ""
+
+
+def block(text: str) -> str:
+    """`text` as a Markdown code block: with a fence longer than its backticks, and pictures of control characters."""
+    shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
+    fence = _fence(shown, 3)
+    return f"{fence}\n{shown}\n{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))

@@ -19,6 +19,7 @@ from job.report import result as results
 from job.report.receipt import receipt
 from job.store.attempt import Record, fold
 from job.store.documents import canonical_json, recipe_of
+from job.store.fence import run_key
 from job.store.sealed import MANIFEST, sealing, sha256_file
 
 TASK_KEYS = ("task", "kind", "n", "shots", "accuracy", "baseline", "centered")
@@ -41,17 +42,18 @@ def write_report(run: Path) -> dict[str, Any]:
 
 def report_files(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The result of `run` so far, and the text of each file of its report; raises as `write_report` does."""
-    from job.report import page  # Matplotlib and Jinja take a second to import
+    from job.report import examples, page  # Matplotlib and Jinja take a second to import
 
     recipe = recipe_of(run)
     record = results.present(fold(run))
     bill = receipt(run)
     result = results.result_of(run, recipe, record, bill)
     context = describe(run, recipe, record, result, bill)
+    context["asked"] = examples.asked(run, result, record.prepared.get("id"))
     return result, {
         **({"receipt.json": json.dumps(bill, indent=1) + "\n"} if bill else {}),
         "result.json": json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": page.markdown(context),
+        "report.md": page.markdown(context, record),
         "report.html": page.html(context, record),
     }
 
@@ -90,7 +92,9 @@ def describe(
         "stages": stage_rows(result),
         "training_clock": words.training_clock(result),
         "slow_ranks": words.slow_ranks(record),
+        "mfu_of_one": (progress.utilization(recipe, result, 1.0) or (None, None))[1],
         "machine": machine_rows(result),
+        "places": places(run, record),
         "commands": commands(run, recipe, result),
     }
 
@@ -137,6 +141,22 @@ def provenance_rows(provenance: dict[str, Any] | None) -> list[tuple[str, str]]:
     gpus = ", ".join(f"{count} x {name}" for name, count in Counter(origin.get("gpus", [])).items())
     rows = [("GPUs", gpus), *((name, origin.get(name)) for name in ("driver", "commit", "image", "lock"))]
     return [(name, value) for name, value in rows if value]
+
+
+def places(run: Path, record: Record) -> list[tuple[str, str, str]]:
+    """(what, its link from the page or nothing, where it is): the report's other files, the weights, the bucket."""
+    rows = [("all figures, for programs", "result.json"), ("the same as text", "report.md")]
+    found = [(what, name, name) for what, name in rows]
+    if (run / "receipt.json").is_file():
+        found.append(("what was paid for what", "receipt.json", "receipt.json"))
+    checkpoints = record.checkpoints.values()
+    kept = [(f"weights, step {words.count(e['step'])}", f"checkpoints/{Path(e['folder']).name}") for e in checkpoints]
+    for what, folder in [*kept[-1:], ("what transformers loads", "export")]:
+        if (run / folder).is_dir():
+            found.append((what, f"../{folder}/", folder))
+    if bucket := record.machine.get("bucket"):
+        found.append(("everything, in the bucket", "", f"{bucket}/{run_key(run.name)}"))
+    return found
 
 
 def commands(run: Path, recipe: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, str]]:

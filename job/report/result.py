@@ -97,7 +97,7 @@ def present(record: Record) -> Record:
     start, since = record.train["rows"], _order(record.train)
     kept: dict[str, Any] = {
         name: {key: e for key, e in sorted(getattr(record, name).items()) if e["rows"] <= start or _order(e) > since}
-        for name in ("steps", "validations", "slow_ranks", "checkpoints")
+        for name in ("steps", "validations", "slow_ranks", "rank_times", "checkpoints")
     }
     return dataclasses.replace(record, **kept)
 

@@ -213,7 +213,7 @@ def execute(
     notes = ({"fresh": True} if fresh else {}) | ({"same": same_command(recipe, nodes)} if nodes.count > 1 else {})
     store = bucket.store if bucket else None
     attempt = Attempt.claim(run, store, **notes)
-    here = {"nodes": nodes.count, **dataclasses.asdict(cap), **host.describe()}
+    here = {"nodes": nodes.count, "bucket": store and store.url, **dataclasses.asdict(cap), **host.describe()}
     attempt.emit("attempt.started", argv=recorded_argv(), **here)
     final_rows, every = derive(recipe).rows, recipe.train.upload_minutes
     node = NodeContext(out, run, nodes, recipe.train.threads, store, asked=asked.document if asked else None)

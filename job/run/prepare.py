@@ -118,7 +118,7 @@ def seal_eval_items(out: Path, recipe: Recipe, prepared: Prepared, reporter: Rep
     seal_items(
         bundle,
         prepared.tokenizer,
-        items_folder(prepared, bundle, cap),
+        items_folder(prepared.path, bundle.id, cap),
         tokenizer_id=prepared.id,
         cap=cap,
         workers=host.usable_cores(),

@@ -208,6 +208,7 @@ class Record:
     steps: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     validations: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     slow_ranks: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    rank_times: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     checkpoints: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     bpb: dict[str, Any] = dataclasses.field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -255,6 +256,7 @@ BY_KEY = {
     "train.step": ("steps", "step"),
     "train.val": ("validations", "step"),
     "train.slow_ranks": ("slow_ranks", "step"),
+    "train.ranks": ("rank_times", "step"),
     "checkpoint.sealed": ("checkpoints", "rows"),
     "eval.task": ("tasks", "task"),
 }

@@ -138,10 +138,8 @@ def record_step(run: Run, reading: Reading) -> None:
         done, tokens = reading.step + 1, run.batches.rows_per_step * run.recipe.model.seq_len
         numbers = {"loss": reading.loss, "lr_mult": reading.lr_mult, "ms": reading.seconds * 1000, "tokens": tokens}
         run.context.reporter.emit("train.step", step=reading.step, rows=done * run.batches.rows_per_step, **numbers)
-        if slow := run.slow_ranks.take(reading):
-            run.context.reporter.emit(
-                "train.slow_ranks", step=reading.step, rows=done * run.batches.rows_per_step, **slow
-            )
+        for kind, fields in run.slow_ranks.take(reading).items():
+            run.context.reporter.emit(kind, step=reading.step, rows=done * run.batches.rows_per_step, **fields)
     elif run.context.local_rank == 0:  # of another node: its supervisor too must know how long a stop takes
         run.context.reporter.send({"step_seconds": reading.seconds})
 

@@ -193,9 +193,9 @@ class SlowRanks:
     def __init__(self) -> None:
         self._readings: list[Reading] = []
 
-    def take(self, reading: Reading) -> dict[str, Any] | None:
-        """The event of the window that `reading` ends, where a rank was slower than the median one by more than
-        TOLERANCE.
+    def take(self, reading: Reading) -> dict[str, dict[str, Any]]:
+        """The events, by kind, of the window that `reading` ends: of several ranks "train.ranks", with the `ms` that
+        each computed a step, and "train.slow_ranks" where one was slower than the median one by more than TOLERANCE.
 
         behind: for each such rank, by what share of the median rank's time it was slower. lost_ms: a step, what the
         median rank waited for the slowest. step_ms: a step's length, of which that is a part. steps: that the
@@ -203,14 +203,19 @@ class SlowRanks:
         """
         self._readings.append(reading)
         if len(self._readings) < WINDOW:
-            return None
+            return {}
         window, self._readings = self._readings, []
         steps = sum(r.computing.steps for r in window)
         by_rank = [sum(seconds) for seconds in zip(*(r.computing.seconds for r in window), strict=True)]
         median = statistics.median_low(by_rank)  # of two ranks the faster: what is lost is what it waits
+        if len(by_rank) < 2 or not steps:
+            return {}
+        events: dict[str, dict[str, Any]] = {
+            "train.ranks": {"steps": steps, "ms": [round(1000 * own / steps, 3) for own in by_rank]}
+        }
         slow = {str(rank): own / median - 1 for rank, own in enumerate(by_rank) if own > (1 + TOLERANCE) * median > 0}
-        if not slow:
-            return None
-        lost = 1000 * (max(by_rank) - median) / steps
-        step_ms = 1000 * statistics.fmean(r.seconds for r in window)
-        return {"steps": steps, "behind": slow, "lost_ms": lost, "step_ms": step_ms}
+        if slow:
+            lost = 1000 * (max(by_rank) - median) / steps
+            step_ms = 1000 * statistics.fmean(r.seconds for r in window)
+            events["train.slow_ranks"] = {"steps": steps, "behind": slow, "lost_ms": lost, "step_ms": step_ms}
+        return events

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from job.evaluation.ledger import newest
+from job.report.figures import step_figures
 from job.report.render import write_report
 from job.report.result import build_result
 from job.report.words import short, summary_lines
+from job.store.attempt import fold
 from job.store.documents import hashed
 from job.store.sealed import open_sealed
 
@@ -86,7 +88,12 @@ def test_equal_runs_give_equal_bytes(run):
 def test_the_page_asks_for_nothing_outside_itself(run):
     page = page_of(run.whole())
     assert not page.all("script") and not page.all("iframe") and not page.all("img")
+    links = [attrs["href"] for attrs in page.all("a")]
+    assert links == ["result.json", "report.md", "../checkpoints/000000000006400/"], "beside it, and only when asked to"
+    assert all((run.path / "report" / link).exists() for link in links)
     for tag, attrs in page.tags:
+        if tag == "a":
+            continue
         assert not any(name.startswith("on") for name in attrs)
         for name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
             assert (attrs.get(name) or "#").startswith(("#", "data:")), (tag, attrs)
@@ -113,7 +120,10 @@ def test_the_page_shows_what_was_measured(run):
     assert page.all("h1") and "The model has learned" in page.text
     assert "24 % below the 2.250 of a bigram model" in page.text
     assert "It is not CORE" in page.text
-    bpb, loss = plots(page)
+    bpb, loss, rate, speed = plots(page)
+    assert rate == "Learning rate: 1.000 at step 1, 1.000 at step 200"
+    assert speed == "Speed: 16,384 at step 1, 16,384 at step 200"
+    assert "What each task asks</summary>" in (run.path / "report" / "report.html").read_text(), "no items are there"
     assert bpb == "Validation bits per byte, 2.469 at step 50, 1.700 at step 200; the bigram model is at 2.250"
     assert loss.startswith("Training loss in nats per token, 8.30 at first, 3.2")
     assert "args):\n    return 0" in page.text
@@ -176,6 +186,10 @@ def test_what_people_and_models_wrote_is_escaped(run, file):
     else:
         row = next(line for line in text.splitlines() if line.startswith("| `data.paths`"))
         assert "| ``<script>alert('x')</script> & \\| `tick` " in row
+        sample = "```\n<script>alert('x')</script> & | `tick` \N{SYMBOL FOR ESCAPE}[31m\n```"
+        assert (
+            f"## Samples\n\nBeginnings of held-out documents, and below each how the model goes on.\n\n{sample}" in text
+        )
 
 
 def test_a_core_score_is_called_core_and_beats_nothing(run):
@@ -219,14 +233,15 @@ def test_nothing_but_nan(make_run):
     run = make_run(loss_at=lambda step: math.nan, bpb_at=lambda step: math.nan)
     run.pretrain(run.start(), 0, 60)
     page = page_of(run)
-    assert "Training diverged" in page.text and "not a finite number" in page.text and not plots(page)
+    assert "Training diverged" in page.text and "not a finite number" in page.text
+    assert not [label for label in plots(page) if label.startswith(("Validation", "Training"))]
     assert " nan" not in page.text.lower()
 
 
 def test_nan_after_good_steps_keeps_the_good_part_of_the_curve(make_run):
     run = make_run(loss_at=lambda step: math.nan if step >= 30 else 8.0 - step / 10)
     run.pretrain(run.start(), 0, 40)
-    (loss,) = plots(page_of(run))
+    loss, *_ = plots(page_of(run))
     assert loss == "Training loss in nats per token, 8.00 at first, 5.10 at step 30"
 
 
@@ -251,12 +266,47 @@ def test_attempts_have_a_time_axis_from_the_second_on(run, clock):
     assert plots(page_of(run))[-1] == "attempt 1: no end seen; attempt 2: exit 75"
 
 
-def test_a_long_curve_stays_small(make_run):
-    run = make_run(steps=6000)
-    run.pretrain(run.start(), every=250)
+def test_the_page_of_12000_steps_is_below_2_mb_and_shows_all_that_a_step_measured(make_run):
+    """Eight ranks, all curves; the events are written as earlier versions did, which is quicker."""
+    run = make_run(steps=12_000)
+    attempt = run.start()
+    run.pretrain(attempt, 0, 1)
+    attempt.close()
+    of_all = {"attempt": 1, "t": run.clock.now, "lr_mult": 0.5, "tokens": 8192}
+    lines = []
+    for step in range(1, 12_000):
+        seen = {"seq": 9 + 3 * step, "step": step, "rows": 32 * (step + 1)} | of_all
+        loss = math.sin(step)
+        lines.append(seen | {"kind": "train.step", "loss": 3 + loss, "ms": 500 + loss, "grad_norm": 1 + loss / 2})
+        if step % 50 == 49:
+            ranks = [400.0 + rank + 9 * (rank == 3) for rank in range(8)]
+            lines.append(seen | {"kind": "train.ranks", "seq": seen["seq"] + 1, "steps": 50, "ms": ranks})
+            lines.append(seen | {"kind": "train.val", "seq": seen["seq"] + 2, "bpb": 1 + 99 / step})
+    with (run.path / "events" / "1.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
     page = page_of(run)
-    assert "means of 10 steps" in page.text
-    assert (run.path / "report" / "report.html").stat().st_size < 150_000
+    assert "means of 20 steps" in page.text
+    assert [label.partition(":")[0] for label in plots(page)[2:]] == [
+        "Learning rate",
+        "Speed",
+        "Gradient norm",
+        "Step time by rank",
+    ]
+    assert plots(page)[-1].endswith("the slowest is rank 3 with 412.0 ms in the end")
+    assert (run.path / "report" / "report.html").stat().st_size < 2_000_000
+
+
+def test_speed_has_an_axis_of_mfu_where_the_peak_is_known(run):
+    run.pretrain(run.start(), 0, 20)
+    record = fold(run.path)
+    (_, without), (_, share) = (step_figures(record, factor) for factor in (None, 0.5 / 16384))
+    assert "50%" in share.svg and "MFU" in share.caption and "%" not in without.svg and "MFU" not in without.caption
+
+
+def test_a_run_with_a_bucket_says_where_everything_is(run):
+    attempt = run.start()
+    attempt.emit("attempt.started", argv=[], bucket="s3://mine/gpt2")
+    assert "everything, in the buckets3://mine/gpt2/runs/smoke" in page_of(run).text.replace("\n", "")
 
 
 def test_continuing_repeats_what_was_asked_for(run):

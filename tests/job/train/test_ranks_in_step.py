@@ -216,8 +216,10 @@ def window(*seconds: float, steps: int = 1) -> dict | None:
     slow = SlowRanks()
     reading = Reading(0, 1.0, (), 1.0, 2.0, Computing(tuple(seconds), steps))
     said = [slow.take(reading) for _ in range(2 * WINDOW)]
-    assert [at for at, event in enumerate(said) if event] in ([], [WINDOW - 1, 2 * WINDOW - 1])
-    return said[WINDOW - 1]
+    assert [at for at, events in enumerate(said) if events] in ([], [WINDOW - 1, 2 * WINDOW - 1])
+    times = said[WINDOW - 1].get("train.ranks")
+    assert times == ({"steps": WINDOW, "ms": [1000 * own for own in seconds]} if len(seconds) > 1 and steps else None)
+    return said[WINDOW - 1].get("train.slow_ranks")
 
 
 def test_a_rank_is_slow_beyond_three_percent_of_the_median() -> None:
