@@ -158,7 +158,9 @@ def _rank(function: Callable[..., Any], rank: int, world: int, folder: str, argu
     dist.destroy_process_group()
 
 
-def on_ranks(world: int, folder: Path, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
+def on_ranks(
+    world: int, folder: Path, function: Callable[..., Any], *arguments: Any, seconds: float = 300, **named: Any
+) -> list[Any]:
     """What `function(rank, world, ...)` returns on each of `world` gloo ranks, which are processes of one thread."""
     import torch
 
@@ -172,7 +174,7 @@ def on_ranks(world: int, folder: Path, function: Callable[..., Any], *arguments:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(300)
+        process.join(seconds)
         if process.is_alive():
             process.kill()
     assert [process.exitcode for process in ranks] == [0] * world
