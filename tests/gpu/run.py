@@ -54,6 +54,7 @@ STEPS = (  # the first ones are what a rental that ends early should have seen; 
     Step("rates", "steps.kernels:rates", 20, "what the card gives: a copy, and each product"),
     Step("checkpoint", "steps.state:checkpoint", 30, "what a checkpoint costs training"),
     Step("tuned", "steps.training:tuned", 120, "a block under other settings of the compiler"),
+    Step("levers", "steps.levers:levers", 240, "levers: their proof, and a block with and without each"),
     Step("forks", "steps.kernels:forks", 40, "CORE's masked forks with and without cuDNN"),
     Step("ranks", "steps.state:ranks", 60, "two ranks on the one device"),
     Step("resume", "steps.state:resume", 120, "exact resume"),

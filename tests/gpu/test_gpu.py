@@ -27,6 +27,7 @@ STEPS = [
     "rates",
     "checkpoint",
     "tuned",
+    "levers",
     "forks",
     "ranks",
     "resume",

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -28,6 +28,7 @@ from model.hyper import StepHyper
 PHASES = 14
 """of the compiler's own clock, the largest"""
 PARTS = ["part", "ms on the device", "ms on the host to queue it"]
+BLOCK_TIMES = ["forward ms", "backward ms", "seconds to compile"]
 CURVE_SECONDS = 80
 """after which a curve ends where it is, compiling included"""
 
@@ -220,44 +221,59 @@ def doubled(bench: Bench) -> Result:
     return result
 
 
+class OneBlock:
+    """A block of the model in fp8, by itself: what a micro-step asks of it."""
+
+    def __init__(self, bench: Bench, layer: int, levers: Collection[str] = ()) -> None:
+        config = bench.sizes.config
+        with bench.device:
+            self.model = model.gpt.GPT(config, compute_dtype=torch.bfloat16)
+        self.model.init_weights(42)
+        fp8.apply(self.model, bench.sizes.tokens, levers=levers)
+        self.block = self.model.blocks[layer]
+        _fill(self.block)
+        generator = torch.Generator(bench.device).manual_seed(0)
+        shape = (bench.sizes.rows, config.seq_len, config.width)
+        x, x0, value_embed, self.dy = (
+            torch.randn(shape, generator=generator, device=bench.device).bfloat16() for _ in range(4)
+        )
+        embeds = [value_embed.requires_grad_()] if layer in config.value_embed_layers else []
+        self.inputs = [x.requires_grad_(), x0.requires_grad_(), *embeds, *self.block.parameters()]
+        mix = [torch.tensor(value, device=bench.device) for value in (1.1, 0.2)]
+        tables = self.model._rotary.tables(config.seq_len, x)
+        self.arguments = (x, x0, mix, *(embeds or [None]), tables, model.attention.attention)
+
+    def forward(self) -> Tensor:
+        return self.block(*self.arguments)
+
+    def both(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(), self.inputs, self.dy)
+
+
 def tuned(bench: Bench) -> Result:
     """A block, forward and backward, under settings of Inductor that may find better tiles: is there something to
     win?"""
     bench.free()
-    result, rows, config = Result(), [], bench.sizes.config
-    with bench.device:
-        gpt = model.gpt.GPT(config, compute_dtype=torch.bfloat16)
-    gpt.init_weights(42)
-    fp8.apply(gpt, bench.sizes.tokens)
-    block = gpt.blocks[min(2, config.depth - 1)]
-    _fill(block)
-    shape = (bench.sizes.rows, config.seq_len, config.width)
-    generator = torch.Generator(bench.device).manual_seed(0)
-    x, x0, dy = (torch.randn(shape, generator=generator, device=bench.device).bfloat16() for _ in range(3))
-    inputs = [x.requires_grad_(), x0.requires_grad_(), *block.parameters()]
-    mix = [torch.tensor(value, device=bench.device) for value in (1.1, 0.2)]
-    others = (mix, None, gpt._rotary.tables(config.seq_len, x), model.attention.attention)
-
-    def forward() -> Tensor:
-        return block(x, x0, *others)
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(forward(), inputs, dy, allow_unused=True)
-
+    result, rows = Result(), []
+    one = OneBlock(bench, min(2, bench.sizes.depth - 1))
     for settings in ((), ("max_autotune_pointwise",), ("coordinate_descent_tuning",)):
-        torch._dynamo.reset()
         with torch._inductor.config.patch(dict.fromkeys(settings, True)):
-            block.compile(fullgraph=True, dynamic=False)
-            began = time.perf_counter()
-            both()
-            bench.wait()
-            compiling = time.perf_counter() - began
-        took = bench.medians({"forward": forward, "both": both})
-        cells = (took["forward"], took["both"] - took["forward"])
-        rows.append([settings[0] if settings else "as trained", *(f"{ms:.3f}" for ms in cells), f"{compiling:.1f}"])
-    result.tables.append((["one block, fp8", "forward ms", "backward ms", "seconds to compile"], rows))
-    torch._dynamo.reset()
+            rows.append([settings[0] if settings else "as trained", *block_times(bench, one)])
+    result.tables.append((["one block, fp8", *BLOCK_TIMES], rows))
     return result
+
+
+def block_times(bench: Bench, one: OneBlock) -> list[str]:
+    """What BLOCK_TIMES names, the block compiled anew."""
+    torch._dynamo.reset()
+    one.block.compile(fullgraph=True, dynamic=False)
+    began = time.perf_counter()
+    one.both()
+    bench.wait()
+    compiling = time.perf_counter() - began
+    took = bench.medians({"forward": one.forward, "both": one.both})
+    torch._dynamo.reset()
+    return [f"{took['forward']:.3f}", f"{took['both'] - took['forward']:.3f}", f"{compiling:.1f}"]
 
 
 @contextmanager
