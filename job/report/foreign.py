@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from job.machine import host
-from job.report import page, words
+from job.report import words
 from job.report.render import provenance_rows, score_rows
 from job.report.result import SCHEMA, evaluations, scores_of
 from job.store.sealed import sealing
@@ -15,6 +15,8 @@ from job.store.sealed import sealing
 
 def write_foreign_report(evaluated: Path, model: str) -> dict[str, Any]:
     """Seal `evaluated`/report/ (result.json, report.html) from the evaluations there, and return the result."""
+    from job.report import page  # Matplotlib and Jinja take a second to import
+
     ledgers = evaluations(evaluated)
     result = {"schema": SCHEMA, "model": model, **scores_of(ledgers), "provenance": host.provenance()}
     with sealing(evaluated / "report", kind="report", made_from={"evaluations": sorted(ledgers)}) as folder:

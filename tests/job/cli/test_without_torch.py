@@ -51,6 +51,7 @@ def test_help_plans_lists_and_usage_errors_import_nothing_heavy(tmp_path: Path) 
         (["run", "--preset", "nope"], 2, "nope"),
         (["run", "-o", "train.nope=1"], 2, "train.nope"),
         (["run", "--bucket", "gs://x"], 2, "s3://"),
+        (["evaluate", "--hf", "nowhere", *out], 11, "no Hugging Face model"),
         (["report", "--run-id", "nope", *out], 2, "no run nope"),
         (["run", "--preset", "smoke", "--ranks", "1", "--dry-run", *out], 0, "micro_steps"),
         (["pretrain", "--preset", "run6", "--ranks", "8", "--dry-run", *out], 0, "micro_steps"),
