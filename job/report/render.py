@@ -92,7 +92,7 @@ def describe(
         "stages": stage_rows(result),
         "training_clock": words.training_clock(result),
         "slow_ranks": words.slow_ranks(record),
-        "mfu_of_one": (progress.utilization(recipe, result, 1.0) or (None, None))[1],
+        "mfu_of_one": (progress.utilization(from_document(recipe), record, 1.0) or (None, None))[1],
         "machine": machine_rows(result),
         "places": places(run, record),
         "commands": commands(run, recipe, result),
