@@ -62,8 +62,8 @@ def wait_for_event(out: Path, process: subprocess.Popen[str], kind: str, seconds
 # --- the record of run t below a folder
 
 
-def events(out: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(out / "runs" / "t") if event["kind"] == kind]
+def events(out: Path, kind: str, run: str = "t") -> list[dict[str, Any]]:
+    return [event for event in read_events(out / "runs" / run) if event["kind"] == kind]
 
 
 def weights(out: Path) -> dict[str, str]:

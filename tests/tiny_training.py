@@ -27,7 +27,8 @@ def recipe_of(corpus: Path, **train: object) -> Recipe:
 
 
 class InProcess(RankReporter):
-    """A rank's reporter without a pipe: messages go to a list, and at each the manager looks for parts."""
+    """A rank's reporter without a pipe: messages go to a list, and at each the manager looks for parts, twice (it seals
+    what was whole at the look before)."""
 
     def __init__(self, manager: CheckpointManager | None = None) -> None:
         super().__init__(io.StringIO())
@@ -36,6 +37,7 @@ class InProcess(RankReporter):
     def send(self, message: dict[str, Any]) -> None:
         self.events.append(message)
         if self.manager:
+            self.manager.check()
             self.manager.check()
 
     def losses(self) -> list[float]:

@@ -61,13 +61,26 @@ for command in (*LISTS, certify, compare, doctor, export, import_, plan, play, r
 @run_options
 @machine_options
 @click.option("--export", "with_export", is_flag=True, help="At the end also leave the model as transformers loads it.")
-def run(with_export: bool, **options: Any) -> None:
+@click.option(
+    "--from", "parent", metavar="RUN", help="Go on with this run's last checkpoint and recipe, as another run."
+)
+@click.option("--at", type=click.IntRange(min=1), metavar="STEP", help="With --from: the checkpoint before this step.")
+def run(with_export: bool, parent: str | None, at: int | None, **options: Any) -> None:
     """All stages, one after the other; what is sealed is not done again.
 
     \b
     Example:
       speedrun run --preset smoke --data my-texts/ --run-id mine
+      speedrun run --from mine --run-id mine-longer -o train.steps=480
     """
+    if at and not parent:
+        raise UsageError("--at names a checkpoint of the run that --from names: give --from RUN as well")
+    options["origin"] = None
+    if parent:
+        from job.run.go_on import begin
+
+        given = {key: options[key] for key in ("out", "run_id", "recipe", "bucket", "fresh")}
+        options["recipe"], options["origin"], options["note"] = begin(parent, at, **given)
     _run((*STAGES, "export") if with_export else STAGES, **options)
 
 
@@ -262,8 +275,9 @@ def _run(
     allow_fa2: bool = False,
     accept_slow: bool = False,
     note: str | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> None:
-    """`note`: a sentence to say first of all."""
+    """`note`: a sentence to say first of all. origin: what checkpoint of another run a new one goes on from."""
     from job.machine import container
 
     container.check_temporary_folder()  # torch wants one as it is imported
@@ -281,7 +295,7 @@ def _run(
     asked = fresh and not yes and nodes.is_first
     confirm_fresh(asked, recipe.preset, launch.run_folder(out, run_id), bucket, dry=dry_run)
     cap = limits.here(gpu_count(), nodes.count)
-    begin = {"fresh": fresh, "ranks": nodes.world_size, "bucket": bucket}
+    begin = {"fresh": fresh, "ranks": nodes.world_size, "bucket": bucket, "origin": origin}
     checks = {"strict": strict, "allow_fa2": allow_fa2, "accept_slow": accept_slow, "cap": cap, "console": console}
     check = functools.partial(check_machine, recipe, out, run_id, notes, nodes=nodes, bucket=bucket, **checks)
     if dry_run:

@@ -158,6 +158,7 @@ class TrainConfig:
         " weights at the end; 0 = each",
         _or_zero("minutes", "for each"),
     )
+    keep_optimizer: str = _key("auto", "optimizer in the last checkpoint; auto: on a CPU", _one_of("auto", "yes", "no"))
     val_every: int = _key(0, "steps between validations; 0 = at the end only", _or_zero("steps", "for the end only"))
     val_tokens: int = _key(41_943_040, "validation tokens; fewer when the held-out text has fewer", _positive("tokens"))
     silence_seconds: float = _key(
@@ -174,9 +175,7 @@ class TrainConfig:
 class CommConfig:
     """How ranks exchange gradients and weights; belongs to no checkpoint, so a run may go on with other values."""
 
-    overlap: bool = _key(
-        True, "send each gradient during the backward pass; false: all of them after it, the same bits"
-    )
+    overlap: bool = _key(True, "send each gradient during the backward pass; false: after it, the same bits")
     high_priority: bool = _key(
         False, "on GPUs: NCCL's kernels on a stream of high priority, before waiting ones of the backward pass"
     )
@@ -233,7 +232,8 @@ SECTIONS: dict[str, type] = {
 FREE = frozenset(
     {f"comm.{field.name}" for field in dataclasses.fields(CommConfig)}
     | {f"train.{name}" for name in ("attention", "threads", "device_batch_size", "compile_cache", "silence_seconds")}
-    | {"train.checkpoint_every", "train.checkpoint_minutes", "train.upload_minutes", "eval.packed_val"}
+    | {f"train.{name}" for name in ("checkpoint_every", "checkpoint_minutes", "upload_minutes", "keep_optimizer")}
+    | {"eval.packed_val"}
 )
 """keys of the machine, its kernels and its caches, and of what is scored besides: a run may go on with other values"""
 

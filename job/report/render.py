@@ -77,7 +77,7 @@ def describe(
     return {
         "result": result,
         "headline": words.headline(result),
-        "verdict": [words.bpb_sentence(result), words.score_sentence(result)],
+        "verdict": [words.bpb_sentence(result), words.score_sentence(result), *words.origin_sentences(result)],
         "published": words.published_sentence(from_document(recipe)),
         "progress": progress.progress_sentence(progress.figures(from_document(recipe), record)),
         "warnings": progress.warnings(record),

@@ -17,7 +17,7 @@ from job.errors import ExitCode
 from job.evaluation.ledger import Ledger, fullness, sealed_ledgers
 from job.report.receipt import receipt
 from job.store.attempt import Record, fold
-from job.store.checkpoint_folder import OPTIMIZER, folders
+from job.store.checkpoint_folder import files_hash, folders
 from job.store.documents import HASH, canonical_json, recipe_of
 from job.store.sealed import MANIFEST, is_sealed, open_sealed, read_manifest
 
@@ -52,19 +52,22 @@ def result_of(run: Path, recipe: dict[str, Any], record: Record, bill: dict[str,
     scores = scores_of(ledgers)
     fullest = next(reversed(ledgers.values()), None)
     versions = record.machine.get("versions") or {}
+    begun = recipe.get("from")
+    steps = len(record.steps) + (begun["step"] if begun and record.train else 0)
     return {
         "schema": SCHEMA,
         "run_id": recipe["run_id"],
         "preset": recipe["preset"],
         "evidence": recipe["evidence"],
-        "state": _state(record, planned_steps, measured, scores["core"] or scores["smoke_score"]),
+        "from": begun,
+        "state": _state(record, steps >= planned_steps, measured, scores["core"] or scores["smoke_score"]),
         "learned": None if val_bpb is None or bigram_bpb is None else val_bpb < bigram_bpb,
         "val_bpb": val_bpb,
         "packed_bpb": packed_bpb,
         "bigram_bpb": bigram_bpb,
         **scores,
         "leaks": {key: record.leaks[key] for key in LEAK_KEYS} if record.leaks else None,
-        "steps": len(record.steps),
+        "steps": steps,
         "planned_steps": planned_steps,
         "parameters": derived["total_parameters"]["value"],
         "tokens": tokens,
@@ -111,13 +114,13 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _state(record: Record, planned_steps: int, bpb: float | None, score: dict[str, Any] | None) -> str:
+def _state(record: Record, trained: bool, bpb: float | None, score: dict[str, Any] | None) -> str:
     """ "complete" (trained to the planned step, validated and scored), "diverged" or "incomplete"."""
     measured = [*(event["loss"] for event in record.steps.values()), *([] if bpb is None else [bpb])]
     ended = record.attempts[-1].exit_code if record.attempts else None
     if ended == ExitCode.DIVERGED or not all(map(math.isfinite, measured)):
         return "diverged"
-    return "complete" if len(record.steps) >= planned_steps and bpb is not None and score is not None else "incomplete"
+    return "complete" if trained and bpb is not None and score is not None else "incomplete"
 
 
 def evaluations(folder: Path) -> dict[str, Ledger]:
@@ -199,9 +202,5 @@ def _unhashed(run: Path) -> list[str]:
 
 
 def _files_hash(folder: Path, kind: str) -> str | None:
-    """SHA-256 over names and hashes of a sealed folder's files, without optimizer state; None where it is not there."""
-    if not is_sealed(folder):
-        return None
-    files = open_sealed(folder, kind=kind, verify=False).files
-    hashes = {name: entry["sha256"] for name, entry in files.items() if not name.startswith(OPTIMIZER)}
-    return hashlib.sha256(canonical_json(hashes).encode()).hexdigest()
+    """`files_hash` of a sealed folder; None where it is not there."""
+    return files_hash(open_sealed(folder, kind=kind, verify=False).files) if is_sealed(folder) else None

@@ -78,6 +78,8 @@ def _checked(store: Store, key: str, validator: jsonschema.Draft202012Validator)
         raise DataError(f"cannot be read ({error})") from None
     if wrong := next(validator.iter_errors(result), None):
         raise DataError(f"does not keep the schema ({wrong.json_path}: {wrong.message[:100]})")
+    if begun := result.get("from"):
+        raise UsageError(f"goes on from step {begun['step']:,} of run {begun['run']}: its clock is of the steps since")
     core = result["core"]
     if core is None:
         raise UsageError("has no CORE" + (", but a smoke score, which is not CORE" if result["smoke_score"] else ""))

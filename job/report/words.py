@@ -116,6 +116,16 @@ def score_sentence(result: dict[str, Any]) -> str:
     return "It was not scored on tasks yet."
 
 
+def origin_sentences(result: dict[str, Any]) -> list[str]:
+    """What a run goes on from, if it does; clocks, dollars and curves are of its own steps."""
+    if not (begun := result.get("from")):
+        return []
+    return [
+        f"It goes on from step {count(begun['step'])} of run {begun['run']} (weights {begun['sha256'][:12]}): clocks,"
+        " dollars and curves are of the steps since."
+    ]
+
+
 def published_sentence(recipe: Recipe) -> str:
     """Which published run this is, or the nearest one and where this one differs from it."""
     run, differences = closest(recipe, derive(recipe))
@@ -126,9 +136,9 @@ def published_sentence(recipe: Recipe) -> str:
 
 
 def to_paste(result: dict[str, Any]) -> dict[str, str] | None:
-    """A row for the leaderboard and a paragraph; None unless the run is complete with a CORE of all items."""
+    """A row for the leaderboard and a paragraph; None unless the run is whole, with a CORE of all items."""
     core, origin = result["core"], result["provenance"] or {}
-    if result["state"] != "complete" or not core or core["cap"]:
+    if result["state"] != "complete" or not core or core["cap"] or result.get("from"):
         return None
     clock, gpus = result["clocks"], collections.Counter(origin.get("gpus", []))
     machine = ", ".join(f"{n} x {name}" for name, n in gpus.items()) or result["machine"]["cpu"] or "a machine unknown"
@@ -205,7 +215,8 @@ def summary_lines(result: dict[str, Any], page: Path | str) -> list[str]:
 
 def timed_steps(result: dict[str, Any]) -> tuple[float, float] | None:
     """Milliseconds of a step and tokens a second by the leaderboard's clock; None before step UNTIMED_STEPS."""
-    seconds, timed = result["clocks"]["training_s"], result["steps"] - UNTIMED_STEPS
+    first = (result.get("from") or {"step": 0})["step"]
+    seconds, timed = result["clocks"]["training_s"], result["steps"] - max(UNTIMED_STEPS, first)
     if timed <= 0 or not seconds:
         return None
     return 1000 * seconds / timed, result["tokens"] / result["steps"] * timed / seconds

@@ -53,7 +53,9 @@ class Budget(Reporter):
         self._attempts = len(attempts)
         self._allowed = cap.seconds(attempts)
         self._spent = sum(float(each.usd(each.seconds)) for each in attempts), sum(each.seconds for each in attempts)
-        self._step = max((event["step"] for event in record.checkpoints.values()), default=0)
+        self._step = max(
+            (event["step"] for event in (*record.checkpoints.values(), record.adopted) if event), default=0
+        )
         self._paid_steps = bool(record.steps)
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._made, self._trained, self._reason = 0, trained, ""

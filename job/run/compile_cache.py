@@ -66,8 +66,8 @@ KEEP = 4
 PACKAGES = ("torch", "triton", "torchao", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
 NO_GRAPH = frozenset(
     {"steps", "param_data_ratio", "total_batch_size", "lr_scale", "seed", "threads", "val_tokens", "compile_cache"}
-    | {"checkpoint_every", "checkpoint_minutes", "upload_minutes", "val_every", "silence_seconds"}
-    | {*RATES.values(), *SCHEDULE}
+    | {"checkpoint_every", "checkpoint_minutes", "upload_minutes", "val_every", "keep_optimizer"}
+    | {"silence_seconds", *RATES.values(), *SCHEDULE}
 )
 """keys of the train section that shape no graph; one that should be here and is not costs an id for each of its values,
 and no more"""

@@ -35,6 +35,7 @@ def show_plan(
     fresh: bool,
     ranks: int,
     bucket: Bucket | None,
+    origin: Mapping[str, Any] | None,
     cap: Cap,
     as_json: bool,
 ) -> None:
@@ -46,7 +47,7 @@ def show_plan(
     refused = None
     try:
         quote = check()
-        run, _ = check_run(out, run_id, recipe, fresh=fresh, ranks=ranks, bucket=bucket)
+        run, _ = check_run(out, run_id, recipe, fresh=fresh, ranks=ranks, bucket=bucket, origin=origin)
         trained = not fresh and "pretrain" in _done(("pretrain",), run, recipe, bucket)
         Budget(cap, quote, Record() if fresh else fold(run), Interrupts(), Reporter(), trained=trained)
     except PreflightError as error:

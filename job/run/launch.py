@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from job.recipe.derive import derive, differing_values, micro_steps
 from job.recipe.names import no_run
 from job.report import postmortem
 from job.report.render import write_report
+from job.run.adopt import adopt
 from job.run.bucket import Bucket
 from job.run.budget import Budget
 from job.run.compile_cache import Caches
@@ -77,8 +78,9 @@ def check_text(out: Path, recipe: Recipe) -> None:
         text_files(recipe.data.paths)
 
 
-def recipe_document(recipe: Recipe, run_id: str) -> dict:
-    """What `recipe.json` holds: the values, where each came from, and what follows from them."""
+def recipe_document(recipe: Recipe, run_id: str, begun: Mapping[str, Any] | None = None) -> dict:
+    """What `recipe.json` holds: the values, where each came from, what follows from them, and what checkpoint of
+    another run this one was `begun` from (job/run/go_on.py)."""
     document = {
         "schema": SCHEMA,
         "run_id": run_id,
@@ -88,6 +90,7 @@ def recipe_document(recipe: Recipe, run_id: str) -> dict:
         "sources": dict(recipe.sources),
         "derived": derive(recipe).explained(),
         "provenance": host.provenance(),
+        **({"from": dict(begun)} if begun else {}),
     }
     return hashed(document)
 
@@ -109,15 +112,22 @@ def fresh_would_discard(run: Path, bucket: Bucket | None) -> str | None:
 
 
 def check_run(
-    out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int, bucket: Bucket | None
+    out: Path,
+    run_id: str,
+    recipe: Recipe,
+    *,
+    fresh: bool,
+    ranks: int,
+    bucket: Bucket | None,
+    origin: Mapping[str, Any] | None = None,
 ) -> tuple[Path, bytes]:
     """The folder of `run_id` and what its recipe.json has to hold; nothing is written or discarded.
 
-    UsageError when another one is there or in the bucket, DataError when the text is not there.
+    origin: `from` in a new run's recipe.json. UsageError when another one is there or in the bucket, DataError when the
+    text is not there.
     """
     run = run_folder(out, run_id)
     check_text(out, recipe)
-    document = recipe_document(recipe, run_id)
     micro_steps(recipe, derive(recipe), ranks)
     container.check(recipe)
     if bucket and not fresh:
@@ -127,6 +137,7 @@ def check_run(
     stored = bucket.recipe(run_id) if bucket and not fresh else None
     places = ((here, file), (stored, f"the recipe of {run_id} in the bucket"))
     begun = [read_recipe(data, name) for data, name in places if data is not None]
+    document = recipe_document(recipe, run_id, begun[0].get("from") if begun else origin)
     remedy = "take another --run-id, or --fresh to discard the old run"
     for other in begun:
         if changed := differing_keys(other["recipe"], document["recipe"]):
@@ -146,10 +157,17 @@ def check_run(
 
 
 def open_run(
-    out: Path, run_id: str, recipe: Recipe, *, fresh: bool, ranks: int = 1, bucket: Bucket | None = None
+    out: Path,
+    run_id: str,
+    recipe: Recipe,
+    *,
+    fresh: bool,
+    ranks: int = 1,
+    bucket: Bucket | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """The folder of `run_id`, its recipe written, after `check_run`."""
-    run, document = check_run(out, run_id, recipe, fresh=fresh, ranks=ranks, bucket=bucket)
+    run, document = check_run(out, run_id, recipe, fresh=fresh, ranks=ranks, bucket=bucket, origin=origin)
     if fresh and run.exists():
         shutil.rmtree(run)
     file = run / "recipe.json"
@@ -273,6 +291,7 @@ def _run_ranks(stage: str, start: _Start) -> None:
     if stage == "pretrain":
         manager = _manager(start, final_rows)
         belongs_to = identity(start.recipe, prepared)
+        adopt(run, belongs_to, attempt, start.console, start.bucket)
         resume = newest_usable(run, belongs_to, attempt, start.console, start.bucket)
         if link.split and resume:
             share(node.fenced(attempt.number), run, int(resume.name))

@@ -200,6 +200,7 @@ class Record:
     stages: list[Span] = dataclasses.field(default_factory=list)
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
     quote: dict[str, Any] = dataclasses.field(default_factory=dict)
+    adopted: dict[str, Any] = dataclasses.field(default_factory=dict)
     prepared: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     shards: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -243,6 +244,7 @@ class Record:
 LATEST = {
     "attempt.started": "machine",
     "quote": "quote",
+    "checkpoint.adopted": "adopted",
     "prepare.tokenizer": "tokenizer",
     "prepare.done": "prepared",
     "prepare.leaks": "leaks",

@@ -10,6 +10,7 @@ other's disks, and the training loop waits for neither.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -23,6 +24,7 @@ from job.errors import DataError, SpeedrunError
 from job.recipe.config import Recipe
 from job.recipe.derive import derive, differing_values
 from job.store.attempt import Attempt
+from job.store.documents import canonical_json
 from job.store.sealed import (
     Sealed,
     atomic_write,
@@ -71,6 +73,12 @@ def folders(run: Path) -> list[Path]:
     parent = run / "checkpoints"
     found = [p for p in parent.iterdir() if p.name.isdigit() and is_sealed(p)] if parent.is_dir() else []
     return sorted(found, key=lambda p: int(p.name), reverse=True)
+
+
+def files_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """SHA-256 over names and hashes of a manifest's `files`, without optimizer state."""
+    hashes = {name: entry["sha256"] for name, entry in files.items() if not name.startswith(OPTIMIZER)}
+    return hashlib.sha256(canonical_json(hashes).encode()).hexdigest()
 
 
 def identity(recipe: Recipe, prepared: str) -> dict[str, Any]:

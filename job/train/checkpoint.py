@@ -51,12 +51,12 @@ class Writer:
         context: RankContext,
         belongs_to: dict[str, Any],
         rows_per_step: int,
-        steps: int | None = None,
+        weights_only_at: int | None = None,
     ) -> None:
-        """belongs_to: the `identity` of the run, which the manifest has as what the checkpoint is made from. steps: of
-        the whole run; that of its end is the weights alone, since nothing goes on from there."""
+        """belongs_to: the `identity` of the run, which the manifest has as what the checkpoint is made from.
+        weights_only_at: the step before which the checkpoint is the weights alone."""
         self._optimizer, self._context = optimizer, context
-        self._belongs_to, self._rows_per_step, self._steps = belongs_to, rows_per_step, steps
+        self._belongs_to, self._rows_per_step, self._weights_only_at = belongs_to, rows_per_step, weights_only_at
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._error: BaseException | None = None
         self._step = -1
@@ -79,7 +79,7 @@ class Writer:
         self.finish()
         started = time.perf_counter()
         self._step = step
-        slices = self._optimizer.weight_slices() if step == self._steps else self._slices()
+        slices = self._optimizer.weight_slices() if step == self._weights_only_at else self._slices()
         for s in slices:
             self._buffers[s.name, s.start].copy_(s.tensor, non_blocking=True)
         if any(s.tensor.is_cuda for s in slices):

@@ -60,8 +60,14 @@ class Run:
 
     def __post_init__(self) -> None:
         belongs_to = checkpoint_folder.identity(self.recipe, self.prepared.id)
+        keep = self.recipe.train.keep_optimizer
+        keeps = keep == "yes" or (keep == "auto" and self.batches.device.type == "cpu")
         self.writer = checkpoint.Writer(
-            self.optimizer, self.context, belongs_to, self.batches.rows_per_step, self.derived.steps
+            self.optimizer,
+            self.context,
+            belongs_to,
+            self.batches.rows_per_step,
+            weights_only_at=None if keeps else self.derived.steps,
         )
         self.slow_ranks = SlowRanks()
         self.metrics = StepMetrics(self.batches.device, self.optimizer.flagged, functools.partial(record_step, self))

@@ -92,7 +92,7 @@ def test_without_a_terminal_a_line_every_thirty_seconds_and_at_each_milestone(
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_a_whole_run_in_a_terminal(speedrun: Speedrun, tmp_path: Path, columns: int) -> None:
-    words = speedrun.tiny("run", tmp_path / "out", "--price", "2.5", "-o", "eval.cap=2")
+    words = speedrun.tiny("run", tmp_path / "out", "--price", "2.5")
     code, screen = in_terminal(words, columns, speedrun.environment(), ROOT)
     rows = [row.rstrip() for row in screen.rows]
     page = next(row for row in rows if row.startswith("  page"))
