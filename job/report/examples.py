@@ -122,9 +122,10 @@ def _shown(tokenizer: Tokenizer, item: Item, answer: Answer, kind: str) -> dict[
 
 
 def _end(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    ids = [int(token) for token in tokens if token != tokenizer.bos_id]
+    ids = tokens[tokens != tokenizer.bos_id].tolist()
     return "…" * (len(ids) > SHOWN_TOKENS) + tokenizer.decode(ids[-SHOWN_TOKENS:])
 
 
 def _beginning(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    return tokenizer.decode(map(int, tokens[:SHOWN_TOKENS])) + "…" * (len(tokens) > SHOWN_TOKENS)
+    ids = tokens[tokens != tokenizer.bos_id].tolist()
+    return tokenizer.decode(ids[:SHOWN_TOKENS]) + "…" * (len(ids) > SHOWN_TOKENS)
