@@ -1,5 +1,6 @@
-"""Levers (`model/fp8_passes.py`), on a machine without a GPU: what each leaves out of an H100's step, counted by
-tests/model/hopper_levers.py, and what those that change numbers do to a small model's loss.
+"""What an H100's step moves and costs, counted without one (tests/model/hopper_costs.py), what each lever
+(`model/fp8_passes.py`) leaves out of it (hopper_levers.py), and what those that change numbers do to a small model's
+loss.
 
 The loss: a d2 in fp8 by torchao's CPU path, T 256, 200 steps of 2,048 tokens of Python's documentation on two gloo
 ranks, each arm with the weights, rows and seeds of the arm without levers; nats a token of held-out rows. Two runs
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -35,8 +37,10 @@ ALONE = ("bounded_scales", "joint_qkv", "relu_root", "norm_output", "wide_gradie
 ARMS = {"none": (), "frontier": LEVERS, **{lever: ("shared_input", lever) for lever in ALONE}, TRANSPORT: ()}
 
 
-def test_bytes() -> None:
-    assert subprocess.run([sys.executable, TESTS / "model" / "hopper_levers.py"], check=False).returncode == 0
+@pytest.mark.parametrize("command", [("hopper_costs.py", "frontier"), ("hopper_levers.py",)], ids=" ".join)
+def test_counts(command: tuple[str, ...]) -> None:
+    script, *presets = command
+    assert subprocess.run([sys.executable, TESTS / "model" / script, *presets], check=False).returncode == 0
 
 
 def held_out_loss(rank: int, world: int, arm: str, seed: int, rows: np.ndarray, held_out: np.ndarray) -> float:

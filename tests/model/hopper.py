@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,7 +152,7 @@ class Counting:
     def __init__(self) -> None:
         self.graphs: list[Graph] = []
         self.names: dict[str, str] = {}
-        self.step, self.width = "", 0
+        self.step, self.width, self.rows = "", 0, ROWS
 
     def install(self) -> None:
         import torch
@@ -194,7 +194,7 @@ class Counting:
         lines = [line for line in getattr(written, "value", written).splitlines() if not line.lstrip().startswith("#")]
         code = "\n".join(lines)
         calls = re.findall(r"(?:extern_kernels|torch\.ops)\.([\w.]+)\(|\.(copy_)\(", code)
-        saved = _saved(inputs) / (ROWS * T * self.width) if lowered.is_backward else None
+        saved = _saved(inputs) / (self.rows * T * self.width) if lowered.is_backward else None
         graph = Graph(
             self.step,
             self.name(nodes, inputs, lowered.is_backward),
@@ -221,7 +221,7 @@ class Counting:
                 ((x.meta["val"].shape, x.meta["val"].dtype) for x in inputs), key=lambda found: found[0].numel()
             )
             return f"{function} of {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
-        streams = sum(node.meta["val"].shape == (ROWS, T, self.width) for node in inputs)
+        streams = sum(node.meta["val"].shape == (self.rows, T, self.width) for node in inputs)
         kind = ("first block", "block", "block with value embedding")[streams - 1]
         window = next(arg for arg in attention[0].args if isinstance(arg, list | tuple))[0]
         self.names[compiled] = f"{kind}, window {T if window < 0 else window}"
@@ -278,10 +278,11 @@ def _stand_in(graph: Graph, inputs: list[Any], outputs: list[Any]) -> Callable[[
     return call
 
 
-def step(depth: int, counting: Counting) -> None:
-    """One micro-step and the update of a model of `depth` layers, on rank 0 of eight."""
+def trainee(
+    depth: int, counting: Counting, vocab: int = VOCAB, levers: Collection[str] = ()
+) -> tuple[Any, Any, Callable[[], None]]:
+    """A model of `depth` layers on rank 0 of eight, a micro-batch of `counting.rows` rows, and the optimizer's step."""
     import torch
-    from torch._dynamo.utils import counters
 
     import model.hyper
     import model.loss
@@ -309,17 +310,25 @@ def step(depth: int, counting: Counting) -> None:
 
     torch._dynamo.reset()
     model.loss.fused.cache_clear()
-    config = GPTConfig.for_depth(depth, VOCAB, T)
+    config = GPTConfig.for_depth(depth, vocab, T)
     counting.step, counting.width = f"d{depth}", config.width
     with torch.device("meta"):
-        gpt, ids = GPT(config, compute_dtype=torch.bfloat16), torch.empty(ROWS, T, dtype=torch.int64)
-    fp8.apply(gpt, ROWS * T)
+        gpt, ids = GPT(config, compute_dtype=torch.bfloat16), torch.empty(counting.rows, T, dtype=torch.int64)
+    fp8.apply(gpt, counting.rows * T, levers=levers)
     gpt.compile_blocks()
-    specs = derive(config, RULES["head"], ratio=None, steps=100, batch_tokens=ROWS * T).specs
+    specs = derive(config, RULES["head"], ratio=None, steps=100, batch_tokens=counting.rows * T).specs
     model.optimizer.Collectives = OneOfEight
     optimizer = model.optimizer.Optimizer(gpt.groups(), specs, compile=True)
+    return gpt, ids, lambda: optimizer.step(model.hyper.StepHyper())
+
+
+def step(depth: int, counting: Counting) -> None:
+    """One micro-step and the update of a model of `depth` layers, on rank 0 of eight."""
+    from torch._dynamo.utils import counters
+
+    gpt, ids, update = trainee(depth, counting)
     gpt.loss(ids, ids).backward()
-    optimizer.step(model.hyper.StepHyper())
+    update()
     assert not counters["graph_break"], counters["graph_break"]
 
 
