@@ -36,8 +36,8 @@ and so on. `state_slices` and `weight_slices` of all ranks together hold every r
 ranks loads on 4 or on 1.
 
 **Nothing waits for the device.** Numbers that change are 0-d tensors in host memory (a compiled update never
-recompiles), and whether a gradient was finite is a tensor of flags, `nonfinite`, for the caller to copy and read some
-steps later.
+recompiles); whether a gradient was finite is a tensor of flags, `nonfinite`, and how long all of them were one of a
+square, `gradient_square`, for the caller to copy and read some steps later.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Optimizer:
     bucket_bytes: about how much one reduce-scatter of matrices holds. compile: compile the two update functions.
 
     `nonfinite` (bool, on the device) says for each name in `flagged` whether the last step's gradient had a NaN or Inf
-    in what this rank owns. `traffic` counts what this rank sent. Raises ValueError for groups and specs that do not fit
-    each other.
+    in what this rank owns; `gradient_square` (0-d), summed over ranks, is the square of the mean gradient's norm.
+    `traffic` counts what this rank sent. Raises ValueError for groups and specs that do not fit each other.
     """
 
     def __init__(
@@ -96,7 +96,9 @@ class Optimizer:
         self._parameters = [named for reduction in self._reductions for named in reduction.parameters]
         self._step = torch.zeros(1, dtype=torch.int64)
         self.flagged = [name for shard in self._shards for name in shard.flagged]
-        self.nonfinite = torch.zeros(len(self.flagged), dtype=torch.bool, device=self._parameters[0][1].device)
+        device = self._parameters[0][1].device
+        self.nonfinite = torch.zeros(len(self.flagged), dtype=torch.bool, device=device)
+        self.gradient_square = torch.zeros((), device=device)
         self._overlapping = False
         self._order = list(range(len(self._reductions)))
         self._order_agreed = False
@@ -163,15 +165,18 @@ class Optimizer:
             self._launch()
         self._agree()
         self._step += 1
-        finite = {}
+        norms = {}
         for number in sorted(range(len(self._shards)), key=self._last_launch):
             shard = self._shards[number]
             for reduction in shard.reductions:
                 reduction.wait()
-            finite[number] = shard.update(hyper, self.steps)
+            norms[number] = shard.update(hyper, self.steps)
         for shard in self._shards:
             shard.finish()
-        self.nonfinite = ~torch.cat([finite[number] for number in range(len(self._shards))])
+        self.nonfinite = ~torch.isfinite(torch.cat([norms[number].float() for number in range(len(self._shards))]))
+        holders = [self._comm.world if shard.replicated else 1 for shard in self._shards]
+        squares = [norms[number].float().square().sum() / count for number, count in enumerate(holders)]
+        self.gradient_square = torch.stack(squares).sum()
         self._overlapping, self._next = False, 0
 
     def _last_launch(self, number: int) -> int:

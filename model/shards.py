@@ -4,8 +4,8 @@
 Each kind offers the same verbs, so that the optimizer is a loop over them:
 
     reductions        what may be launched once the parameters that it names have their gradients
-    update(...)       this rank's arithmetic on what it owns; the gather of the new weights is begun. Returns a flag for
-                      each name in `flagged`: was its reduced gradient (this rank's part of it) finite
+    update(...)       this rank's arithmetic on what it owns; the gather of the new weights is begun. Returns for each
+                      name in `flagged` the norm of its reduced gradient (this rank's part of it)
     finish()          the gathered weights stand in the parameters; temporaries are gone
     round_foreign()   weights that others own are what a gather would have left of them
     state()           the slices of optimizer state that this rank holds
@@ -65,9 +65,9 @@ class Options:
         return narrow if narrow is not None and world > 1 and narrow.itemsize < dtype.itemsize else dtype
 
 
-def _finite(grad: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
-    """Whether all entries are finite (one flag, or one for each matrix): a sum with one bad term is not finite."""
-    return torch.isfinite(grad.sum(dim=dim, dtype=math_dtype(grad.dtype)))
+def _norm(grad: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """The norm of all entries (or one for each matrix), not finite where one of them is not."""
+    return torch.linalg.vector_norm(grad, dim=dim, dtype=math_dtype(grad.dtype))
 
 
 def _chunks(count: int, item_bytes: int, device: torch.device) -> Iterator[slice]:
@@ -147,13 +147,13 @@ class MuonStack:
         spec, count, reduced = self.spec, len(self.own), self.reduced
         eta = step_size(spec.lr * hyper.lr_mult, *self.shape)
         scalars = MuonScalars.of(eta, spec.weight_decay * hyper.wd_mult, hyper.momentum, spec.beta2, self.dtype)
-        finite = torch.ones(count, dtype=torch.bool, device=self.device)
+        norms = torch.zeros(count, dtype=self.dtype, device=self.device)
         sent = None if reduced is None else self._buffer(self.slots, self.shape, self.wire)
         for part in _chunks(count, self.shape.numel() * self.dtype.itemsize, self.device):
             owned = [p.detach() for _, p in self.own[part]]
             weight = torch.stack(owned).to(self.dtype)  # (K, rows, columns)
             grad = (torch.stack(self.grads[part]) if reduced is None else reduced[part]).to(self.dtype)
-            finite[part] = _finite(grad, dim=(1, 2))
+            norms[part] = _norm(grad, dim=(1, 2))
             self.muon(weight, grad, self.momentum[part], self.second[part], scalars)
             torch._foreach_copy_(owned, list(weight.unbind()))
             if sent is not None:
@@ -162,7 +162,7 @@ class MuonStack:
             sent[count:].zero_()
             gathered = self._buffer(self.comm.world * self.slots, self.shape, self.wire)  # (W slots, rows, columns)
             self.gather = self.comm.all_gather(gathered, sent), gathered
-        return finite
+        return norms
 
     def finish(self) -> None:
         """Owners keep the exact weights, the others take what was sent."""
@@ -248,7 +248,7 @@ class RowShard:
             whole = (self.comm.world * self.share, *sent.shape[1:])
             gathered = self.parameter.detach() if self.direct else sent.new_empty(whole)
             self.gather = self.comm.all_gather(gathered, sent.clone() if sent is own else sent), gathered
-        return _finite(self.reduced).view(1)
+        return _norm(self.reduced).view(1)
 
     def finish(self) -> None:
         """Owners keep the exact rows, the others take what was sent."""
@@ -301,7 +301,7 @@ class SmallTensors:
     def update(self, hyper: StepHyper, step: int) -> Tensor:
         for (_, p, spec), grad, first, second in zip(self.entries, self.reduced, self.first, self.second, strict=True):
             adamw_update(p.detach(), grad, first, second, AdamWScalars.of(spec, hyper, step, math_dtype(p.dtype)))
-        return torch.stack([_finite(grad) for grad in self.reduced])
+        return torch.stack([_norm(grad) for grad in self.reduced])
 
     def finish(self) -> None:
         self.reduced = []

@@ -105,7 +105,8 @@ def take_step(run: Run) -> None:
     run.context.reporter.beat(f"the exchange of step {run.step}", waits=True)
     run.optimizer.step(hyper)
     signal = run.context.stop_signal.take()
-    run.metrics.end_step(run.step, loss, run.optimizer.nonfinite, hyper.lr_mult, signal)
+    optimizer = run.optimizer
+    run.metrics.end_step(run.step, loss, optimizer.nonfinite, optimizer.gradient_square, hyper.lr_mult, signal)
     run.step += 1
 
 
@@ -142,7 +143,8 @@ def record_step(run: Run, reading: Reading) -> None:
         )
     if run.context.rank == 0:
         done, tokens = reading.step + 1, run.batches.rows_per_step * run.recipe.model.seq_len
-        numbers = {"loss": reading.loss, "lr_mult": reading.lr_mult, "ms": reading.seconds * 1000, "tokens": tokens}
+        numbers = {"loss": reading.loss, "lr_mult": reading.lr_mult, "grad_norm": reading.gradient_norm}
+        numbers |= {"ms": reading.seconds * 1000, "tokens": tokens}
         run.context.reporter.emit("train.step", step=reading.step, rows=done * run.batches.rows_per_step, **numbers)
         for kind, fields in run.slow_ranks.take(reading).items():
             run.context.reporter.emit(kind, step=reading.step, rows=done * run.batches.rows_per_step, **fields)

@@ -15,7 +15,8 @@ pass (`end_backward`), which waits for nobody: a second event in the queue. The 
 all-reduce that each step makes anyway: beside what is summed it has a slot for every rank, in which all others have a
 zero. No collective is added, and nothing is waited for:
 
-    summed over ranks               loss, whether a gradient was broken, the stop signal (job/train/context.py)
+    summed over ranks               loss, whether a gradient was broken, the square of the gradient's norm, the stop
+                                    signal (job/train/context.py)
     one slot for each rank          seconds of its computing, for the steps that it has read since its last collective
 
 The slot of step s cannot hold the time of step s, which the GPU has not computed yet when the host queues the
@@ -46,7 +47,7 @@ WINDOW = 50
 """steps over which ranks are compared"""
 TOLERANCE = 0.03
 """share of the median rank's time by which a rank may be slower and not be named"""
-SUMMED = 3
+SUMMED = 4
 """numbers of a step's all-reduce that are sums over ranks; a slot for each rank follows"""
 
 
@@ -74,6 +75,8 @@ class Reading:
     computing: Computing = Computing((), 0)
     signal: int = 0
     """the greatest stop signal of all ranks in this step's all-reduce"""
+    gradient_norm: float = 0.0
+    """of the mean gradient of all ranks' rows"""
 
     @property
     def diverged(self) -> bool:
@@ -115,17 +118,19 @@ class StepMetrics:
         """The step's last backward pass is queued, and nothing yet that waits for another rank."""
         self._computed = now(self._device)
 
-    def end_step(self, step: int, loss: Tensor, nonfinite: Tensor, lr_mult: float, signal: int = 0) -> None:
+    def end_step(
+        self, step: int, loss: Tensor, nonfinite: Tensor, gradient_square: Tensor, lr_mult: float, signal: int = 0
+    ) -> None:
         """Queue the numbers of the step just done, and report the step `lag` steps back.
 
-        loss: 0-d, this rank's mean. nonfinite: bool, one for each of `flagged`. signal: 0, 1 or 2, this rank's; one 2
-        outweighs all 1s in the sum. Every rank calls it.
+        loss: 0-d, this rank's mean. nonfinite: bool, one for each of `flagged`. gradient_square: 0-d, this rank's part.
+        signal: 0, 1 or 2, this rank's; one 2 outweighs all 1s in the sum. Every rank calls it.
         """
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         numbers = torch.zeros(SUMMED + world, dtype=torch.float32, device=loss.device)
-        numbers[:2] = torch.stack([loss.detach().float(), nonfinite.any().float()])
+        numbers[:3] = torch.stack([loss.detach().float(), nonfinite.any().float(), gradient_square.float()])
         # numbers of the host's go along as arguments of kernels: nothing is copied
-        numbers[2].fill_((0, 1, world + 1)[signal])
+        numbers[3].fill_((0, 1, world + 1)[signal])
         numbers[SUMMED + rank].fill_(self._own)
         carried, self._own, self._own_steps = self._own_steps, 0.0, 0
         if world > 1:
@@ -146,14 +151,14 @@ class StepMetrics:
     def _look_at(self, pending: _Pending) -> Reading:
         if not isinstance(pending.ended, float):
             pending.ended.synchronize()
-        loss, any_broken, signals, *seconds = pending.numbers.tolist()
+        loss, any_broken, square, signals, *seconds = pending.numbers.tolist()
         names = self._names(pending.flags) if any_broken else ()
         self._own += seconds_between(pending.began, pending.computed)
         self._own_steps += 1
         signal = 2 if signals > len(seconds) else int(signals > 0)
         took = seconds_between(pending.began, pending.ended)
         computing = Computing(tuple(seconds), pending.carried)
-        return Reading(pending.step, loss, names, pending.lr_mult, took, computing, signal)
+        return Reading(pending.step, loss, names, pending.lr_mult, took, computing, signal, math.sqrt(square))
 
     def _names(self, flags: Tensor) -> tuple[str, ...]:
         """The parameters behind the flags, of all ranks: every rank gets here or none."""

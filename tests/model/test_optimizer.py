@@ -155,6 +155,15 @@ def test_a_bad_gradient_is_named(bad: float) -> None:
     )
 
 
+def test_the_gradients_norm_is_of_all_of_them_together() -> None:
+    model, optimizer = build()
+    for number, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, 0.01 * (number + 1))
+    expected = sum(p.grad.double().square().sum() for p in model.parameters())
+    optimizer.step(StepHyper())
+    assert float(optimizer.gradient_square) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_forgotten_gradients_are_taken_from_no_step() -> None:
     model, optimizer = build()
     rows = torch.ones(1, 17, dtype=torch.int64)

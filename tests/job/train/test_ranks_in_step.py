@@ -101,7 +101,7 @@ def scenario_times(rank: int, world: int, folder: Path):
             clock += (step + 1) * (rank + 1)
             reader.end_backward()
             clock += 100.0  # waiting for the others
-            reader.end_step(step, torch.tensor(1.0 + rank), torch.tensor([False]), 1.0)
+            reader.end_step(step, torch.tensor(1.0 + rank), torch.tensor([False]), torch.tensor(0.0), 1.0)
             if step == 7:
                 reader.flush()
         reader.flush()
@@ -132,7 +132,7 @@ def scenario_signals(rank: int, world: int, folder: Path):
                 signals.ask("checkpoint")
                 signals.ask("stop")
             reader.begin_step()
-            reader.end_step(step, torch.tensor(1.0), torch.tensor([False]), 1.0, signals.take())
+            reader.end_step(step, torch.tensor(1.0), torch.tensor([False]), torch.tensor(0.0), 1.0, signals.take())
         found[lag] = done
     return found
 
@@ -162,6 +162,7 @@ def scenario_overlap(rank: int, world: int, folder: Path):
             calls.clear()
             take_step(run)
         found[overlap] = {name: p.detach().clone() for name, p in run.model.named_parameters()}, launched
+        found["norms"] = [event["grad_norm"] for event in run.context.reporter.events if event["kind"] == "train.step"]
     return found
 
 
@@ -233,7 +234,12 @@ def test_a_rank_is_slow_beyond_three_percent_of_the_median() -> None:
 
 
 def test_without_overlap_nothing_is_sent_before_the_backward_ends_and_no_bit_changes(tmp_path: Path) -> None:
-    for found in on_ranks(2, tmp_path, scenario_overlap, tmp_path):
+    ranks = on_ranks(2, tmp_path, scenario_overlap, tmp_path)
+    alone = build(0, 1, recipe_of(), tmp_path)
+    take_step(alone)
+    (event,) = (event for event in alone.context.reporter.events if event["kind"] == "train.step")
+    assert event["grad_norm"] > 0 and ranks[0]["norms"][0] == pytest.approx(event["grad_norm"], rel=1e-5)
+    for found in ranks:
         (on, early), (off, late) = found[True], found[False]
         assert all(torch.equal(on[name], off[name]) for name in on)
         assert late == [0, 0, 0, 0] and early[0] == 0 and all(count > 3 for count in early[1:])

@@ -89,14 +89,16 @@ def test_readings_come_in_order_and_as_late_as_said(lag: int) -> None:
     metrics = StepMetrics(CPU, ["a", "b"], seen.append, lag=lag)
     for step in range(5):
         metrics.begin_step()
-        metrics.end_step(step, torch.tensor(float(step)), torch.tensor([False, step == 4]), lr_mult=0.5)
+        metrics.end_step(
+            step, torch.tensor(float(step)), torch.tensor([False, step == 4]), torch.tensor(9.0), lr_mult=0.5
+        )
         assert [r.step for r in seen] == list(range(step + 1 - lag))
     metrics.flush()
     assert [(r.step, r.loss, r.broken, r.diverged) for r in seen] == [
         *((step, float(step), (), False) for step in range(4)),
         (4, 4.0, ("b",), True),
     ]
-    assert all(r.seconds >= 0 and r.lr_mult == 0.5 for r in seen)
+    assert all(r.seconds >= 0 and r.lr_mult == 0.5 and r.gradient_norm == 3 for r in seen)
 
 
 def test_a_loss_that_is_no_number_needs_no_gradient_to_be_a_divergence() -> None:
