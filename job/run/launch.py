@@ -246,9 +246,9 @@ def execute(
         if bucket:
             bucket.begin(run, attempt, final_rows, console, fresh=fresh)
         uploads.start()
-        budget = Budget(cap, quote, record := fold(run), interrupts, attempt, trained=is_done("pretrain", run, recipe))
+        attempt.heard = Watch(record := fold(run), recipe, console).take
+        budget = Budget(cap, quote, record, interrupts, attempt, trained=is_done("pretrain", run, recipe))
         start = _Start(node, recipe, attempt, console, interrupts, link, uploads, bucket, budget)
-        attempt.heard = Watch(record, recipe, console).take
         with budget.explaining(), wandb_logging(run, attempt, console):  # wandb's id follows from the first event
             for stage in stages:
                 interrupts.check(stage)

@@ -49,6 +49,7 @@ def test_the_run_folder_is_as_designed(finished: Finished) -> None:
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [f"{rows:015d}" for rows in (32, 64, 96)]
     assert [p.name for p in sorted((run / "checkpoints" / f"{96:015d}").iterdir())] == [
         "manifest.json",
+        "optimizer-00000.safetensors",
         "weights-00000.safetensors",
     ]
     assert json.loads((run / "recipe.json").read_text())["sources"]["train.steps"] == "-o"
