@@ -21,9 +21,11 @@ those of the formats.
 
 **Bounds.** A normalised row of d channels has the length sqrt(d), which no entry exceeds. By Cauchy and Schwarz a
 product's entry is at most the length of the row times that of the weight's: |z| <= sqrt(d) |w_up|, so that relu(z)^2 is
-bounded; and |da| <= |dy| |w_down|, so that dz = 2 relu(z) da is, dy's longest row being found where dy is quantised.
-These bounds are some 2^5 (z), 2^10 (a) and 2^18 (dz) above the root mean square. Numbers of a floating format lose
-nothing by that until they come near its smallest: e4m3 has 2^15 above its smallest normal number and e5m2 2^30.
+bounded; |v| <= sqrt(d) |w_v|, and no output of a head exceeds the largest |v|, being a mean of such rows (with a value
+embedding the largest is found where v is made); and |da| <= |dy| |w_down|, so that dz = 2 relu(z) da is, dy's longest
+row being found where dy is quantised. These bounds are some 2^5 (z, v), 2^10 (a) and 2^18 (dz) above the root mean
+square. Numbers of a floating format lose nothing by that until they come near its smallest: e4m3 has 2^15 above its
+smallest normal number and e5m2 2^30.
 Nothing is remembered from step to step, nothing overflows, and a resumed run computes the same.
 """
 
@@ -44,18 +46,22 @@ from model.loss import fused
 
 ROUNDING = {E4M3: 1 + 1 / 16, E5M2: 1 + 1 / 8}
 """by what rounding may lengthen a row"""
+HEAD = 128
+"""channels of a head in every published shape"""
 Levers = frozenset[str]
 
 
 class Products:
     """Linear layers that read one input, in fp8: their outputs, with gradients for the input and each weight.
 
-    normalised: the input's rows have come out of a norm.
+    normalised: the input's rows have come out of a norm. values: the layer of whose outputs, for such an input, the
+    input's rows are weighted means.
     """
 
-    def __init__(self, levers: Levers, *, normalised: bool = False) -> None:
-        self.levers, self.normalised = levers, normalised
+    def __init__(self, levers: Levers, *, normalised: bool = False, values: nn.Linear | None = None) -> None:
+        self.levers, self.normalised, self.values = levers, normalised, values
         self.copies: list[Copies] = []
+        self.longest = Copies()
 
     def refresh(self, compiled: bool, *layers: nn.Linear) -> None:
         """Quantise what has changed of the layers' weights, and keep it."""
@@ -63,17 +69,30 @@ class Products:
         self.copies = self.copies or [Copies() for _ in stacks]
         for copies, stack in zip(self.copies, stacks, strict=True):
             copies.refresh(stack, _maybe_fused(copies_of, compiled))
+        if self.values is not None and "bounded_scales" in self.levers:
+            self.longest.refresh([self.values.weight], _maybe_fused(longest_row, compiled))
 
-    def __call__(self, x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
-        """x (..., D) -> one output (..., C) a layer; not in fp8 where gradients are off."""
+    def __call__(self, x: Tensor, *layers: nn.Linear, of: Tensor | None = None) -> Sequence[Tensor]:
+        """x (..., D) -> one output (..., C) a layer; not in fp8 where gradients are off. of: as `model.gpt.apart`."""
         if not torch.is_grad_enabled():
             return [layer(x) for layer in layers]
         stacks = self._stacks(layers)
         copies = [each.current for each in self.copies] or [copies_of(*stack) for stack in stacks]
-        bound = _norm_bound(x.size(-1)) if self.normalised and "bounded_scales" in self.levers else None
+        bound = self._bound(x.size(-1), of) if "bounded_scales" in self.levers else None
         weights = [layer.weight for layer in layers]
         tensors = [tensor for each in copies for tensor in each]
         return _Products.apply(x, self.levers, bound, len(layers), *weights, *tensors)
+
+    def _bound(self, width: int, of: Tensor | None) -> Tensor | float | None:
+        """What no |x| exceeds, where that is known."""
+        if self.normalised:
+            return _norm_bound(width)
+        if of is not None:
+            return _largest(of.detach()).float() * ROUNDING[E4M3]
+        if self.values is None:
+            return None
+        longest = self.longest.current if self.copies else longest_row(self.values.weight)
+        return longest * (_norm_bound(width) * ROUNDING[E4M3] ** 3)
 
     def _stacks(self, layers: Sequence[nn.Linear]) -> list[list[Tensor]]:
         weights: list[Tensor] = [layer.weight for layer in layers]
@@ -83,7 +102,7 @@ class Products:
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, levers: Levers, bound: float | None, count: int, *tensors: Tensor
+        ctx: Any, x: Tensor, levers: Levers, bound: Tensor | float | None, count: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         copies, sizes = _copies(tensors[count:]), [weight.size(0) for weight in tensors[:count]]
         x8, inverse = quantise(x.flatten(0, -2), E4M3, bound)
@@ -100,7 +119,7 @@ class _Products(torch.autograd.Function):
         copies = _copies(rest)
         rows = [dy.flatten(0, -2) for dy in dys]
         joint = len(copies) < len(rows)
-        bound = torch.stack([dy.abs().amax() for dy in rows]).amax().float() if joint else None
+        bound = torch.stack([_largest(dy) for dy in rows]).amax().float() if joint else None
         gradients = [_gradient(dy, bound) for dy in rows]
         operands = [(g[0], g[2]) for g in gradients]
         if joint:
@@ -119,7 +138,8 @@ def install(model: GPT, levers: Levers) -> None:
     """Put `levers` into the blocks of a model that is in fp8."""
     blocks: list[Any] = list(model.blocks)
     for block in blocks:
-        block.attn.products, block.attn.out_products = Products(levers, normalised=True), Products(levers)
+        block.attn.products = Products(levers, normalised=True)
+        block.attn.out_products = Products(levers, values=block.attn.v)
         block.mlp.products = MLP(levers)
         if "norm_output" in levers:
             block.attn.norm = norm
@@ -281,6 +301,11 @@ def _d_weight(dy8_t: Tensor, dy_inverse: Tensor, x8_t: Tensor, x_inverse: Tensor
     """dy^T x, of operands that are transposed already, in fp32."""
     dtype = torch.float32 if "wide_gradients" in ctx.levers else ctx.dtype
     return matmul(dy8_t, dy_inverse, x8_t.t(), x_inverse, dtype).float()
+
+
+def _largest(x: Tensor) -> Tensor:
+    """max |x|, by rows of a head's usual size first: so it is found in passing where x is made."""
+    return x.abs().flatten().unflatten(0, (-1, math.gcd(x.size(-1), HEAD))).amax(dim=-1).amax()
 
 
 def _gradient(dy: Tensor, bound: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

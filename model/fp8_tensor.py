@@ -4,7 +4,7 @@ why)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,19 +24,19 @@ class Quantised(NamedTuple):
 
 
 class Copies:
-    """The fp8 copies of some weights, stacked by rows, which are made when a weight has changed and kept until one
-    changes again.
+    """The fp8 copies of some weights, stacked by rows, or what else is worked out from them: made when a weight has
+    changed and kept until one changes again.
 
     Every change in place counts a tensor's version up (the optimizer's update, a loaded checkpoint): nobody has to
     tell.
     """
 
-    current: Quantised
+    current: Any
 
     def __init__(self) -> None:
         self._state: list[tuple[int, int]] = []
 
-    def refresh(self, weights: Sequence[Tensor], make: Callable[..., Quantised]) -> bool:
+    def refresh(self, weights: Sequence[Tensor], make: Callable[..., Any]) -> bool:
         """Whether a weight has changed; then `current` is what `make` gives for them."""
         state = [(id(weight), weight._version) for weight in weights]
         changed = self._state != state

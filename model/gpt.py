@@ -68,8 +68,8 @@ class Linear(nn.Linear):
         return None
 
 
-def apart(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """The output of each layer for x."""
+def apart(x: Tensor, *layers: nn.Module, of: Tensor | None = None) -> list[Tensor]:
+    """The output of each layer for x. of: the rows whose weighted means x's rows are, where they are at hand."""
     return [layer(x) for layer in layers]
 
 
@@ -118,7 +118,8 @@ class Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
         q, k = self.norm(rotate(q, cos, sin)), self.norm(rotate(k, cos, sin))
         heads = attention_fn(q, k, v, self.window, self.scale)  # (B, T, H, D)
-        return self.out_products(_at(heads.reshape(B, T, d), positions), self.o)[0]
+        of = None if value_embed is None else v
+        return self.out_products(_at(heads.reshape(B, T, d), positions), self.o, of=of)[0]
 
 
 class MLP(nn.Module):

@@ -116,7 +116,7 @@ def test_no_number_exceeds_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             block.mlp.up.weight[:] = block.mlp.up.weight[0]
     gradients(model)
-    assert len(seen) == 3 * 5 and 0.01 < max(seen) <= 1
+    assert len(seen) == 3 * 6 and 0.01 < max(seen) <= 1
 
 
 def test_kept_weights_follow_the_optimizer() -> None:
