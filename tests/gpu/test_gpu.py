@@ -119,7 +119,6 @@ def test_without_a_gpu_it_is_skipped_with_a_reason(tmp_path: Path) -> None:
 def test_the_adapter_takes_the_limit_where_compile_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._dynamo
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     asked = []
 
     def older(function: object = None, *, fullgraph: bool = False, dynamic: bool | None = None) -> object:
@@ -131,10 +130,12 @@ def test_the_adapter_takes_the_limit_where_compile_does_not(monkeypatch: pytest.
         monkeypatch.delattr(torch.distributed, name)
     said = module("conftest").adapt()
     assert len(said) == 3 and torch.distributed.all_gather_single is torch.distributed.all_gather_into_tensor
-    assert torch.compile(len, fullgraph=True, dynamic=False, recompile_limit=64) is len
-    layer = torch.nn.Linear(2, 2)
-    layer.compile(fullgraph=True, dynamic=False, recompile_limit=64)
-    assert asked == [(len, True, False), (layer._call_impl, True, False)] and torch._dynamo.config.recompile_limit == 64
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would leave a setting that is gone
+        assert torch.compile(len, fullgraph=True, dynamic=False, recompile_limit=64) is len
+        layer = torch.nn.Linear(2, 2)
+        layer.compile(fullgraph=True, dynamic=False, recompile_limit=64)
+        assert torch._dynamo.config.recompile_limit == 64
+    assert asked == [(len, True, False), (layer._call_impl, True, False)]
 
 
 def test_this_torch_needs_no_adapter() -> None:
