@@ -156,8 +156,8 @@ def eight(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise there["matmul"]
         return {"matmul": there["matmul"], "all_reduce": [400e9] * ranks}
 
-    for place in ("job.machine.host.gpu_count", "job.run.examination.gpu_count", "job.run.preflight.gpu_count"):
-        monkeypatch.setattr(place, lambda: 8)
+    for place in ("machine.host", "run.admission", "run.examination", "run.preflight"):
+        monkeypatch.setattr(f"job.{place}.gpu_count", lambda: 8)
     monkeypatch.setattr(examination, "gpu_facts", lambda: there["facts"])
     monkeypatch.setattr(examination, "speeds", probed)
     monkeypatch.setattr(probes, "CHECKPOINT_BYTES", {True: SIZE})
