@@ -117,7 +117,9 @@ def presets(as_json: bool) -> None:
         return
     shown = [{**row, "minutes": _span(row["minutes"]), "dollars": _span(row["dollars"])} for row in rows]
     _print([list(rows[0]), *(list(row.values()) for row in shown)])
-    said = "Minutes and dollars are estimated, from boot to teardown; on a CPU the training, from a server to a laptop."
+    said = (
+        "Minutes and dollars are estimated, from boot to teardown; on CPUs the training, on a server to two slow cores."
+    )
     click.echo("\n".join(_wrapped(f"{said} `speedrun plan PRESET` says by what.", _width())))
 
 

@@ -172,14 +172,16 @@ def ranks_option(command: Callable) -> Callable:
 
 
 def confirm_fresh(asked: bool, preset: str, run: Path, bucket: Any, *, dry: bool) -> None:
-    """Where `asked`, have a person agree that a finished or stored run is discarded (one of smoke needs nobody; in a
-    dry run they would be asked).
+    """Where `asked`, have a person agree that a finished or stored run is discarded (the one that is
+    called smoke needs nobody; in a dry run they would be asked).
 
     UsageError where they do not, or where there is no terminal to ask on.
     """
     from job.run.launch import fresh_would_discard
 
-    discarded = fresh_would_discard(run, bucket) if asked and preset != "smoke" else None
+    discarded = None
+    if asked and not preset == run.name == "smoke":
+        discarded = fresh_would_discard(run, bucket)
     if discarded is None:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):

@@ -102,7 +102,7 @@ def _bill(on_node: OnNode) -> str:
 
 def _scores_as_published(plan: Plan) -> bool:
     """Whether the published score of the closest run may be expected of this one: it learns as much from the same."""
-    far = ("depth", "steps", "text", "precision")
+    far = ("depth", "steps", "text", "fp8")
     return len(plan.differences) <= TOO_FAR and not any(each.startswith(far) for each in plan.differences)
 
 

@@ -112,7 +112,7 @@ def closest(recipe: Recipe, derived: Derived) -> tuple[Run, list[str]]:
         pairs = (
             ("batch", f"{run.batch_tokens:,}", f"{derived.batch_tokens:,}"),
             ("steps", f"{run.steps:,}", f"{derived.steps:,}"),
-            ("precision", _precision(run.fp8), _precision(recipe.train.fp8)),
+            ("fp8", "on" if run.fp8 else "off", "on" if recipe.train.fp8 else "off"),
             ("text", run.dataset, recipe.data.source),
         )
         changed += [f"{what} {theirs} -> {ours}" for what, theirs, ours in pairs if theirs != ours] + tuned
@@ -124,7 +124,3 @@ def closest(recipe: Recipe, derived: Derived) -> tuple[Run, list[str]]:
 
     nearest = min(RUNS, key=distance)
     return nearest, differences(nearest)
-
-
-def _precision(fp8: bool) -> str:
-    return "fp8" if fp8 else "bf16"

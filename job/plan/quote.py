@@ -47,7 +47,7 @@ from model.kernels import BF16_TIME
 CHARS_PER_TOKEN = 4.11
 """characters a token, from Run 6's 147 shards for its 8.9e9 tokens, vocabulary 32,768"""
 DEVICE_BATCHES = (8, 16, 32)
-CPU_SPEEDS = {"a laptop (0.1 TFLOP/s)": 1e11, "a server with bf16 matrix instructions (1 TFLOP/s)": 1e12}
+CPU_SPEEDS = {"two slow cores (0.05 TFLOP/s)": 5e10, "a server with bf16 matrix instructions (1 TFLOP/s)": 1e12}
 """assumed: what the matrix products of a small model reach on a CPU"""
 
 

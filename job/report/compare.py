@@ -200,7 +200,9 @@ def conclusion(document: dict[str, Any]) -> str:
 
 def _without_items(document: dict[str, Any]) -> str:
     bpb, (a, b), unpaired = document["bpb"], document["runs"], "they were never scored on the same items alike"
-    if bpb is None or bpb["difference"] is None:
+    if bpb is None:
+        return f"Nothing may be concluded: {unpaired}, and not both are finished, with bits per byte to compare."
+    if bpb["difference"] is None:
         return f"Nothing may be concluded: {unpaired}, and their bits per byte are not of the same text."
     lower = a if bpb["difference"] < 0 else b
     said = f"The model of {lower} has fewer bits per byte on the same held-out text"

@@ -76,7 +76,9 @@ def headline(result: dict[str, Any]) -> str:
     if not result["steps"]:
         return "Not trained yet"
     if result["steps"] < result["planned_steps"]:
-        return "Training is under way"
+        newest = result.get("newest_attempt")
+        ended = newest and newest["exit_code"] is not None
+        return "Training has stopped before its end" if ended else "Training is under way"
     return "The model is trained" if result["val_bpb"] is not None else "Trained, but not evaluated yet"
 
 

@@ -147,7 +147,7 @@ def _checkpoint(out: Path, parent: str, at: int | None, bucket: Bucket | None) -
     found = {manifest["facts"]["step"]: manifest for manifest in manifests.values() if manifest}
     if not found:
         raise UsageError(
-            f"run {parent} has no stored checkpoint to go on from: finish it with speedrun run --run-id {parent}"
+            f"run {parent} has no stored checkpoint to go on from: `speedrun status {parent}` says how it is finished"
         )
     usable = [step for step in sorted(found) if any(name.startswith(OPTIMIZER) for name in found[step]["files"])]
     there = (

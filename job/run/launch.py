@@ -138,7 +138,7 @@ def check_run(
     places = ((here, file), (stored, f"the recipe of {run_id} in the bucket"))
     begun = [read_recipe(data, name) for data, name in places if data is not None]
     document = recipe_document(recipe, run_id, begun[0].get("from") if begun else origin)
-    remedy = "take another --run-id, or --fresh to discard the old run"
+    remedy = f"take another --run-id (--from {run_id} goes on with its weights), or --fresh to discard the old run"
     for other in begun:
         if changed := differing_keys(other["recipe"], document["recipe"]):
             raise UsageError(f"run {run_id} was begun with another recipe ({'; '.join(changed)}); {remedy}")

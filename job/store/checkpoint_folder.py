@@ -228,8 +228,8 @@ def final_checkpoint(run: Path, rows: int, *, verify: bool = True) -> Sealed:
     folder = folder_of(run, rows)
     if not is_sealed(folder):
         raise DataError(
-            f"run {run.name} has no finished model ({folder} is not there); finish it with: speedrun run --run-id"
-            f" {run.name}"
+            f"run {run.name} has no finished model ({folder} is not there): `speedrun status {run.name}` says how it is"
+            " finished"
         )
     return open_sealed(folder, kind=KIND, verify=verify)
 

@@ -13,8 +13,8 @@ from job.errors import UsageError
 from job.store.attempt import Attempt
 
 
-def begun(out: Path, exit_code: int) -> Path:
-    run = out / "runs" / "mine"
+def begun(out: Path, exit_code: int, name: str = "mine") -> Path:
+    run = out / "runs" / name
     attempt = Attempt.claim(run)
     attempt.emit("attempt.started", argv=[])
     attempt.emit("attempt.ended", exit_code=exit_code, reason="")
@@ -36,9 +36,10 @@ def fresh(speedrun, tmp_path: Path) -> Callable[..., str]:
 def test_a_finished_run_is_kept_without_a_terminal_and_without_yes(fresh, tmp_path: Path) -> None:
     run = begun(tmp_path, 0)
     sentence = f"speedrun: --fresh would discard the finished run {run}: add --yes, or take another --run-id\n"
-    assert fresh() == sentence
+    assert fresh() == fresh("--preset", "smoke") == sentence
     assert (run / "events" / "1.jsonl").is_file()
-    for words in (["--yes"], ["--preset", "smoke"]):
+    begun(tmp_path, 0, "smoke")  # which anybody makes again
+    for words in (["--yes"], ["--preset", "smoke", "--run-id", "smoke"]):
         assert "--max-usd needs a price" in fresh(*words)
 
 

@@ -41,7 +41,7 @@ def test_status_of_a_bucket_writes_nothing_here(run: Path, speedrun, tmp_path: P
     there = ["--out", str(out), "--bucket", str(bucket)]
     before = sorted(bucket.rglob("*"))
     said = speedrun.here(speedrun.command("status", run.name, *there)).stdout
-    assert said.startswith("Training is under way.\n") and "speedrun-" not in said
+    assert said.startswith("Training has stopped before its end.\n") and "speedrun-" not in said
     assert [line for line in said.splitlines()[:-1] if len(line) > 80 and "/" not in line] == []
     assert f"{bucket}/runs/interrupted/report/report.html" in said
     assert said.splitlines()[-1].startswith("  speedrun run --preset smoke --run-id interrupted")

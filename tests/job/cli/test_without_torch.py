@@ -42,7 +42,7 @@ def test_help_plans_lists_and_usage_errors_import_nothing_heavy(tmp_path: Path) 
         (["plan", "run6"], 0, "run6"),
         (["list", *out], 0, "interrupted"),
         (["list", *out, "--bucket", str(tmp_path)], 0, "no runs"),
-        (["status", "interrupted", *out], 0, "Training is under way"),
+        (["status", "interrupted", *out], 0, "Training has stopped"),
         (["presets"], 0, "free"),
         (["keys"], 0, "model.depth"),
         (["frobnicate"], 2, "no command"),

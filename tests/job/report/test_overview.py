@@ -90,7 +90,7 @@ def test_the_screen_of_a_run_that_stopped(make_run, clock):
     run = stopped(make_run(run_id="mine"))
     result, said = screen(run.path, None, clock.now)
     assert result["steps"] == 100
-    assert said[0] == "Training is under way."
+    assert said[0] == "Training has stopped before its end."
     assert f"  page            {run.path}/report/report.html" in said
     assert said[said.index("") + 1 :] != []
     state = next(index for index, line in enumerate(said) if line.startswith("stopped: attempt 1, seen 20"))

@@ -116,8 +116,8 @@ def test_a_fresh_machine_with_another_recipe_is_refused(finished: Finished, tmp_
         with_s3.tiny("run", tmp_path, "--bucket", finished.s3.url, "-o", "train.steps=10"), code=2
     ).stderr
     assert said == (
-        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id, or --fresh to"
-        " discard the old run\n"
+        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id (--from t goes on with"
+        " its weights), or --fresh to discard the old run\n"
     )
     assert not (tmp_path / "runs").exists()
 
