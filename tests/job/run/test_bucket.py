@@ -116,8 +116,8 @@ def test_a_fresh_machine_with_another_recipe_is_refused(finished: Finished, tmp_
         with_s3.tiny("run", tmp_path, "--bucket", finished.s3.url, "-o", "train.steps=10"), code=2
     ).stderr
     assert said == (
-        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id (--from t goes on with"
-        " its weights), or --fresh to discard the old run\n"
+        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id (--from t"
+        " goes on with its weights), or --fresh to discard the old run\n"
     )
     assert not (tmp_path / "runs").exists()
 
@@ -216,7 +216,9 @@ def test_fresh_discards_the_stored_run_and_the_older_folder_is_refused(
 ) -> None:
     with_s3(with_s3.tiny("pretrain", prepared, "--bucket", s3.url))
     other = tmp_path / "other"
-    said = with_s3(with_s3.tiny("pretrain", other, "--bucket", s3.url, "--fresh", "-o", "train.steps=4")).stderr
+    said = with_s3(
+        with_s3.tiny("pretrain", other, "--bucket", s3.url, "--fresh", "--yes", "-o", "train.steps=4")
+    ).stderr
     assert f"--fresh: discarded what {s3.url}/runs/t had" in said
     assert [key for key in stored(s3) if "/checkpoints/" in key and key.endswith(MANIFEST)] == [
         f"runs/t/checkpoints/{32:015d}/{MANIFEST}"

@@ -94,11 +94,11 @@ def test_a_changed_recipe_is_refused_and_fresh_starts_anew_and_may_diverge(
     shutil.copytree(finished.out, out)
     refused = speedrun.here(speedrun.tiny("run", out, "-o", "train.steps=10"), code=2)
     assert refused.stderr == (
-        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id (--from t goes on with"
-        " its weights), or --fresh to discard the old run\n"
+        "speedrun: run t was begun with another recipe (train.steps: 12 -> 10); take another --run-id (--from t"
+        " goes on with its weights), or --fresh to discard the old run\n"
     )
     assert weights(out) == weights(finished.out)
-    said = speedrun(speedrun.tiny("pretrain", out, "-o", "train.lr_scale=1e30", "--fresh"), code=13).stderr
+    said = speedrun(speedrun.tiny("pretrain", out, "-o", "train.lr_scale=1e30", "--fresh", "--yes"), code=13).stderr
     assert [e["attempt"] for e in events(out, "attempt.started")] == [1]
     assert "training diverged at step " in said
     assert said.rstrip().endswith("lower train.lr_scale and start with --fresh")
