@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from job.cli.completion import complete_runs
-from job.cli.options import bucket_options, existing_runs, out_option
+from job.cli.options import bucket_options, existing_runs, json_option, out_option
 from job.errors import UsageError
 
 
@@ -21,7 +21,7 @@ from job.errors import UsageError
 @click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help="With --table: write it as HTML, too.")
 @out_option
 @bucket_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
+@json_option("JSON")
 def certify(
     runs: tuple[str, ...],
     figures: tuple[float, ...],

@@ -22,11 +22,11 @@ from job.cli.options import (
     bucket_options,
     confirm_fresh,
     dry_option,
-    json_option,
     machine_options,
     out_option,
     ranks_option,
     recipe_options,
+    result_json_option,
     run_options,
     talk_options,
 )
@@ -163,7 +163,7 @@ def pretrain(
 )
 @ranks_option
 @dry_option
-@json_option
+@result_json_option
 @talk_options
 def evaluate(
     out: Path,
@@ -224,7 +224,7 @@ def evaluate(
 @out_option
 @bucket_options
 @run_id_option("The run that is reported.", required=True)
-@json_option
+@result_json_option
 @talk_options
 def report(out: Path, bucket: Any, run_id: str, as_json: bool, console: Console) -> None:
     """Write the page and result.json of a run, finished or not.

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from job.cli.completion import complete_runs
-from job.cli.options import bucket_options, existing_runs, out_option
+from job.cli.options import bucket_options, existing_runs, json_option, out_option
 
 
 @click.command()
@@ -18,7 +18,7 @@ from job.cli.options import bucket_options, existing_runs, out_option
 @click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help="Write it as HTML, too, with the curves.")
 @out_option
 @bucket_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
+@json_option("JSON")
 def compare(a: str, b: str, page: Path | None, out: Path, bucket: Any, as_json: bool) -> None:
     """Two runs side by side, paired item by item: tasks, bits per byte, recipe, clocks, and what may be concluded.
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from job.cli.completion import run_id_option
-from job.cli.options import bucket_url_option, machine_options, out_option, ranks_option, recipe_options
+from job.cli.options import bucket_url_option, json_option, machine_options, out_option, ranks_option, recipe_options
 
 PATIENCE = 10.0
 """seconds for which a call of the bucket is tried again: all takes less than a minute"""
@@ -29,7 +29,7 @@ PATIENCE = 10.0
     help="Compute and compare on the GPU as well: attention, fp8's products and loss (a minute).",
 )
 @run_id_option("With --bucket: the run beside whose record doctor.json is put.  [default: the preset's name]")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, and nothing else, on stdout.")
+@json_option("what was found as JSON")
 def doctor(
     recipe: Any,
     out: Path,

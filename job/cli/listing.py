@@ -15,14 +15,10 @@ from typing import Any
 import click
 
 from job.cli.completion import complete_runs
-from job.cli.options import bucket_url_option, out_option
+from job.cli.options import bucket_url_option, json_option, out_option
 
 NARROWEST = 40
 """columns that a long last cell needs to stand in its row; with fewer it goes below"""
-
-
-def as_json_option(command: Callable) -> Callable:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")(command)
 
 
 def in_bucket_option(command: Callable) -> Callable:
@@ -32,7 +28,7 @@ def in_bucket_option(command: Callable) -> Callable:
 @click.command("list")
 @out_option
 @in_bucket_option
-@as_json_option
+@json_option("JSON")
 def list_(out: Path, url: str | None, as_json: bool) -> None:
     """The runs here, or in a bucket. Of each: state, steps, bits per byte, score, dollars, and how the newest attempt
     ended; what a bucket says of a run that goes on is a minute old.
@@ -64,7 +60,7 @@ def list_(out: Path, url: str | None, as_json: bool) -> None:
 @click.argument("run_id", metavar="RUN", shell_complete=complete_runs)
 @out_option
 @in_bucket_option
-@click.option("--json", "as_json", is_flag=True, help="Print what result.json would be now, and nothing else.")
+@json_option("what result.json would be now")
 def status(run_id: str, out: Path, url: str | None, as_json: bool) -> None:
     """One run on a screen. How far it is, its figures, what went wrong, what is safe, how to go on; writes nothing, and
     with a bucket needs nothing of the run on this machine.
@@ -94,7 +90,7 @@ def status(run_id: str, out: Path, url: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@as_json_option
+@json_option("JSON")
 def presets(as_json: bool) -> None:
     """The named recipes, what for. Of each: the machine that it is made for, and minutes and dollars by the plan.
 
@@ -124,7 +120,7 @@ def presets(as_json: bool) -> None:
 
 
 @click.command()
-@as_json_option
+@json_option("JSON")
 def keys(as_json: bool) -> None:
     """The keys of a recipe. Of each, for `-o section.key=value`: its type, its default, what it means and takes.
 

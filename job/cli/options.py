@@ -81,13 +81,11 @@ def talk_options(command: Callable) -> Callable:
     return wrapped
 
 
-def json_option(command: Callable) -> Callable:
-    return click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        help="Print result.json (of a dry run: the plan) on stdout, and nothing else.",
-    )(command)
+def json_option(what: str) -> Callable:
+    return click.option("--json", "as_json", is_flag=True, help=f"Print {what}, and nothing else, on stdout.")
+
+
+result_json_option = json_option("result.json (of a dry run: the plan)")
 
 
 def recipe_options(
@@ -172,15 +170,15 @@ def ranks_option(command: Callable) -> Callable:
 
 
 def confirm_fresh(asked: bool, preset: str, run: Path, bucket: Any, *, dry: bool) -> None:
-    """Where `asked`, have a person agree that a finished or stored run is discarded (the one that is
-    called smoke needs nobody; in a dry run they would be asked).
+    """Where `asked`, have a person agree that a finished or stored run is discarded (smoke's own, called so, needs
+    nobody; in a dry run they would be asked).
 
     UsageError where they do not, or where there is no terminal to ask on.
     """
     from job.run.launch import fresh_would_discard
 
     discarded = None
-    if asked and not preset == run.name == "smoke":
+    if asked and (preset, run.name) != ("smoke", "smoke"):
         discarded = fresh_would_discard(run, bucket)
     if discarded is None:
         return
@@ -197,7 +195,7 @@ def run_options(command: Callable) -> Callable:
     discard = "Discard what this run id has and start anew; prepared data are kept."
     fresh = click.option("--fresh", is_flag=True, help=discard)
     yes = click.option("--yes", is_flag=True, help="With --fresh, discard a finished or stored run without asking.")
-    talk = (talk_options, json_option, dry_option)
+    talk = (talk_options, result_json_option, dry_option)
     for option in (*talk, yes, fresh, ranks_option, run_id, money_options, bucket_options, out_option):
         command = option(command)
     return command

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from job.cli.options import recipe_options
+from job.cli.options import json_option, recipe_options
 
 AS_PRESET = "[default: what the preset is made for]"
 PRICE = "[default: the leaderboard's $3 an H100]"
@@ -23,7 +23,7 @@ PRICE = "[default: the leaderboard's $3 an H100]"
     metavar="PLACE",
     help="Take the step that was measured: the bucket with a trial of sky/try8.yaml or sky/try.yaml, or a try8.json.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, and nothing else, on stdout.")
+@json_option("the plan as JSON")
 def plan(
     recipes: list[Any], gpu: str | None, gpus: int | None, price: float | None, measured: str | None, as_json: bool
 ) -> None:
