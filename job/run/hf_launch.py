@@ -66,10 +66,10 @@ def folder_of(out: Path, folder: Path) -> Path:
 
 
 def check(folder: Path) -> None:
-    """UsageError without the package, DataError without a model."""
+    """DataError without a model, UsageError without the package that reads it."""
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder} holds no Hugging Face model (no config.json); give the folder of a local copy")
     if not is_sealed(folder) and importlib.util.find_spec("transformers") is None:
         raise UsageError(
             "--hf needs the package transformers; install it: make hf, or pip install 'transformers>=4.56'"
         )
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{folder} holds no Hugging Face model (no config.json); give the folder of a local copy")
