@@ -207,6 +207,20 @@ def is_done(stage: str, run: Path, recipe: Recipe) -> bool:
     return False
 
 
+def _claim(
+    run: Path, recipe: Recipe, nodes: Nodes, store: Store | None, console: Console, cap: Cap, *, fresh: bool
+) -> Attempt:
+    """A new attempt, begun; a person is told of the one that it takes over from."""
+    notes = ({"fresh": True} if fresh else {}) | ({"same": same_command(recipe, nodes)} if nodes.count > 1 else {})
+    attempt = Attempt.claim(run, store, **notes)
+    here = {"nodes": nodes.count, "bucket": store and store.url, **dataclasses.asdict(cap), **host.describe()}
+    attempt.emit("attempt.started", argv=recorded_argv(), **here)
+    if text := attempt.rival():
+        attempt.emit("warning", text=text)
+        console.say(f"warning: {text}")
+    return attempt
+
+
 def execute(
     out: Path,
     run: Path,
@@ -228,11 +242,8 @@ def execute(
     has a `quote` it stops, with BudgetReached, in time to stay within the `cap`.
     Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
     """
-    notes = ({"fresh": True} if fresh else {}) | ({"same": same_command(recipe, nodes)} if nodes.count > 1 else {})
     store = bucket.store if bucket else None
-    attempt = Attempt.claim(run, store, **notes)
-    here = {"nodes": nodes.count, "bucket": store and store.url, **dataclasses.asdict(cap), **host.describe()}
-    attempt.emit("attempt.started", argv=recorded_argv(), **here)
+    attempt = _claim(run, recipe, nodes, store, console, cap, fresh=fresh)
     final_rows, every = derive(recipe).rows, recipe.train.upload_minutes
     node = NodeContext(out, run, nodes, recipe.train.threads, store, asked=asked.document if asked else None)
     with (

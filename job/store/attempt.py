@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import secrets
 import socket
@@ -31,7 +32,7 @@ from job.addresses import recorded_argv
 from job.recipe.leaderboard import UNTIMED_STEPS
 from job.reporter import Reporter
 from job.store.documents import canonical_json, hashed
-from job.store.fence import TakenOver, claim_key, newest_claimed
+from job.store.fence import TakenOver, claim_key, newest_claimed, read_claim
 from job.store.sealed import storage_errors
 from job.store.stores import Store
 
@@ -80,6 +81,29 @@ class Attempt(Reporter):
         if newest > self.number:
             raise TakenOver(self.run.name, self.number, newest)
 
+    def rival(self) -> str:
+        """A sentence about the attempt before, where a process of this machine makes it and no event ended it.
+
+        A process that was given the number of a killed one is mistaken for it.
+        """
+        before = newest_attempt(self.run, below=self.number)
+        if not before:
+            return ""
+        claim = read_claim((self.run / "attempts" / str(before)).read_bytes())
+        pid = claim.get("pid")
+        if claim.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1 or pid == os.getpid():
+            return ""
+        with contextlib.suppress(PermissionError):
+            try:
+                os.kill(pid, 0)
+            except (ProcessLookupError, OverflowError):
+                return ""
+        file = self.run / "events" / f"{before}.jsonl"
+        with contextlib.suppress(FileNotFoundError), open(file, encoding="utf-8", errors="replace") as lines:
+            if any(event["kind"] == "attempt.ended" for event in events_in(lines)):
+                return ""
+        return f"attempt {before} of this run goes on in process {pid}: it will stop, and this one takes over"
+
     def emit(self, kind: str, **fields: Any) -> None:
         record: dict[str, Any] = {"t": time.time(), "s": round(time.monotonic() - self._began, 6)}
         record |= {"attempt": self.number, "seq": self._sequence, "kind": kind, **fields}
@@ -111,10 +135,11 @@ def _create(path: Path, data: bytes) -> bool:
     return True
 
 
-def newest_attempt(run: Path) -> int:
-    """The highest claimed number, 0 when none is."""
+def newest_attempt(run: Path, below: float = math.inf) -> int:
+    """The highest claimed number `below` that, 0 when none is."""
     folder = run / "attempts"
-    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.is_dir() else 0
+    numbers = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return max((number for number in numbers if number < below), default=0)
 
 
 def _checksum(event: dict[str, Any]) -> int:

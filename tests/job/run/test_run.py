@@ -17,7 +17,7 @@ import pytest
 from conftest import Finished
 from helpers import command_line, events, ranks_of, result, wait_for, wait_for_event, weights
 from job.run.supervise import Interrupts
-from job.store.attempt import fold, read_events
+from job.store.attempt import Attempt, fold, read_events
 
 
 def prepared_hashes(out: Path) -> dict[str, str]:
@@ -76,7 +76,9 @@ def test_the_same_command_again_does_nothing_twice(finished: Finished, tmp_path:
     out = tmp_path / "copy"
     shutil.copytree(finished.out, out)
     before = weights(out)
+    Attempt.claim(out / "runs" / "t").close()
     said = speedrun(speedrun.tiny("run", out)).stderr
+    assert f"warning: attempt 2 of this run goes on in process {os.getpid()}: it will stop" in said
     assert "pretrain: done already" in said
     assert "evaluate: done already" in said
     assert weights(out) == before

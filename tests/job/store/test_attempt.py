@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from job.errors import UsageError
 from job.recipe.leaderboard import UNTIMED_STEPS
 from job.store.attempt import Attempt, fold, newest_attempt, read_events
+from job.store.documents import hashed
 
 
 def _claim(run: Path, queue: multiprocessing.Queue) -> None:
@@ -41,6 +43,35 @@ def test_an_older_attempt_learns_who_took_over(tmp_path: Path) -> None:
     assert newest_attempt(tmp_path) == 2
     with pytest.raises(UsageError, match="attempt 2 took over"):
         old.check_newest()
+
+
+def _attempt(run: Path, end: bool, queue: multiprocessing.Queue) -> None:
+    attempt = Attempt.claim(run)
+    if end:
+        attempt.emit("attempt.ended", exit_code=0, reason="done")
+    queue.put((attempt.number, os.getpid()))
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("state", ["alive", "ended", "killed", "of another machine", "damaged"])
+def test_an_attempt_knows_of_a_rival_on_this_machine(tmp_path: Path, state: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_attempt, args=(tmp_path, state == "ended", queue), daemon=True)
+    process.start()
+    number, pid = queue.get(timeout=60)
+    claim = tmp_path / "attempts" / str(number)
+    if state == "killed":
+        process.kill()
+        process.join()
+    if state == "of another machine":
+        claim.write_text(json.dumps(hashed(json.loads(claim.read_bytes()) | {"host": "elsewhere"})))
+    if state == "damaged":
+        claim.write_bytes(b"{")
+    told = f"attempt {number} of this run goes on in process {pid}: it will stop, and this one takes over"
+    assert Attempt.claim(tmp_path).rival() == (told if state == "alive" else "")
+    assert Attempt.claim(tmp_path).rival() == "", "this process made the one before"
+    process.kill()
 
 
 @pytest.mark.parametrize("cut", range(2, 40, 7))
