@@ -27,8 +27,8 @@ class Copies:
     """The fp8 copies of some weights, stacked by rows, or what else is worked out from them: made when a weight has
     changed and kept until one changes again.
 
-    Every change in place counts a tensor's version up (the optimizer's update, a loaded checkpoint): nobody has to
-    tell.
+    Every change in place of the weight itself counts its version up (a loaded checkpoint); `Optimizer.step`, which
+    writes through detached tensors, counts it up by itself.
     """
 
     current: Any

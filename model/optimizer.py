@@ -50,6 +50,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from model.adamw import adamw_update
 from model.collectives import Collectives, Named, Reduction, Traffic
@@ -173,11 +174,20 @@ class Optimizer:
             norms[number] = shard.update(hyper, self.steps)
         for shard in self._shards:
             shard.finish()
+        self._changed()
         self.nonfinite = ~torch.isfinite(torch.cat([norms[number].float() for number in range(len(self._shards))]))
         holders = [self._comm.world if shard.replicated else 1 for shard in self._shards]
         squares = [norms[number].float().square().sum() / count for number, count in enumerate(holders)]
         self.gradient_square = torch.stack(squares).sum()
         self._overlapping, self._next = False, 0
+
+    def _changed(self) -> None:
+        """Count every parameter's version up: fp8 copies are kept until it counts (`model.fp8_tensor.Copies`).
+
+        The updates write through detached tensors, and whether those count for the parameter is up to who looks on: a
+        TorchDispatchMode hides them.
+        """
+        increment_version([parameter for _, parameter in self._parameters])
 
     def _last_launch(self, number: int) -> int:
         """When the last gradients of shard `number` were sent: the first to be complete is the first to be updated."""
@@ -245,6 +255,7 @@ class Optimizer:
             self.zero_grad()
             for tensor, copy in zip(kept, copies, strict=True):
                 tensor.copy_(copy)
+            self._changed()
 
 
 def _fill(slices: Iterable[Slice], reader: Reader) -> None:
