@@ -23,6 +23,8 @@ from job.errors import ChildDied, ExitCode, InterruptedRun
 
 POLL_SECONDS = 0.1
 """between two looks at the work done, and whether a task that waits for its text is ready"""
+UNWIND_SECONDS = 5.0
+"""that a worker whose parent is gone has to remove what it had half written"""
 
 
 class Task(Protocol):
@@ -96,10 +98,13 @@ def _begin(done: Any) -> None:
 
 
 def _end_with_parent() -> None:
+    """The pool catches a SystemExit while it passes a result on, and then waits for a task that nobody sends."""
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(UNWIND_SECONDS)
+    os._exit(ExitCode.RESUME)
 
 
 def _run(task: Task) -> Any:

@@ -11,7 +11,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from helpers import children, is_alive, wait_for
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import DataError, StorageError
@@ -199,24 +199,13 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert process.stdout.readline() == "here\n"
     root = tmp_path / "out" / "prepared" / expected.id
     assert not half_written or list(root.glob(half_written))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    packers = children.read_text().split() if children.exists() else []
+    packers = children(process.pid)
     process.kill()
     process.wait()
     assert not (root / "set").exists()
-    deadline = time.monotonic() + 30
-    while any(is_alive(pid) for pid in packers):
-        assert time.monotonic() < deadline, "a packing process outlived its parent"
-        time.sleep(0.01)
+    wait_for(lambda: not any(map(is_alive, packers)), 30, "a packing process outlived its parent")
     again = helpers.small_prepare(tmp_path / "out", helpers.config(corpus))
     assert contents(again.path) == contents(expected.path) and not leftovers(tmp_path)
-
-
-def is_alive(pid: str) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_what_is_sealed_is_not_made_again(corpus, tmp_path, helpers, one_file_shards):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from helpers import is_alive, wait_for
 from job.data.workers import run_tasks
 from job.errors import ChildDied, DataError, InterruptedRun
 
@@ -80,6 +83,37 @@ def test_the_others_clean_up_when_the_work_is_given_up(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         list(run_tasks([Square(str(tmp_path / "mark"), 1000), *squares(2)], 2, advance))
     assert (tmp_path / "mark").read_text() == "cleaned up"
+
+
+ORPHANS = """
+import os, time
+from job.data import workers
+
+workers.UNWIND_SECONDS = 0.5
+
+class Result:
+    def __reduce__(self):
+        print(os.getpid(), flush=True)
+        time.sleep(100)
+
+class Task:
+    def run(self, advance):
+        return Result()
+
+if __name__ == "__main__":
+    list(workers.run_tasks([Task(), Task()], 2, print))
+"""
+
+
+def test_without_a_parent_one_ends_even_while_the_pool_passes_its_result_on(tmp_path):
+    """The pool catches what the signal raises there."""
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, str(tmp_path / "orphans.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        workers = [int(parent.stdout.readline()) for _ in range(2)]
+        parent.kill()
+    wait_for(lambda: not any(map(is_alive, workers)), 30)
 
 
 def test_nothing_to_do():
