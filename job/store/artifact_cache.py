@@ -50,6 +50,8 @@ class ArtifactCache:
                 self._reporter.progress("pull", done, total, "bytes")
                 if pulled:
                     yield pulled
+                else:  # here and in no thread: `size` goes through the listing
+                    del self._listed[f"{self._key(artifact)}/{MANIFEST}"]
 
     def has(self, artifact: Artifact) -> bool:
         """Whether the store has it, sealed, and nothing was wrong with it."""
@@ -79,7 +81,6 @@ class ArtifactCache:
             raise DataError(f"{store.url}/{key} was made from something else")
         except (DataError, StorageError) as error:
             self._reporter.emit("warning", text=f"{error}; {key} is made here instead")
-        del self._listed[f"{key}/{MANIFEST}"]
         return None
 
     def _key(self, artifact: Artifact) -> str:

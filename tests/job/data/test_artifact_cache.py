@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from job.evaluation.leaks import seal_leaks
 from job.evaluation.smoke_bundle import write_smoke_bundle
 from job.recipe.config import resolve
 from job.run import prepare as stage
-from job.store.artifact_cache import ArtifactCache
-from job.store.sealed import MANIFEST
+from job.store.artifact_cache import Artifact, ArtifactCache
+from job.store.sealed import MANIFEST, sealing
 from job.store.stores import FolderStore, push_sealed
 
 SHARD = "shard_{:05d}.parquet".format
@@ -166,6 +167,25 @@ def test_a_store_that_cannot_be_listed_is_a_warning(hub, tmp_path, helpers, data
     )
     assert prepared.is_whole
     assert warnings(recorder) == ["the bucket does not answer; what is prepared there cannot be listed"]
+
+
+def test_no_thread_changes_the_listing_while_it_is_summed_up(tmp_path, helpers, monkeypatch):
+    class Listing(dict):
+        def __delitem__(self, key):
+            assert threading.current_thread() is threading.main_thread()
+            super().__delitem__(key)
+
+    store, root, recorder = FolderStore(tmp_path / "store"), tmp_path / "out" / "prepared" / "p", helpers.Recorder()
+    for name, made_from in (("whole", "whole"), ("other", "foreign")):
+        with sealing(tmp_path / name, kind="part", made_from={"name": made_from}) as folder:
+            (folder.path / "data").write_text(name)
+        push_sealed(store, f"prepared/p/{name}", tmp_path / name)
+    listed = Listing(store.list("prepared/p"))
+    monkeypatch.setattr(store, "list", lambda prefix: listed)
+    artifacts = [Artifact(root / name, "part", {"name": name}) for name in ("whole", "other")]
+    cache = ArtifactCache(store, root, recorder)
+    assert [sealed.path.name for sealed, _ in cache.pull(artifacts)] == ["whole"]
+    assert len(warnings(recorder)) == 1 and not cache.has(artifacts[1])
 
 
 def test_every_machine_with_the_store_uses_its_commit(first, store, hub, tmp_path, helpers, data, monkeypatch):
