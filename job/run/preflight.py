@@ -42,6 +42,8 @@ COMPAT = "/opt/cuda-compat"
 """where the image has CUDA's forward-compatibility libraries, if it has any"""
 CUDA_13_DRIVER = 580
 """the oldest driver that CUDA 13 works with by itself"""
+ANSWER_SECONDS = 180.0
+"""that torch has to say what GPUs there are: it may be loaded from a disk that nobody has read yet"""
 COMPILER_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
@@ -49,18 +51,17 @@ def this_machine() -> Machine:
     """Asked in a process of its own: a process that has touched a GPU keeps some of its memory until it ends."""
     if not gpu_count():
         return Machine()
-    command = [sys.executable, "-m", "job.run.preflight"]
-    asked = subprocess.run(
-        command,
-        env=python_environment(environment_for("probe", os.environ)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if asked.returncode:
-        raise PreflightError(
-            f"the GPUs cannot be used: {asked.stderr.strip().splitlines()[-1]}; check the driver with nvidia-smi"
+    command, environment = [sys.executable, "-m", "job.run.preflight"], environment_for("probe", os.environ)
+    refused = "the GPUs cannot be used: {}; check the driver with nvidia-smi"
+    try:
+        asked = subprocess.run(
+            command, env=python_environment(environment), capture_output=True, text=True, timeout=ANSWER_SECONDS
         )
+    except subprocess.TimeoutExpired:
+        raise PreflightError(refused.format(f"no answer within {ANSWER_SECONDS:.0f} s")) from None
+    if asked.returncode:
+        said = asked.stderr.strip().splitlines() or [f"torch ended with {asked.returncode} and said nothing"]
+        raise PreflightError(refused.format(said[-1]))
     found = json.loads(asked.stdout)
     return Machine(found["gpus"], found["name"], tuple(found["capability"]))
 
@@ -101,8 +102,7 @@ def check(
     if needed > there:
         slow.append(
             f"checkpoints and the warm-up take {needed / 1e9:.1f} GB of this machine's memory on {ranks} ranks, and"
-            " there"
-            f" are {there / 1e9:.1f} GB: {container.memory_remedy()}"
+            f" there are {there / 1e9:.1f} GB: {container.memory_remedy()}"
         )
     if slow and strict:
         raise PreflightError(slow[0])

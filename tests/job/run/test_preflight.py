@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from job.errors import PreflightError, UsageError
 from job.machine.host import Machine, memory_bytes
 from job.plan.measured import KEY
 from job.recipe.config import resolve
+from job.run import preflight
 from job.run.preflight import COMPAT, CUDA_13_DRIVER, about_comm, about_try8, check, this_machine
 from job.store import open_store
 from job.train.kernels import choose_kernels, machine_of, price_of
@@ -188,6 +190,27 @@ def test_this_machine() -> None:
         pytest.skip("there is a GPU here")
     assert this_machine() == machine_of(torch.device("cpu")) == Machine()
     assert check(resolve("smoke"), 4, strict=False, allow_fa2=False) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("kill -SEGV $$", "torch ended with -11 and said nothing"),
+        ("echo first >&2; echo no device >&2; exit 1", "no device"),
+        ("exec sleep 60", "no answer within 1 s"),
+    ],
+)
+def test_gpus_that_cannot_be_asked_are_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(preflight, "gpu_count", lambda: 1)
+    monkeypatch.setattr(preflight, "ANSWER_SECONDS", 1.0)
+    with pytest.raises(PreflightError, match=f"^the GPUs cannot be used: {reason}; check the driver with nvidia-smi$"):
+        this_machine()
 
 
 @pytest.mark.parametrize("command", ["run", "pretrain"])
