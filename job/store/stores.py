@@ -146,12 +146,14 @@ class FolderStore(Store):
 
     def get_file(self, key: str, path: Path, size: int, sha256: str) -> None:
         source = self._path(key)
-        with self._refusals(), storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._refusals():
             try:
-                shutil.copyfile(source, path)
+                open(source, "rb").close()  # what refuses this is the store, and what refuses the copy this disk
             except (FileNotFoundError, NotADirectoryError):
                 raise missing(self, key) from None
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, path)
             if path.stat().st_size != size or sha256_file(path) != sha256:
                 raise DataError(f"{source} is not the file that was sealed; delete its folder there and run again")
 

@@ -3,6 +3,7 @@ be used."""
 
 from __future__ import annotations
 
+import builtins
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,27 @@ def test_a_folder_that_fails_later_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"the store .* failed \(.*\); everything sealed is safe on the local disk"):
         open_store(str(tmp_path)).put("file/x", b"")
+
+
+@pytest.mark.parametrize(
+    ("refuses", "sentence"),
+    [("bucket/there/f", "the store .*/bucket failed"), ("here/f", r".*/here/f cannot be written")],
+)
+def test_a_pull_that_is_refused_names_the_side_that_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str, sentence: str
+) -> None:
+    """As for a user who may not read there, or not write here: root may do both."""
+    store, opened = FolderStore(tmp_path / "bucket"), open
+    store.put("there/f", b"1")
+
+    def refusing(file: object, *given: object, **named: object) -> object:
+        if str(file) == str(tmp_path / refuses):
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *given, **named)
+
+    monkeypatch.setattr(builtins, "open", refusing)
+    with pytest.raises(StorageError, match=rf"^{sentence} \(Permission denied\)"):
+        store.get_file("there/f", tmp_path / "here" / "f", 1, sha256(b"1").hexdigest())
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3://B/x", "gs://bucket/x", "s3:///x"])
