@@ -79,7 +79,8 @@ class Mirror:
         """minutes: between two checkpoints that are uploaded while training goes on."""
         self.store, self.out, self.run, self.final_rows, self.reporter = store, out, run, final_rows, reporter
         self._before_checkpoint, self._minutes = before_checkpoint, minutes
-        self._last_checkpoint = time.time()
+        self._last_checkpoint = time.monotonic()
+        self._first_seen: dict[Path, float] = {}
         self.ending = False
         """nothing comes after: the newest checkpoint is uploaded however young the last one is"""
         self.prepared: set[str] = set()
@@ -124,7 +125,7 @@ class Mirror:
         first = self._before_checkpoint if is_checkpoint else lambda: None
         size = push_sealed(self.store, key, path, first, known=self._known)
         if is_checkpoint:
-            self._last_checkpoint = (path / MANIFEST).stat().st_mtime
+            self._last_checkpoint = self._first_seen.get(path, time.monotonic())
             remove_older(self.store, self._key(path.parent), int(path.name), self.final_rows)
         return size
 
@@ -148,8 +149,8 @@ class Mirror:
         if not self._minutes:
             return folders(run)
         for newest in folders(run)[:1]:
-            age = (newest / MANIFEST).stat().st_mtime - self._last_checkpoint
-            if self.ending or int(newest.name) == self.final_rows or age >= 60 * self._minutes:
+            since_last = self._first_seen.setdefault(newest, time.monotonic()) - self._last_checkpoint
+            if self.ending or int(newest.name) == self.final_rows or since_last >= 60 * self._minutes:
                 return [newest]
         return []
 
@@ -162,7 +163,7 @@ class Live:
 
     def __init__(self, store: Store, run: Path, attempt: int, reporter: Reporter) -> None:
         self.store, self.run, self.attempt, self.reporter = store, run, attempt, reporter
-        self.began = time.time()
+        self._earlier_report = _mark(run / "report")
         self._sizes: dict[int, int] = {}
         self._seen = 0
         self._one_at_a_time = threading.Lock()
@@ -197,7 +198,7 @@ class Live:
     def _page(self) -> None:
         """The report that this attempt sealed, or else what can be said so far, which is not sealed."""
         key, folder = f"{run_key(self.run.name)}/report", self.run / "report"
-        sealed = is_sealed(folder) and (folder / MANIFEST).stat().st_mtime >= self.began
+        sealed = is_sealed(folder) and _mark(folder) != self._earlier_report
         if sealed:
             texts = {
                 name: (folder / name).read_text(encoding="utf-8") for name in open_sealed(folder, kind="report").files
@@ -302,7 +303,7 @@ class Uploader:
             else:
                 took = time.monotonic() - began
                 self._last.wait(min(10 * took, LIVE_MOST - took))
-                due = began + max(LIVE_EVERY, 11 * took)
+                due = began + min(LIVE_MOST, max(LIVE_EVERY, 11 * took))
                 while time.monotonic() < due and not self._last.is_set() and not self.live.has_milestone():
                     self._last.wait(POLL)
 

@@ -128,11 +128,17 @@ def test_the_bucket_keeps_the_checkpoints_that_the_disk_keeps_and_the_final_one(
     assert checkpoints_in(store) == [16, 24, FINAL]
 
 
-def test_checkpoints_are_uploaded_so_far_apart_and_at_the_end(store: Failing, out: Path) -> None:
-    work = Mirror(store, out, out / RUN, FINAL, Kept(), minutes=45)
+@pytest.mark.parametrize("clock", [0, 7200, -7200])
+def test_checkpoints_are_uploaded_so_far_apart_and_at_the_end(
+    store: Failing, out: Path, monkeypatch: pytest.MonkeyPatch, clock: int
+) -> None:
+    """Also where the machine's date is put right by so many seconds meanwhile."""
+    now = time.monotonic()
+    monkeypatch.setattr("job.run.uploader.time.monotonic", lambda: now)
+    work, began = Mirror(store, out, out / RUN, FINAL, Kept(), minutes=45), now
     for minutes, rows in ((10, 8), (46, 16), (60, 24), (92, 32)):
-        sealed = checkpoint(out, rows) / MANIFEST
-        os.utime(sealed, (time.time() + 60 * minutes,) * 2)
+        now, sealed = began + 60 * minutes, checkpoint(out, rows) / MANIFEST
+        os.utime(sealed, (time.time() + 60 * minutes + clock,) * 2)
         upload_all(work)
     assert checkpoints_in(store) == [16, 32], "at 46 and 92 minutes"
     checkpoint(out, 40)
@@ -228,6 +234,48 @@ def test_earlier_attempts_are_pulled_and_the_longer_file_counts(store: Failing, 
         "what is shorter here does not replace what is longer there"
     )
     assert store.get(f"{RUN}/events/2.jsonl").count(b"\n") == 1
+
+
+@pytest.mark.parametrize("clock", [0, -7200])
+def test_the_report_of_this_attempt_is_sealed_there_and_an_earlier_one_is_not(
+    store: Failing, out: Path, monkeypatch: pytest.MonkeyPatch, clock: int
+) -> None:
+    """Whatever the machine's date is when it is sealed."""
+    Attempt.claim(out / RUN)
+    monkeypatch.setattr(uploader, "report_files", lambda run: ({}, {"report.md": "so far"}))
+
+    def report(text: str) -> None:
+        with sealing(out / RUN / "report", kind="report", made_from={}) as folder:
+            (folder.path / "report.md").write_text(text)
+        os.utime(out / RUN / "report" / MANIFEST, (time.time() + clock,) * 2)
+
+    report("earlier")
+    live = Live(store, out / RUN, 1, Kept())
+    for text, manifest in (("so far", False), ("now", True)):
+        if manifest:
+            report(text)
+        assert live.publish()
+        assert store.get(f"{RUN}/report/report.md") == text.encode()
+        assert (store.get(f"{RUN}/report/{MANIFEST}") is not None) == manifest
+
+
+def test_a_slow_store_gets_the_page_less_often_but_never_that_seldom(
+    store: Failing, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploader, "LIVE_EVERY", 0.1)
+    monkeypatch.setattr(uploader, "LIVE_MOST", 0.5)
+    monkeypatch.setattr(uploader, "POLL", 0.01)
+    Attempt.claim(out / RUN)
+    reporter, began = RankReporter(io.StringIO()), []
+    live = Live(store, out / RUN, 1, reporter)
+    monkeypatch.setattr(live, "publish", lambda last: began.append(time.monotonic()) or time.sleep(0.3) or last)
+    works = uploader.Uploader(Mirror(store, out, out / RUN, FINAL, reporter), live, reporter)
+    thread = threading.Thread(target=works._record)
+    thread.start()
+    wait_for(lambda: len(began) == 3, 10)
+    works._last.set()
+    thread.join(10)
+    assert 0.4 < (began[2] - began[0]) / 2 < 2.0, "11 times what it takes were 3.3"
 
 
 @pytest.mark.parametrize("kind", uploader.MILESTONES)
