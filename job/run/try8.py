@@ -94,7 +94,7 @@ class Trial:
         self._command = [sys.executable, "-m", "job.cli"]
         self._end = time.monotonic() + seconds
         self._process: subprocess.Popen[bytes] | None = None
-        self._since = 0.0
+        self._earlier: set[tuple[Any, ...]] = set()
         self._losses: dict[int, float] = {}
         self.document: dict[str, Any] = {
             "schema": 1,
@@ -228,12 +228,13 @@ class Trial:
         environment = python_environment(os.environ)
         environment.pop(VARIABLE, None)
         words = [*self._command, command, *self._words, *more]
-        self._since = time.time()
+        self._earlier = set(map(_identity, read_events(self._run)))
         self._process = subprocess.Popen(words, stdout=stdout, env=environment)
 
     def _events(self, kind: str) -> list[dict[str, Any]]:
         """Those of the newest attempt."""
-        return [event for event in read_events(self._run) if event["kind"] == kind and event["t"] >= self._since]
+        said = (event for event in read_events(self._run) if event["kind"] == kind)
+        return [event for event in said if _identity(event) not in self._earlier]
 
     def _wait_for(self, what: str, found: Callable[[], Found]) -> Found:
         assert self._process
@@ -276,6 +277,11 @@ class Trial:
                 self._process.wait(END_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
+
+
+def _identity(event: dict[str, Any]) -> tuple[Any, ...]:
+    """Which of all events it is, also where --fresh began to count anew."""
+    return event["attempt"], event["seq"], event["t"]
 
 
 def _rank_of(pid: int) -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from job.recipe.config import resolve
 from job.run.bucket import Bucket
 from job.run.try8 import Trial
 from job.store import open_store
+from job.store.attempt import Attempt
 
 EIGHT = ("train.device_batch_size=1", "train.dtype=bf16")  # which comm.bf16 wants
 SMALL = (*TINY, *EIGHT, "train.steps=20", "train.checkpoint_every=10", "train.val_every=0", "eval.cap=4")
@@ -65,6 +68,22 @@ def test_a_part_that_fails_ends_it_and_all_is_kept(
     assert failed.value.exit_code == code and str(failed.value).startswith(f"try8 failed at doctor: {sentence}; ")
     found = json.loads((tmp_path / "bucket" / KEY).read_text())
     assert not found["passed"] and [part["said"] for part in found["parts"]] == [sentence, *["not reached"] * 7]
+
+
+def test_only_what_the_newest_attempt_says_counts_whatever_the_date_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = trial(tmp_path)
+    monkeypatch.setattr(tried, "_command", ["python", "-c", "pass"])
+    for step, clock in ((1, 0.0), (2, -7200.0), (3, -7200.0)):
+        tried._start("run", stdout=None)
+        now = time.time() + clock
+        monkeypatch.setattr("job.store.attempt.time.time", lambda now=now: now)
+        assert tried._events("train.step") == []
+        if step == 3:
+            shutil.rmtree(tried._run)  # as --fresh does: attempts are counted from 1 again
+        Attempt.claim(tried._run).emit("train.step", step=step)
+        assert [event["step"] for event in tried._events("train.step")] == [step]
 
 
 def test_checkpoints_that_leave_no_room_for_the_parts_are_refused(tmp_path: Path) -> None:
