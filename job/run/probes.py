@@ -196,9 +196,12 @@ def about_wandb(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def unreachable(url: str, headers: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Why `url` gives nothing, in a few words; "" where it begins to."""
+    """Why `url` gives nothing, in a few words; "" where it begins to. No server that it redirects to gets `headers`."""
     try:
-        urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers)), timeout=ANSWER_SECONDS).close()
+        request = urllib.request.Request(url)
+        for name, value in headers.items():
+            request.add_unredirected_header(name, value)
+        urllib.request.urlopen(request, timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}"
     except (OSError, http.client.HTTPException, ValueError) as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import http.server
 import math
 import os
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -220,3 +222,25 @@ def test_a_look_that_fails_by_a_bug_costs_no_node(tmp_path: Path, monkeypatch: p
     (finding,) = examination.examine(resolve("smoke"), tmp_path, None)
     assert (finding.verdict, finding.check) == (Verdict.UNKNOWN, "doctor")
     assert finding.said == "it could not look (KeyError('a field that no document names'))"
+
+
+def test_a_token_goes_to_the_server_that_was_asked_and_to_no_other() -> None:
+    """urllib gives a redirect's target every header of the request, requests and curl do not."""
+    asked: list[tuple[str, str | None]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(200 if self.path == "/elsewhere" else 302)
+            self.send_header("Location", f"http://localhost:{server.server_port}/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/asked"
+        assert probes.unreachable(url, {"Authorization": "Bearer secret"}) == ""
+        server.shutdown()
+    assert asked == [("/asked", "Bearer secret"), ("/elsewhere", None)]
