@@ -38,8 +38,11 @@ def prepare_alone(out: Path, recipe: Recipe, *, console: Console, bucket: Bucket
         said = AnnouncingReporter(PrintingReporter(console), uploads)
         try:
             supervise("prepare", ranks, reporter=said, console=console, interrupts=interrupts, meanwhile=uploads.check)
-        except RankDied as died:
-            raise without_attempts(died) from None
+        except BaseException as error:
+            uploads.flush(after=error)
+            if isinstance(error, RankDied):
+                raise without_attempts(error) from None
+            raise
         uploads.flush()
 
 
