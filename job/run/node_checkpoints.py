@@ -154,7 +154,7 @@ class SplitCheckpointManager(CheckpointManager):
         put_events(store, self._run, self._attempt.number)
         store.put(f"{key_of(self._run, rows)}/{MANIFEST}", (folder / MANIFEST).read_bytes(), "application/json")
         shutil.rmtree(folder)
-        remove_older(store, f"{run_key(self._run.name)}/checkpoints", rows, self._final_rows)
+        remove_older(store, self._run, rows, self._final_rows)
         self._whole.append(parts)
 
     def check(self) -> None:

@@ -3,7 +3,8 @@
     local disk                                 bucket, the same keys
     recipe.json                      ------>   first of all
     checkpoints/<rows>/              ------>   the newest, where train.upload_minutes have passed since the last, at a
-                                               stop, and the final one; those beyond the newest KEEP are removed there
+                                               stop, and the final one; those beyond the newest KEEP are removed
+                                               there, and what was cut short
     compiled/<id>/                   ------>
     eval/<id>/<task>/ ...            ------>
     prepared/<id>/**                 ------>   whatever is sealed, what makes the set whole last
@@ -40,7 +41,7 @@ from job.reporter import RankReporter, Reporter
 from job.retry import backoff
 from job.store import open_store
 from job.store.attempt import newest_attempt
-from job.store.checkpoint_folder import KEEP, folder_of, folders
+from job.store.checkpoint_folder import KEEP, folders
 from job.store.fence import Fenced, TakenOver, claim_key, run_key
 from job.store.sealed import MANIFEST, is_sealed, open_sealed
 from job.store.stores import Store, push_sealed, sealed_names
@@ -126,7 +127,7 @@ class Mirror:
         size = push_sealed(self.store, key, path, first, known=self._known)
         if is_checkpoint:
             self._last_checkpoint = self._first_seen.get(path, time.monotonic())
-            remove_older(self.store, self._key(path.parent), int(path.name), self.final_rows)
+            remove_older(self.store, path.parents[1], int(path.name), self.final_rows)
         return size
 
     def _fail(self, key: str, error: Exception) -> None:
@@ -332,19 +333,19 @@ def reason(error: Exception) -> str:
     return str(error) if isinstance(error, SpeedrunError) else f"{type(error).__name__}: {error}"
 
 
-def remove_older(store: Store, parent: str, rows: int, final_rows: int) -> None:
-    """Of the checkpoints below `parent`, keep that of `rows` and as many before it as a run's folder keeps."""
-    older = sorted(
-        (int(name) for name in sealed_names(store, parent) if name.isdigit() and int(name) < rows), reverse=True
-    )
-    for number in older[KEEP if rows == final_rows else KEEP - 1 :]:
-        remove_folder(store, f"{parent}/{folder_of(Path(), number).name}")
+def remove_older(store: Store, run: Path, rows: int, final_rows: int) -> None:
+    """Of the checkpoints of `run` in the `store`, keep that of `rows` and as many before it as a run's folder keeps.
 
-
-def remove_folder(store: Store, key: str) -> None:
-    """Remove the sealed folder `key`: first its manifest, so that at no moment a damaged one is there."""
-    store.delete([f"{key}/{MANIFEST}"])
-    store.delete(store.list(key))
+    What is older and not sealed was cut short: it goes too, unless this disk has it and its upload is still to come.
+    """
+    parent = f"{run_key(run.name)}/checkpoints"
+    sealed, names = sealed_names(store, parent), {key.split("/")[3] for key in store.list(parent)}
+    older = sorted((name for name in names if name.isdigit() and int(name) < rows), key=int, reverse=True)
+    kept = [name for name in older if name in sealed][: KEEP if rows == final_rows else KEEP - 1]
+    kept += [name for name in older if name not in sealed and is_sealed(run / "checkpoints" / name)]
+    for name in set(older) - set(kept):
+        store.delete([f"{parent}/{name}/{MANIFEST}"])  # first, so that at no moment a damaged folder is there
+        store.delete(store.list(f"{parent}/{name}"))
 
 
 def _mark(path: Path) -> tuple[int, int] | None:

@@ -179,6 +179,19 @@ def test_a_checkpoint_that_is_gone_from_the_disk_is_no_failure(store: Failing, o
     assert (kept.events, work.pending()) == ([], [])
 
 
+def test_what_never_became_a_checkpoint_is_removed_there_with_the_older_ones(store: Failing, out: Path) -> None:
+    """Its upload was cut short, by the end of a machine say: gigabytes that cost every month."""
+    for rows in (8, 16, 32):
+        store.put(f"{RUN}/checkpoints/{rows:015d}/weights-0", b"w")
+    checkpoint(out, 16)
+    work, _ = mirror(store, out)
+    checkpoint(out, 24)
+    work.upload(work.next()), work.upload(work.next())
+    assert checkpoints_in(store) == [16, 24, 32], "16 is here and comes next; training is not beyond 32"
+    upload_all(work)
+    assert (pull_sealed(store, f"{RUN}/checkpoints/{16:015d}", out / "pulled", kind=KIND).path / "weights-0").is_file()
+
+
 def test_replacing_a_sealed_folder_never_shows_a_damaged_one(store: Failing, out: Path) -> None:
     """While a file of the same name is replaced there is no manifest; what an earlier call put is not put again."""
     key = f"{RUN}/checkpoints/{8:015d}"
