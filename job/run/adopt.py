@@ -13,9 +13,8 @@ from job.console import Console
 from job.errors import DataError
 from job.run.bucket import Bucket
 from job.store.attempt import Attempt
-from job.store.checkpoint_folder import KIND, files_hash, folder_of, folders
+from job.store.checkpoint_folder import KIND, files_hash, folder_of, folders, key_of
 from job.store.documents import recipe_of
-from job.store.fence import run_key
 from job.store.sealed import is_sealed, open_sealed, seal_written
 from job.store.stores import pull_sealed
 
@@ -40,7 +39,8 @@ def adopt(run: Path, belongs_to: Mapping[str, Any], attempt: Attempt, console: C
     if begun is None or folders(run) or (bucket and bucket.checkpoints(run)):
         return
     origin = Origin(**begun)
-    folder, own = folder_of(run.parent / origin.run, origin.rows), folder_of(run, origin.rows)
+    parent = run.parent / origin.run
+    folder, own = folder_of(parent, origin.rows), folder_of(run, origin.rows)
     written = own.with_name(f".{own.name}.tmp-from")
     shutil.rmtree(written, ignore_errors=True)
     if is_sealed(folder):
@@ -49,7 +49,7 @@ def adopt(run: Path, belongs_to: Mapping[str, Any], attempt: Attempt, console: C
         for name in sealed.files:
             _link(folder / name, written / name)
     elif bucket:
-        sealed = pull_sealed(bucket.store, checkpoint_key(origin.run, folder), written, kind=KIND)
+        sealed = pull_sealed(bucket.store, key_of(parent, origin.rows), written, kind=KIND)
     else:
         raise DataError(
             f"the checkpoint that run {run.name} goes on from is gone ({folder}): put it back, or give the --bucket"
@@ -66,11 +66,6 @@ def adopt(run: Path, belongs_to: Mapping[str, Any], attempt: Attempt, console: C
     seal_written(written, own, kind=KIND, made_from=made_from, facts=sealed.facts, files=sealed.files)
     attempt.emit("checkpoint.adopted", step=origin.step, rows=origin.rows, folder=own.name, run=origin.run)
     console.say(f"going on from the checkpoint before step {origin.step:,} of run {origin.run}")
-
-
-def checkpoint_key(run_id: str, folder: Path) -> str:
-    """Where a bucket has the checkpoint `folder` of a run."""
-    return f"{run_key(run_id)}/checkpoints/{folder.name}"
 
 
 def _link(source: Path, target: Path) -> None:

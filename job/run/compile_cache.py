@@ -105,13 +105,7 @@ class Caches(Reporter):
     """
 
     def __init__(
-        self,
-        stage: str,
-        node: NodeContext,
-        recipe: Recipe,
-        console: Console,
-        reporter: Reporter,
-        attempt: int = 0,
+        self, stage: str, node: NodeContext, recipe: Recipe, console: Console, reporter: Reporter, attempt: int = 0
     ) -> None:
         """Fetch what there is. attempt: the run's, on the first node, which seals what there will be; 0 on the
         others."""

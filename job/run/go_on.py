@@ -18,10 +18,10 @@ from job.evaluation.core_v1 import PUBLISHED_URL
 from job.evaluation.rescore import FROM_BUCKET
 from job.recipe.config import FREE, Recipe, differing_keys, from_document, known_keys, resolve
 from job.recipe.derive import derive
-from job.run.adopt import Origin, checkpoint_key
+from job.run.adopt import Origin
 from job.run.bucket import Bucket
 from job.run.launch import run_folder
-from job.store.checkpoint_folder import KIND, OPTIMIZER, files_hash, folders
+from job.store.checkpoint_folder import KIND, OPTIMIZER, files_hash, folders, key_of
 from job.store.documents import read_recipe, recipe_of
 from job.store.sealed import open_sealed
 from job.store.stores import stored_manifest
@@ -139,28 +139,27 @@ def _checkpoint(out: Path, parent: str, at: int | None, bucket: Bucket | None) -
     """The stored checkpoint before step `at`, or the newest; UsageError naming those that can be used."""
     run = run_folder(out, parent)
     manifests = {}
-    for folder in bucket.checkpoints(run) if bucket else ():
-        manifests[folder.name] = stored_manifest(bucket.store, checkpoint_key(parent, folder)) if bucket else None
+    if bucket:
+        there = {folder: key_of(run, int(folder.name)) for folder in bucket.checkpoints(run)}
+        manifests = {folder: stored_manifest(bucket.store, key) for folder, key in there.items()}
     for folder in folders(run):
         sealed = open_sealed(folder, kind=KIND, verify=False)
-        manifests[folder.name] = {"facts": sealed.facts, "files": sealed.files}
+        manifests[folder] = {"facts": sealed.facts, "files": sealed.files}
     found = {manifest["facts"]["step"]: manifest for manifest in manifests.values() if manifest}
     if not found:
         raise UsageError(
             f"run {parent} has no stored checkpoint to go on from: `speedrun status {parent}` says how it is finished"
         )
     usable = [step for step in sorted(found) if any(name.startswith(OPTIMIZER) for name in found[step]["files"])]
-    there = (
-        f"--at {' or --at '.join(map(str, usable))} can be used"
-        if usable
-        else ("no stored checkpoint has it (a run with -o train.keep_optimizer=yes keeps that of its end)")
-    )
+    remedy = "no stored checkpoint has it (a run with -o train.keep_optimizer=yes keeps that of its end)"
+    if usable:
+        remedy = f"--at {' or --at '.join(map(str, usable))} can be used"
     step = max(found) if at is None else at
     if step not in found:
-        raise UsageError(f"run {parent} has no stored checkpoint before step {step}: {there}")
+        raise UsageError(f"run {parent} has no stored checkpoint before step {step}: {remedy}")
     if step not in usable:
         raise UsageError(
             f"the checkpoint before step {step} of run {parent} is its weights alone, and training goes on from an"
-            f" optimizer's state: {there}"
+            f" optimizer's state: {remedy}"
         )
     return Origin(parent, step, found[step]["facts"]["rows"], files_hash(found[step]["files"]))

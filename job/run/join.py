@@ -29,11 +29,7 @@ def join(
 ) -> None:
     """Take part in the run until the first node ends it, and end as it does."""
     node = NodeContext(out, run_folder(out, run_id), nodes, recipe.train.threads, bucket.store if bucket else None)
-    with (
-        Interrupts() as interrupts,
-        Preemption(interrupts).watched(),
-        other_link(nodes, interrupts, console) as link,
-    ):
+    with Interrupts() as interrupts, Preemption(interrupts).watched(), other_link(nodes, interrupts, console) as link:
         link.call()
         attempt, shares = current_attempt(node, link, same_command(recipe, nodes))
         if not shares:

@@ -28,6 +28,7 @@ from job.store.checkpoint_folder import (
     CheckpointManager,
     folder_of,
     folders,
+    key_of,
     parts_folder,
     read_part,
     sweep_parts,
@@ -40,11 +41,6 @@ from job.store.stores import Store, pull_sealed, push_sealed
 POLL = 0.2
 FINISH_SECONDS = 90.0
 """that parts and manifests have to reach the store when training has ended"""
-
-
-def key_of(run: Path, rows: int) -> str:
-    """Where the store has the checkpoint."""
-    return f"{run_key(run.name)}/checkpoints/{folder_of(run, rows).name}"
 
 
 def parts_key(run: Path, attempt: int) -> str:

@@ -82,11 +82,7 @@ class SilenceClock:
         return [rank for rank in running if rank.heard < asked]
 
     def _error(
-        self,
-        running: Sequence[LocalRank],
-        named: Sequence[LocalRank],
-        mute: Sequence[LocalRank],
-        silent: float,
+        self, running: Sequence[LocalRank], named: Sequence[LocalRank], mute: Sequence[LocalRank], silent: float
     ) -> RankDied:
         for rank in running:
             rank.signal(signal.SIGUSR1)

@@ -25,13 +25,8 @@ from job.recipe.config import Recipe
 from job.recipe.derive import derive, differing_values
 from job.store.attempt import Attempt
 from job.store.documents import canonical_json
-from job.store.sealed import (
-    Sealed,
-    atomic_write,
-    is_sealed,
-    open_sealed,
-    seal_written,
-)
+from job.store.fence import run_key
+from job.store.sealed import Sealed, atomic_write, is_sealed, open_sealed, seal_written
 
 KIND = "checkpoint"
 OPTIMIZER = "optimizer-"
@@ -43,6 +38,11 @@ KEEP = 2
 def folder_of(run: Path, rows: int) -> Path:
     """Where the checkpoint after `rows` rows stands, or will."""
     return run / "checkpoints" / f"{rows:015d}"
+
+
+def key_of(run: Path, rows: int) -> str:
+    """Where a store has it."""
+    return f"{run_key(run.name)}/checkpoints/{folder_of(run, rows).name}"
 
 
 def parts_folder(run: Path, rows: int, attempt: int) -> Path:
