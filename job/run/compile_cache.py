@@ -168,12 +168,9 @@ class Caches(Reporter):
             self._remove(store)
             return False
         self._loaded = set(_files(self.work))
-        origin, size, seconds = (
-            store.url if store else self.folder,
-            found.files[ARCHIVE]["size"],
-            time.monotonic() - began,
-        )
-        self._reporter.emit("compile_cache.loaded", folder=self.key, origin=str(origin), bytes=size, seconds=seconds)
+        origin, size = store.url if store else str(self.folder), found.files[ARCHIVE]["size"]
+        seconds = time.monotonic() - began
+        self._reporter.emit("compile_cache.loaded", folder=self.key, origin=origin, bytes=size, seconds=seconds)
         self._console.say(f"loaded from {origin} what was compiled before: {size / 1e6:.1f} MB in {seconds:.1f} s")
         return True
 
@@ -231,11 +228,12 @@ def _reason(error: Exception) -> str:
 def _files(work: Path) -> dict[str, Path]:
     """Every finished file below `work` by its name in the archive: no locks, and nothing that is still being
     written."""
+
+    def finished(name: Path) -> bool:
+        return not any(part.startswith("tmp.") or part.endswith((".tmp", ".lock")) for part in name.parts)
+
     found = {path.relative_to(work): path for path in sorted(work.rglob("*")) if path.is_file()}
-    unfinished = [
-        name for name in found if any(p.startswith("tmp.") or p.endswith((".tmp", ".lock")) for p in name.parts)
-    ]
-    return {name.as_posix(): path for name, path in found.items() if name not in unfinished}
+    return {name.as_posix(): path for name, path in found.items() if finished(name)}
 
 
 def _pack(work: Path, archive: Path, ended: threading.Event) -> None:

@@ -40,8 +40,8 @@ def join(
             launched = spec.stage
             if spec.stage != "prepare" and not shares and spec.prepared != reporter.prepared:
                 raise DataError(
-                    f"this node prepared other rows ({reporter.prepared or 'none'}) than the first one "
-                    f"({spec.prepared}): give all nodes the same text"
+                    f"this node prepared other rows ({reporter.prepared or 'none'}) than the first one"
+                    f" ({spec.prepared}): give all nodes the same text"
                 )
             if spec.split and spec.resume is not None:
                 fetch(node.documents, node.run, spec.resume)
@@ -76,19 +76,18 @@ def current_attempt(node: NodeContext, link: NodeLink, same: str) -> tuple[int, 
         claim = node.documents.get(claim_key(node.run.name, number))
         if claim is None and node.store is None:
             raise UsageError(
-                "each node has an --out of its own, so checkpoints need a place where their parts come "
-                "together: give --bucket,"
-                " or an --out that all nodes share"
+                "each node has an --out of its own, so checkpoints need a place where their parts come together: give"
+                " --bucket, or an --out that all nodes share"
             )
         if claim and (newest := newest_claimed(node.documents, node.run.name)) > number:
             raise InterruptedRun(
-                f"{link.nodes.name(0)} is still at attempt {number}, and attempt {newest} took over; the same "
-                f"command on all nodes tries again"
+                f"{link.nodes.name(0)} is still at attempt {number}, and attempt {newest} took over; the same command"
+                " on all nodes tries again"
             )
         if not claim and time.monotonic() > until:
             raise InterruptedRun(
-                f"{link.nodes.name(0)} announced attempt {number}, which {node.documents.url} does not know; the "
-                f"same command on all nodes tries again"
+                f"{link.nodes.name(0)} announced attempt {number}, which {node.documents.url} does not know; the same"
+                " command on all nodes tries again"
             )
         link.wait("the first node answered", lambda record: True)
         time.sleep(0.0 if claim else 0.2)

@@ -197,8 +197,8 @@ class NodeLink:
         if not self.wait("all nodes were there", lambda record: record.get("joined"), until - time.monotonic()):
             missing = [self.nodes.name(n) for n, record in self.records.items() if not record.get("joined")]
             raise InterruptedRun(
-                f"{', '.join(missing)} did not call within {self.nodes.wait:.0f} s; the same command on all "
-                f"nodes tries again"
+                f"{', '.join(missing)} did not call within {self.nodes.wait:.0f} s; the same command on all nodes tries"
+                " again"
             )
         if len({record.get("shares") for record in self.records.values()}) > 1:
             raise UsageError(
@@ -213,8 +213,8 @@ class NodeLink:
                 self._interrupts.check("all nodes were there")
                 if time.monotonic() > until:
                     raise UsageError(
-                        f"port {self.nodes.port} cannot be listened on ({error.strerror}); set "
-                        f"SPEEDRUN_NODES_PORT to a free one on all nodes"
+                        f"port {self.nodes.port} cannot be listened on ({error.strerror}); set SPEEDRUN_NODES_PORT to"
+                        " a free one on all nodes"
                     ) from error
                 time.sleep(0.2)
 
@@ -222,8 +222,8 @@ class NodeLink:
         """On another node: until the first one answers. UsageError when something else does."""
         until, first = time.monotonic() + self.nodes.wait, self.nodes.name(0)
         self._console.say(
-            f"this is {self.nodes.name(self.nodes.number)} of {self.nodes.count} nodes; calling {first} on port "
-            f"{self.nodes.port}"
+            f"this is {self.nodes.name(self.nodes.number)} of {self.nodes.count} nodes; calling {first} on port"
+            f" {self.nodes.port}"
         )
         while time.monotonic() < until:
             self._interrupts.check("the first node answered")

@@ -41,7 +41,7 @@ from job.store.sealed import content_id, is_sealed, sha256_file
 from job.store.stores import FolderStore, Store
 
 PORT = 29461
-WAIT = 600.0
+WAIT = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Nodes:
     port: int = PORT
     secret: str = ""
     wait: float = WAIT
+    """seconds that nodes wait for each other at the start"""
 
     @classmethod
     def here(
@@ -81,15 +82,12 @@ class Nodes:
         known = environment.get("SPEEDRUN_NODES_SECRET") or environment.get("SKYPILOT_TASK_ID")
         if not known:
             raise UsageError(
-                "several nodes need a secret in common, so that no stranger joins the run: set "
-                "SPEEDRUN_NODES_SECRET to the same text on all"
+                "several nodes need a secret in common, so that no stranger joins the run: set SPEEDRUN_NODES_SECRET"
+                " to the same text on all"
             )
         secret = hashlib.sha256(f"{known}\n{run_id}".encode()).hexdigest()
-        port, wait = (
-            _number(environment, "SPEEDRUN_NODES_PORT", PORT),
-            _number(environment, "SPEEDRUN_NODES_WAIT", int(WAIT)),
-        )
-        return cls(ranks, addresses, number, port, secret, float(wait))
+        port = _number(environment, "SPEEDRUN_NODES_PORT", PORT)
+        return cls(ranks, addresses, number, port, secret, _number(environment, "SPEEDRUN_NODES_WAIT", WAIT))
 
     @property
     def count(self) -> int:

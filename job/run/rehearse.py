@@ -32,6 +32,7 @@ from job.console import Console
 from job.errors import DataError, ExitCode, UsageError
 from job.run.fruitless import LIMIT, deaths_in_a_row
 from job.run.processes import python_environment
+from job.store import VARIABLE
 from job.store.attempt import fold, newest_attempt, read_events
 from job.store.checkpoint_folder import KIND, folders
 from job.store.sealed import open_sealed
@@ -124,7 +125,7 @@ class Rehearsal:
         words += ["--ranks", str(self._ranks), *(word for value in RECIPE for word in ("-o", value))]
         words += ["--bucket", bucket] if bucket else []
         environment = python_environment({**os.environ, "WANDB_MODE": "disabled"})
-        environment.pop("SPEEDRUN_BUCKET", None)
+        environment.pop(VARIABLE, None)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self.attempts += 1
         with open(self._log, "ab") as log:

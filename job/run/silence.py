@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from job.console import Console
+from job.report.words import duration
 from job.reporter import LONG
 from job.run.fruitless import GOES_ON, SILENCE, Death, RankDied
 from job.run.processes import LocalRank
@@ -62,7 +63,7 @@ class SilenceClock:
         silent = now - last.progressed
         if now - max(self._said, self._console.printed) >= STILL_EVERY:
             self._said = now
-            self._console.say(f"{self._stage}: {last.doing.what}, nothing new for {_spoken(silent)}")
+            self._console.say(f"{self._stage}: {last.doing.what}, nothing new for {duration(int(silent))}")
         limit = self._seconds * (LONG if any(rank.doing.long for rank in running) else 1)
         if silent <= limit:
             return
@@ -96,8 +97,3 @@ class SilenceClock:
             f" stacks are in {named[0].log} and beside it; {GOES_ON}"
         )
         return RankDied(sentence, death, named[0].log)
-
-
-def _spoken(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -248,8 +248,7 @@ def _memory_sentence(stage: str) -> str:
     of = f" of {limit / 1e9:.2f} GB" if limit else ""
     return (
         f"{stage} ran out of memory: the kernel killed one of its processes at the limit{of};"
-        f" {container.memory_remedy()}, or lower "
-        f"train.device_batch_size; {GOES_ON}"
+        f" {container.memory_remedy()}, or lower train.device_batch_size; {GOES_ON}"
     )
 
 

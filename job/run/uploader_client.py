@@ -157,9 +157,8 @@ class BucketUploads(Uploads):
                     )
 
     def flush(self, after: BaseException | None = None) -> None:
-        self._wait_for(
-            "flush", "flushed", SIGNAL_WAIT if isinstance(after, InterruptedRun) else self._bucket.wait, after
-        )
+        seconds = SIGNAL_WAIT if isinstance(after, InterruptedRun) else self._bucket.wait
+        self._wait_for("flush", "flushed", seconds, after)
 
     def last(self, after: BaseException | None = None) -> None:
         self._left = []
@@ -194,8 +193,8 @@ class BucketUploads(Uploads):
         more = f" and {len(self._left) - 1} more" if len(self._left) > 1 else ""
         what = f"{self._left[0]}{more}" if self._left else "the end of the record"
         sentence = (
-            f"{what} did not reach {self._bucket.store.url} within {waited:.0f} s ({self._why}); "
-            f"everything is on local disk in {self._place}, and the same command uploads it"
+            f"{what} did not reach {self._bucket.store.url} within {waited:.0f} s ({self._why}); everything is on local"
+            f" disk in {self._place}, and the same command uploads it"
         )
         if after is not None:
             self._console.say(f"warning: {sentence}")

@@ -104,7 +104,7 @@ class Store(abc.ABC):
         return None
 
     def clock_ahead(self) -> float | None:
-        """Seconds by which this machine's clock is before the server's; None where there is none to ask."""
+        """Seconds by which this machine's clock is ahead of the server's; None where there is none to ask."""
         return None
 
     def credentials_left(self) -> float | None:
@@ -201,8 +201,8 @@ class FolderStore(Store):
             yield
         except OSError as error:
             raise StorageError(
-                f"the store {self.url} failed ({error.strerror}); everything sealed is safe on the local disk: "
-                "make room or give access there, and run the same command again"
+                f"the store {self.url} failed ({error.strerror}); everything sealed is safe on the local disk: make"
+                " room or give access there, and run the same command again"
             ) from error
 
     @contextlib.contextmanager
@@ -240,8 +240,8 @@ def probe(store: Store) -> None:
     if winners != 1:
         raise UsageError(
             f"--bucket {store.url} cannot be used: its server ignores conditional writes ({winners} of {CLAIMANTS}"
-            " writers created the "
-            "same object), so two attempts at one run could both publish; choose a store that honours If-None-Match"
+            " writers created the same object), so two attempts at one run could both publish; choose a store that"
+            " honours If-None-Match"
         )
 
 
