@@ -82,8 +82,8 @@ def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class LocalRank:
-    """A child process (of `module`, unless Python is given a `program`) in a session of its own: its pipes, its log,
-    and what it last said."""
+    """A child process, Python given `program` and `arguments`, in a session of its own: its pipes, its log, and what it
+    last said."""
 
     def __init__(
         self,
@@ -91,8 +91,7 @@ class LocalRank:
         arguments: list[str],
         environment: Mapping[str, str],
         log: Path,
-        module: str = "job.run.rank",
-        program: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "job.run.rank"),
         folder: Path | None = None,
     ) -> None:
         read_end, write_end = os.pipe()
@@ -119,7 +118,7 @@ class LocalRank:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *(program or ("-m", module)), *arguments],
+                [sys.executable, *program, *arguments],
                 cwd=folder,
                 stdin=subprocess.PIPE,
                 stdout=output,

@@ -92,13 +92,8 @@ class BucketUploads(Uploads):
 
     def _start_child(self) -> None:
         self._started = time.monotonic()
-        self._child = LocalRank(
-            "the uploader",
-            self._arguments,
-            environment_for("uploader", os.environ),
-            self._log,
-            module="job.run.uploader",
-        )
+        environment = environment_for("uploader", os.environ)
+        self._child = LocalRank("the uploader", self._arguments, environment, self._log, ("-m", "job.run.uploader"))
         for order in self._orders:
             self._child.tell(order)
 

@@ -142,7 +142,7 @@ def test_the_verdict_names_rank_signal_and_remedy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("signalled", [False, True])
 def test_a_death_counts_unless_the_supervisor_was_signalled(tmp_path: Path, signalled: bool) -> None:
     dies = ["-n", "1", "-r", "1", "import os; os.kill(os.getpid(), 9)"]
-    rank = LocalRank("rank 0", dies, os.environ, tmp_path / "log", module="timeit")
+    rank = LocalRank("rank 0", dies, os.environ, tmp_path / "log", program=("-m", "timeit"))
     rank.process.wait(60)
     interrupts = Interrupts()
     if signalled:

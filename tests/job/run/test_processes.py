@@ -26,7 +26,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_rank(trap: Path, tmp_path: Path) -> None:
-    rank = LocalRank("rank 0", [], os.environ, tmp_path / "log", module="job.machine.health")
+    rank = LocalRank("rank 0", [], os.environ, tmp_path / "log", program=("-m", "job.machine.health"))
     os.close(rank.pipe)
     assert rank.ended() is not None or rank.process.wait(60) == 0
     assert (rank.process.returncode, rank.tail()) == (0, "")

@@ -63,6 +63,9 @@ for word in sys.argv[1:]:
 """
 
 
+A_RANK = ("-m", "a_rank")
+
+
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(silence, "ANSWER", 1.0)
@@ -72,7 +75,7 @@ def run_ranks(folder: Path, *programs: str, seconds: float = 1.0, **given: objec
     (folder / "a_rank.py").write_text(RANK)
     environment = os.environ | {"PYTHONPATH": str(folder)}
     ranks = [
-        LocalRank(f"rank {number}", program.split(), environment, folder / f"{number}.log", module="a_rank")
+        LocalRank(f"rank {number}", program.split(), environment, folder / f"{number}.log", program=A_RANK)
         for number, program in enumerate(programs)
     ]
     interrupts = Interrupts()
@@ -142,14 +145,14 @@ def test_what_takes_long_is_said(
 ) -> None:
     monkeypatch.setattr(silence, "STILL_EVERY", 0.5)
     (tmp_path / "a_rank.py").write_text(RANK)
-    rank = LocalRank("rank 0", ["compiles=2"], os.environ | {"PYTHONPATH": str(tmp_path)}, tmp_path / "log", "a_rank")
+    rank = LocalRank("rank 0", ["compiles=2"], os.environ | {"PYTHONPATH": str(tmp_path)}, tmp_path / "log", A_RANK)
     supervise("pretrain", [rank], reporter=Reporter(), console=Console(), interrupts=Interrupts(), silence=9)
     assert "pretrain: compiling, nothing new for 1 s" in capsys.readouterr().err
 
 
 def test_a_killed_process_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     (tmp_path / "a_rank.py").write_text("import time; time.sleep(60)")
-    rank = LocalRank("rank 0", [], os.environ | {"PYTHONPATH": str(tmp_path)}, tmp_path / "log", "a_rank")
+    rank = LocalRank("rank 0", [], os.environ | {"PYTHONPATH": str(tmp_path)}, tmp_path / "log", A_RANK)
     began = time.monotonic()
     rank.kill()
     assert rank.poll() == -signal.SIGKILL and time.monotonic() - began < 10

@@ -67,7 +67,7 @@ class Due:
 def rank(tmp_path: Path, request: pytest.FixtureRequest) -> LocalRank:
     (tmp_path / "a_rank.py").write_text(RANK)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    return LocalRank("rank 0", request.param, environment, tmp_path / "log", module="a_rank")
+    return LocalRank("rank 0", request.param, environment, tmp_path / "log", program=("-m", "a_rank"))
 
 
 def tell(rank: LocalRank, *, signal: bool) -> list[dict[str, Any]]:
