@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -193,8 +194,8 @@ def processes_below(pid: int) -> Iterator[tuple[int, str]]:
     found = list(children.get(pid, ()))
     for number, command in found:
         found += children.get(number, ())
-        kinds = ("uploader", "prepare", "pretrain", "evaluate")
-        yield number, next((kind for kind in kinds if kind in command), "a child of a rank")
+        kind = re.search(r" -m job\.run\.(?:rank )?(uploader|prepare|pretrain|evaluate) ", command)
+        yield number, kind[1] if kind else "a child of a rank"
 
 
 def _says(run: Path, kind: str) -> bool:

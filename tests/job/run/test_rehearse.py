@@ -31,7 +31,8 @@ def test_a_difference_is_seen(tmp_path: Path) -> None:
 
 def test_the_processes_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")  # ps would cut a command line to a terminal's width
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)', 'pretrain'])"
+    rank = ["-c", "import time; time.sleep(60)", "-m", "job.run.rank", "pretrain", "/prepared/by the uploader"]
+    child = f"import subprocess, sys; subprocess.run([sys.executable, *{rank}])"
     process = subprocess.Popen([sys.executable, "-c", child])
     try:
         wait_for(lambda: [name for _, name in processes_below(process.pid)] == ["pretrain"], 30)
