@@ -13,11 +13,12 @@ from job.report.result import SCHEMA, evaluations, scores_of
 from job.store.sealed import sealing
 
 
-def write_foreign_report(evaluated: Path, model: str) -> dict[str, Any]:
-    """Seal `evaluated`/report/ (result.json, report.html) from the evaluations there, and return the result."""
+def write_foreign_report(evaluated: Path, model: str, weights: str) -> dict[str, Any]:
+    """Seal `evaluated`/report/ (result.json, report.html) from the evaluations of these `weights` (their hash) there,
+    where models of the same name have theirs too, and return the result."""
     from job.report import page  # Matplotlib and Jinja take a second to import
 
-    ledgers = evaluations(evaluated)
+    ledgers = {name: each for name, each in evaluations(evaluated).items() if each.made_from.get("weights") == weights}
     result = {"schema": SCHEMA, "model": model, **scores_of(ledgers), "provenance": host.provenance()}
     with sealing(evaluated / "report", kind="report", made_from={"evaluations": sorted(ledgers)}) as folder:
         (folder.path / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -56,7 +56,7 @@ def evaluate(out: Path, folder: Path, asked: EvalConfig, *, ranks: int, console:
         except RankDied as died:
             raise without_attempts(died) from None
     ledger = Ledger.open(newest(results))
-    write_foreign_report(results, folder.resolve().name)
+    write_foreign_report(results, folder.resolve().name, ledger.made_from["weights"])
     return ledger
 
 
