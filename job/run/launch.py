@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ from job.run.supervise import Interrupts, supervise
 from job.run.uploader_client import AnnouncingReporter, Uploads, uploading
 from job.run.wandb_client import wandb_logging
 from job.run.watch import Watch
-from job.store.attempt import Attempt, fold
+from job.store.attempt import Attempt, discard, fold
 from job.store.checkpoint_folder import CheckpointManager, folder_of, identity, newest_usable
 from job.store.documents import hashed, read_recipe
 from job.store.fence import run_key
@@ -169,7 +168,7 @@ def open_run(
     """The folder of `run_id`, its recipe written, after `check_run`."""
     run, document = check_run(out, run_id, recipe, fresh=fresh, ranks=ranks, bucket=bucket, origin=origin)
     if fresh and run.exists():
-        shutil.rmtree(run)
+        discard(run)
     file = run / "recipe.json"
     if not file.is_file() or file.read_bytes() != document:
         atomic_write(file, document)

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import socket
 import time
 import zlib
@@ -33,7 +34,7 @@ from job.recipe.leaderboard import UNTIMED_STEPS
 from job.reporter import Reporter
 from job.store.documents import canonical_json, hashed
 from job.store.fence import TakenOver, claim_key, newest_claimed, read_claim
-from job.store.sealed import storage_errors
+from job.store.sealed import atomic_write, storage_errors
 from job.store.stores import Store
 
 
@@ -140,6 +141,16 @@ def newest_attempt(run: Path, below: float = math.inf) -> int:
     folder = run / "attempts"
     numbers = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     return max((number for number in numbers if number < below), default=0)
+
+
+def discard(run: Path) -> None:
+    """Remove a run but for the claims that no event ended: an attempt that is still alive learns of the next one."""
+    ended = {event["attempt"] for event in read_events(run) if event["kind"] == "attempt.ended"}
+    claims = (path for path in (run / "attempts").glob("*") if path.name.isdigit() and int(path.name) not in ended)
+    kept = {path: path.read_bytes() for path in claims}
+    shutil.rmtree(run)
+    for path, data in kept.items():
+        atomic_write(path, data)
 
 
 def _checksum(event: dict[str, Any]) -> int:

@@ -16,8 +16,11 @@ import pytest
 
 from conftest import Finished
 from helpers import command_line, events, ranks_of, result, wait_for, wait_for_event, weights
+from job.recipe.config import resolve
+from job.run.launch import open_run
 from job.run.supervise import Interrupts
 from job.store.attempt import Attempt, fold, read_events
+from job.store.fence import TakenOver
 
 
 def prepared_hashes(out: Path) -> dict[str, str]:
@@ -104,6 +107,23 @@ def test_a_changed_recipe_is_refused_and_fresh_starts_anew_and_may_diverge(
     assert [e["attempt"] for e in events(out, "attempt.started")] == [1]
     assert "training diverged at step " in said
     assert said.rstrip().endswith("lower train.lr_scale and start with --fresh")
+
+
+def test_an_attempt_that_is_still_alive_learns_of_one_that_began_anew(tmp_path: Path) -> None:
+    """Counted from 1 again, the new one would have the number of the old one, and each would seal the other's parts."""
+
+    def begun(fresh: bool = True) -> Attempt:
+        return Attempt.claim(open_run(tmp_path, "t", resolve("smoke"), fresh=fresh))
+
+    begun(fresh=False).emit("attempt.ended", exit_code=75, reason="interrupted")
+    alive = begun()
+    assert alive.number == 1, "nobody is left of the one before"
+    new = begun()
+    with pytest.raises(TakenOver, match="attempt 2 took over run t"):
+        alive.check_newest()
+    new.check_newest()
+    assert {path.name for path in new.run.iterdir()} == {"recipe.json", "attempts", "events"}
+    assert [path.name for path in (new.run / "events").iterdir()] == ["2.jsonl"]
 
 
 def test_an_evaluation_that_is_refused_changes_nothing(finished: Finished, tmp_path: Path, speedrun) -> None:
