@@ -241,12 +241,12 @@ def execute(
     has a `quote` it stops, with BudgetReached, in time to stay within the `cap`.
     Raises SpeedrunError as the stage that failed did; the attempt's last event says why it ended.
     """
-    store = bucket.store if bucket else None
+    store, interrupts = bucket.store if bucket else None, Interrupts()
     attempt = _claim(run, recipe, nodes, store, console, cap, fresh=fresh)
     final_rows, every = derive(recipe).rows, recipe.train.upload_minutes
     node = NodeContext(out, run, nodes, recipe.train.threads, store, asked=asked.document if asked else None)
     with (
-        Interrupts() as interrupts,
+        interrupts,
         Preemption(interrupts).watched(),
         first_link(nodes, interrupts, console, attempt.number) as link,
         uploading(bucket, out, run, attempt, final_rows, console, interrupts, minutes=every) as uploads,

@@ -126,6 +126,15 @@ def test_an_attempt_that_is_still_alive_learns_of_one_that_began_anew(tmp_path: 
     assert [path.name for path in (new.run / "events").iterdir()] == ["2.jsonl"]
 
 
+def test_a_wrong_variable_is_refused_before_an_attempt_is_claimed(
+    tmp_path: Path, speedrun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPEEDRUN_STOP_SECONDS", "soon")
+    said = speedrun.here(speedrun.tiny("run", tmp_path), code=2).stderr
+    assert said == "speedrun: SPEEDRUN_STOP_SECONDS=soon cannot be used: give a positive number of seconds\n"
+    assert not (tmp_path / "runs" / "t" / "attempts").exists()
+
+
 def test_an_evaluation_that_is_refused_changes_nothing(finished: Finished, tmp_path: Path, speedrun) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished.out, out)
