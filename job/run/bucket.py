@@ -136,11 +136,9 @@ class Bucket:
         both = [number for number in stored if (run / "attempts" / str(number)).is_file()]
         remedy = "take another --run-id or --out, or --fresh to discard both"
         if both:
-            claims = [
-                read_claim((run / "attempts" / str(both[-1])).read_bytes()),
-                stored_claim(self.store, run.name, both[-1]),
-            ]
-            if all(claims) and claims[0] != claims[1]:
+            here = read_claim((run / "attempts" / str(both[-1])).read_bytes())
+            there = stored_claim(self.store, run.name, both[-1])
+            if here and there and here != there:
                 raise UsageError(
                     f"run {run.name} in {self.store.url} is not the one in {run}, though it has the same name; {remedy}"
                 )
