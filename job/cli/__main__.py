@@ -83,9 +83,13 @@ def main() -> None:
     try:
         commands(prog_name="speedrun")
     except SystemExit as end:  # click's end of every command, with its exit code
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # a bug
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

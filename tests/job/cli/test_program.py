@@ -91,3 +91,24 @@ def test_closed_descriptors_lead_to_no_other_file(speedrun: object) -> None:
     words = speedrun.command("report", "--run-id", "none")
     shell = ["sh", "-c", 'exec "$@" 1>&- 2>&-', "sh", *words]
     assert subprocess.run(shell, env=speedrun.environment(), cwd=ROOT, timeout=60).returncode == 2
+
+
+def test_a_thread_that_still_runs_holds_no_end_up(tmp_path: Path) -> None:
+    """Neither that of a command nor that of a bug."""
+    program = """
+import sys, threading, time
+from job.cli.__main__ import main
+from job.cli.commands import main as commands
+
+def callback(as_json):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    if as_json:
+        raise RuntimeError("a bug")
+
+commands.commands["presets"].callback = callback
+main()
+"""
+    for words, code in (((), 0), (("--json",), 1)):
+        command = [sys.executable, "-c", program, "presets", *words]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+        assert (ended.returncode, "RuntimeError: a bug" in ended.stderr) == (code, bool(code))
