@@ -80,7 +80,7 @@ class Verdict:
 def judge(cores: Sequence[float], *, sd: float | None = None, se: float = ITEM_SE, cap: int | None = None) -> Verdict:
     """The verdict on `cores`, one a run; `sd` where it is known, `se` by item sampling of a single run.
 
-    UsageError for figures that are no CORE, or of which all are equal.
+    UsageError for figures that are no CORE, or that have no error.
     """
     if not cores or not all(math.isfinite(core) and -1 < core <= 1 for core in cores):
         raise UsageError("a CORE is a number between -1 and 1: give those that were measured")
@@ -94,6 +94,8 @@ def judge(cores: Sequence[float], *, sd: float | None = None, se: float = ITEM_S
     else:
         law, name, spread = stats.norm(), "items" if sd is None else "normal", sd or RUN_SD
     error = se if name == "items" else spread / math.sqrt(n)
+    if not error:
+        raise UsageError("its items show no error, for every task has all items right or all wrong: evaluate more items")
     distance = (mean - GPT2_XL_CORE) / error
     p, half = float(law.sf(distance)), float(law.ppf((1 + LEVEL) / 2)) * error
     if cap or SHOWN <= p <= 1 - SHOWN or (n == 1 and p < SHOWN):

@@ -21,7 +21,7 @@ from job.evaluation.ledger import centered_accuracy, metric_of
 from job.plan.published_runs import GPUS, RUNS
 from job.recipe.leaderboard import GPT2_XL_CORE
 from job.store import open_store
-from job.store.documents import canonical_json
+from job.store.documents import canonical_json, read_document, read_recipe
 from job.store.sealed import MANIFEST, read_manifest
 from job.store.stores import FolderStore, Store
 
@@ -85,6 +85,8 @@ def _checked(store: Store, key: str, validator: jsonschema.Draft202012Validator)
         raise UsageError("has no CORE" + (", but a smoke score, which is not CORE" if result["smoke_score"] else ""))
     if core["cap"]:
         raise UsageError(f"has a CORE capped at {core['cap']:,} items a task, which is another metric")
+    if unknown := {task["task"] for task in core["tasks"]} - core["baselines"].keys():
+        raise DataError(f"has no baseline of its task {min(unknown)}")
     centered = [centered_accuracy(task["accuracy"], core["baselines"][task["task"]]) for task in core["tasks"]]
     if not math.isclose(metric_of(centered), core["metric"], abs_tol=1e-9):
         raise DataError("has a CORE that is not the mean of its own tasks")
@@ -95,13 +97,16 @@ def _checked(store: Store, key: str, validator: jsonschema.Draft202012Validator)
 def _check_beside(store: Store, run: str, result: dict[str, Any]) -> None:
     """DataError where the run's recipe or ledger, if they are there, are others than the result says."""
     if recipe := store.get(f"{run}/recipe.json"):
-        asked = canonical_json(json.loads(recipe)["recipe"])
+        asked = canonical_json(read_recipe(recipe, "the recipe beside it")["recipe"])
         if hashlib.sha256(asked.encode()).hexdigest() != result["hashes"]["recipe"]:
             raise DataError("is not of the recipe beside it (its hash differs)")
-    fullest = next(each for each in result["evaluations"] if each["name"] == "core")
-    ledger = store.get(f"{run}/eval/{fullest['id']}/ledger/ledger.json")
-    if ledger and json.loads(ledger)["metric"] != result["core"]["metric"]:
-        raise DataError("has another CORE than the ledger beside it")
+    fullest = next((each for each in result["evaluations"] if each["name"] == "core"), None)
+    if fullest is None:
+        raise DataError("has a CORE that none of its evaluations gave")
+    if data := store.get(f"{run}/eval/{fullest['id']}/ledger/ledger.json"):
+        ledger = read_document(data, "the ledger beside it", "evaluate again", {"metric": float})
+        if ledger["metric"] != result["core"]["metric"]:
+            raise DataError("has another CORE than the ledger beside it")
 
 
 def _no_number(word: str) -> None:

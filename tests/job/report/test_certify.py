@@ -279,3 +279,31 @@ def test_the_table_has_what_can_be_believed(scored, tmp_path: Path) -> None:
     assert "<script" not in html and "&lt;script&gt;" in html
     text = speedrun("certify", "--table", str(tmp_path)).stdout
     assert text.count("| published |") == 9 and text.count("| measured |") == 2 and "Left out:" in text
+
+
+def test_a_damaged_entry_is_left_out_and_the_others_are_shown(scored, tmp_path: Path) -> None:
+    damages: dict[str, Callable[[Path], object]] = {
+        "recipe": lambda run: (run / "recipe.json").write_text('{"recipe'),
+        "ledger": lambda run: next(run.glob("eval/*/ledger/ledger.json")).write_text('{"metric": nul'),
+        "baseline": lambda run: reseal(run / "report", lambda result: result["core"]["baselines"].popitem()),
+        "evaluations": lambda run: reseal(run / "report", lambda result: result.update(evaluations=[])),
+        "whole": lambda run: None,
+    }
+    for number, (name, damage) in enumerate(damages.items()):
+        run = scored(name, 60 + number).path
+        with sealing(run / "report", kind="report", made_from={}) as folder:
+            (folder.path / "result.json").write_text(json.dumps(build_result(run)))
+        damage(run)
+    document = json.loads(speedrun("certify", "--table", str(tmp_path), "--json").stdout)
+    assert [row["run"] for row in document["rows"] if row["evidence"] == "measured"] == ["whole"]
+    why = {Path(entry["file"]).parts[-3]: entry["why"] for entry in document["left_out"]}
+    assert "the recipe beside it cannot be read" in why["recipe"] and "ledger beside it cannot be read" in why["ledger"]
+    assert "has no baseline of its task" in why["baseline"] and "none of its evaluations" in why["evaluations"]
+
+
+@pytest.mark.parametrize("cap", [1, None])
+def test_a_run_whose_items_show_no_error_is_refused(make_run, tmp_path: Path, cap: int | None) -> None:
+    run = make_run(run_id="a", steps=3, tasks=((*TASKS[0][:4], 1, 1), (*TASKS[1][:4], 0, 1)))
+    run.evaluate(run.start(), core=True, cap=cap)
+    ended = speedrun("certify", "a", "--out", str(tmp_path))
+    assert ended.exit_code == 2 and "every task has all items right or all wrong" in ended.stderr
