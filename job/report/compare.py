@@ -6,8 +6,9 @@ the plain mean of centred accuracies: its difference is a mean of per-item diffe
 
     difference = mean over tasks of mean(d) / (1 - baseline)        se = sqrt(sum var(d) / n / (1 - baseline)^2) / tasks
 
-with tasks taken as independent, and a two-sided p by the normal law. Both compare two models; of their recipes one run
-each shows only what goes beyond the published sd from run to run.
+with tasks taken as independent, and a two-sided p by the normal law; where no task's differences vary (se = 0, as of one
+item a task), McNemar's over all items. Both compare two models; of their recipes one run each shows only what goes
+beyond the published sd from run to run.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _paired(ledgers: tuple[Ledger, Ledger], folders: tuple[Path, Path]) -> dict[
         accuracies = [task.accuracy, beside.accuracy]
         rows.append({"task": task.label, "n": task.n, "accuracy": accuracies, "only": only, "p": mcnemar(*only)})
     difference, se = float(np.mean(centered)), math.sqrt(sum(variances)) / len(variances)
-    p = float(2 * stats.norm.sf(abs(difference) / se)) if se else 1.0 if not difference else 0.0
+    in_all = (sum(row["only"][model] for row in rows) for model in (0, 1))
+    p = float(2 * stats.norm.sf(abs(difference) / se)) if se else mcnemar(*in_all)
     return {
         "name": ledgers[0].name,
         "cap": ledgers[0].cap,

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
 from job.cli.commands import main
 from job.report import compare as comparison
 from job.report.compare import compare, mcnemar
@@ -71,6 +70,18 @@ def test_two_runs_are_paired_item_by_item(make_run) -> None:
     assert document["bpb"]["difference"] == pytest.approx(0.01)
     assert [point["tokens"] for point in document["curve"]] == [20 * 32 * 256, 40 * 32 * 256]
     assert document["recipe"] == [] and document["clocks"][0]["steps"] == 60
+
+
+def test_one_item_a_task_shows_nothing(make_run) -> None:
+    kinds = (("x", "multiple_choice", 0, 0.25), ("y", "schema", 0, 0.5), ("z", "language_modeling", 0, 0.0))
+    paths = []
+    for name, right in (("a", 1), ("b", 0)):
+        run = make_run(run_id=name, tasks=tuple((*kind, right, 1) for kind in kinds))
+        run.evaluate(run.start(), core=True, cap=1)
+        paths.append(run.path)
+    items = comparison.paired_items(*paths)
+    assert items and items["difference"] > 0 and items["se"] == 0
+    assert items["p"] == pytest.approx(2 * 0.5**3), "three items that A alone has right"
 
 
 def test_a_run_beside_itself_says_so(make_run) -> None:
