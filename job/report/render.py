@@ -94,7 +94,7 @@ def describe(
         "slow_ranks": words.slow_ranks(record),
         "mfu_of_one": (progress.utilization(from_document(recipe), record, 1.0) or (None, None))[1],
         "machine": machine_rows(result),
-        "places": places(run, record),
+        "places": places(run, record, bill),
         "commands": commands(run, recipe, result),
     }
 
@@ -143,12 +143,11 @@ def provenance_rows(provenance: dict[str, Any] | None) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def places(run: Path, record: Record) -> list[tuple[str, str, str]]:
+def places(run: Path, record: Record, bill: dict[str, Any] | None) -> list[tuple[str, str, str]]:
     """(what, its link from the page or nothing, where it is): the report's other files, the weights, the bucket."""
     rows = [("all figures, for programs", "result.json"), ("the same as text", "report.md")]
+    rows += [("what was paid for what", "receipt.json")] if bill else []
     found = [(what, name, name) for what, name in rows]
-    if (run / "receipt.json").is_file():
-        found.append(("what was paid for what", "receipt.json", "receipt.json"))
     checkpoints = record.checkpoints.values()
     kept = [(f"weights, step {words.count(e['step'])}", f"checkpoints/{Path(e['folder']).name}") for e in checkpoints]
     for what, folder in [*kept[-1:], ("what transformers loads", "export")]:
@@ -164,6 +163,8 @@ def commands(run: Path, recipe: dict[str, Any], result: dict[str, Any]) -> list[
     out = os.fspath(run.parent.parent)
     place = [] if out == "out" else ["--out", out]
     this = [*place, "--run-id", run.name]
+    begun = result["from"]
+    origin = ["--from", begun["run"], "--at", str(begun["step"])] if begun else []
     asked = {
         f"{section}.{key}": ",".join(map(str, value)) if isinstance(value, list) else str(value)
         for section, entries in recipe["recipe"].items()
@@ -183,8 +184,8 @@ def commands(run: Path, recipe: dict[str, Any], result: dict[str, Any]) -> list[
             core = ["evaluate", *this, "--core-bundle", "PATH", "-o", "eval.cap=20"]
             rows.append(("Score this model on the real CORE tasks", core))
         longer = train(asked | {"train.steps": str(2 * result["steps"])})
-        again = [*longer, *place, "--run-id", f"{run.name}-longer"]
-        rows.append(("Repeat this run", [*train(asked), *place, "--run-id", f"{run.name}-again"]))
+        rows.append(("Repeat this run", [*train(asked), *origin, *place, "--run-id", f"{run.name}-again"]))
+        again = [*longer, *origin, *place, "--run-id", f"{run.name}-longer"]
         rows.append(("Train twice as long on the same prepared data", again))
     rows.append(("Write this report anew", ["report", *this]))
     return [(purpose, shlex.join(["speedrun", *command])) for purpose, command in rows]
