@@ -183,6 +183,6 @@ def table(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
             yield line.rstrip()
             yield from (f"    {part}" for part in _wrapped(last, width - 4))
         else:
-            first, *more = _wrapped(last, room) or [""]
+            first, *more = _wrapped(last, max(room, 1)) or [""]
             yield f"{line}{first}".rstrip()
             yield from (" " * indent + rest for rest in more)

@@ -86,3 +86,8 @@ def test_the_last_column_takes_the_rest_or_the_lines_below() -> None:
         "b",
         "    /a/path/that/is/longer/than/the/column/it/is/in",
     ]
+
+
+def test_an_empty_last_cell_needs_no_room() -> None:
+    rows = [["run", "last word"], ["a", ""]]
+    assert [list(table(rows, width))[-1] for width in range(5, 9)] == ["a"] * 4
