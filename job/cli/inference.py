@@ -85,11 +85,11 @@ def sample(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if file is not None:
-            _continue(loaded, _read(file), **asked)
+            _continue(loaded, _read(f"--file {file}", lambda: file.read_text(encoding="utf-8")), **asked)
         elif prompt is not None:
             _continue(loaded, prompt, **asked)
         elif not sys.stdin.isatty():
-            _continue(loaded, sys.stdin.read(), **asked)
+            _continue(loaded, _read("stdin", sys.stdin.read), **asked)
         else:
             click.echo("Type the beginning of a text; Ctrl-D ends.", err=True)
             while True:
@@ -101,11 +101,11 @@ def sample(
         click.echo("", err=True)
 
 
-def _read(file: Path) -> str:
+def _read(name: str, read: Callable[[], str]) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--file {file} cannot be read as UTF-8 text ({error})") from None
+        raise UsageError(f"{name} cannot be read as UTF-8 text ({error})") from None
 
 
 def _continue(loaded: Any, prompt: str, number: int, **asked: Any) -> None:

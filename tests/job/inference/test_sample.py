@@ -95,6 +95,8 @@ def test_every_way_to_give_a_prompt(exported: tuple[Source, Path], tmp_path: Pat
         CliRunner().invoke(main, [*words, "--file", str(tmp_path / "prompt.txt")]),
     ):
         assert other.stdout == argument.stdout
+    foreign = CliRunner().invoke(main, words, input=b"caf\xe9")
+    assert foreign.exit_code == 2 and "stdin cannot be read as UTF-8 text" in foreign.stderr
     several = CliRunner().invoke(main, [*words, "--number", "2", "The import"]).stdout
     assert several.count(argument.stdout) == 2
 
