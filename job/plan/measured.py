@@ -113,6 +113,9 @@ class Measured:
 
 def has_passed(store: Store, revision: str | None, gpu: str) -> bool:
     """Whether `store` holds a trial in which all parts passed, of this image's revision and on such GPUs."""
-    found = json.loads(store.get(KEY) or b"{}")
-    stack = found.get("stack", {})
-    return found.get("passed") is True and (stack.get("revision"), stack.get("gpu")) == (revision, gpu)
+    try:
+        found = json.loads(store.get(KEY) or b"{}")
+        passed, stack = found.get("passed"), found.get("stack", {})
+        return passed is True and (stack.get("revision"), stack.get("gpu")) == (revision, gpu)
+    except (ValueError, AttributeError):  # a damaged file is no trial
+        return False

@@ -246,6 +246,9 @@ def test_a_run_is_warned_where_no_trial_of_its_image_and_gpu_has_passed(
         assert len(sentences) == warned
         assert all(s.endswith(f"(mine) on {H100.name}: sky/try8.yaml finds in ten minutes what may end this run")
                    for s in sentences)  # fmt: skip
+    for damaged in (b'{"passed": tr', b'["passed"]'):
+        store.put(KEY, damaged, "application/json")
+        assert len(about_try8(store, H100)) == 1
 
 
 @pytest.mark.usefixtures("only_fa2")
