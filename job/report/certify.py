@@ -95,7 +95,7 @@ def judge(cores: Sequence[float], *, sd: float | None = None, se: float = ITEM_S
         law, name, spread = stats.norm(), "items" if sd is None else "normal", sd or RUN_SD
     error = se if name == "items" else spread / math.sqrt(n)
     if not error:
-        raise UsageError("its items show no error, for every task has all items right or all wrong: evaluate more items")
+        raise UsageError("the error by items is 0, as every task has all items right or all wrong: evaluate more items")
     distance = (mean - GPT2_XL_CORE) / error
     p, half = float(law.sf(distance)), float(law.ppf((1 + LEVEL) / 2)) * error
     if cap or SHOWN <= p <= 1 - SHOWN or (n == 1 and p < SHOWN):

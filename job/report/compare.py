@@ -6,8 +6,8 @@ the plain mean of centred accuracies: its difference is a mean of per-item diffe
 
     difference = mean over tasks of mean(d) / (1 - baseline)        se = sqrt(sum var(d) / n / (1 - baseline)^2) / tasks
 
-with tasks taken as independent, and a two-sided p by the normal law; where no task's differences vary (se = 0, as of one
-item a task), McNemar's over all items. Both compare two models; of their recipes one run each shows only what goes
+with tasks taken as independent, and a two-sided p by the normal law; where no task's differences vary (se = 0, as with
+one item a task), McNemar's over all items. Both compare two models; of their recipes one run each shows only what goes
 beyond the published sd from run to run.
 """
 

@@ -133,6 +133,5 @@ def warnings(record: Record) -> list[str]:
     ]
     said += list(dict.fromkeys(reversed(record.warnings)))[:MOST_WARNINGS]
     if record.unusable:
-        lines = words.count(len(record.unusable))
-        said.append(f"{lines} lines of the event files were cut short or changed, and are passed over")
+        said.append(words.passed_over(len(record.unusable)))
     return said

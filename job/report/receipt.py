@@ -142,7 +142,8 @@ def _why(row: Row, bills: Sequence[Billed]) -> str:
     """What explains the amount, where it is not the plan's."""
     if row.name == money.BOOT:
         guessed = sum(not bill.known and bill.before > 0 for bill in bills)
-        return f"{guessed} of {len(bills)} boots are assumed" if guessed else f"{len(bills)} attempts"
+        attempts = f"{len(bills)} attempt{'s' * (len(bills) > 1)}"
+        return f"{guessed} of {len(bills)} boots are assumed" if guessed else attempts
     if row.name == AGAIN:
         return "after a stop training goes on from the last checkpoint" if row.seconds else ""
     if row.planned is None or not row.seconds:

@@ -206,13 +206,20 @@ def summary_lines(result: dict[str, Any], page: Path | str) -> list[str]:
         "page": str(page),
     }
     if lines := result["unusable_events"]:
-        rows["warning"] = f"{count(lines)} lines of the event files were cut short or changed, and are passed over"
+        rows["warning"] = passed_over(lines)
     if (result["machine"]["device"] or "").startswith("cuda") and (timed := timed_steps(result)):
         milliseconds, speed = timed
         rate = f"{count(round(milliseconds))} ms, {count(round(speed))} tokens a second"
         rows["step"] = f"{rate} (measured, by the training clock)"
     width = max(map(len, rows))
     return [f"{headline(result)}.", "", *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
+
+
+def passed_over(lines: int) -> str:
+    """Of lines of the event files that cannot be used."""
+    if lines == 1:
+        return "1 line of the event files was cut short or changed, and is passed over"
+    return f"{count(lines)} lines of the event files were cut short or changed, and are passed over"
 
 
 def timed_steps(result: dict[str, Any]) -> tuple[float, float] | None:

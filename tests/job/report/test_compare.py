@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
 from job.cli.commands import main
 from job.report import compare as comparison
 from job.report.compare import compare, mcnemar

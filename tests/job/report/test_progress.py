@@ -13,6 +13,7 @@ from job.plan.published_runs import RUNS
 from job.recipe.config import from_document, resolve
 from job.report import gpt2
 from job.report.progress import figures, line_parts, progress_sentence, utilization, warnings
+from job.report.receipt import receipt
 from job.report.render import report_files
 from job.report.words import to_paste
 from job.store.attempt import Attempt, Life, Record, fold
@@ -47,11 +48,23 @@ def test_the_line_and_the_page_have_one_source_of_dollars_and_forecast(run) -> N
     assert found and (found.usd, found.forecast) == (Decimal("0.55"), Decimal("0.55") + Decimal("2.40"))
     assert progress_sentence(found).endswith("$0.55 are spent of $2.95 that the run will cost at this pace.")
     assert progress_sentence(found) in report_files(run.path)[1]["report.html"]
+    bill = receipt(run.path)
+    assert bill and bill["rows"][0]["why"] == "1 attempt"
     smoothed = found.loss
     assert smoothed and run.loss_at(49) < smoothed < run.loss_at(20)
     assert line_parts(found) == [
         *("step 50/200, 1 min 15 s left", f"loss {smoothed:.3f}", "bpb 2.469", "16.4 k tok/s", "$0.55 of $2.95")
     ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"), [(1, "1 line of the event files was cut"), (2, "2 lines of the event files were")]
+)
+def test_lines_that_cannot_be_used_are_counted(run, lines: int, said: str) -> None:
+    run.start().close()
+    with (run.path / "events" / "1.jsonl").open("a") as file:
+        file.write("{torn\n" * lines)
+    assert [text.startswith(said) for text in warnings(fold(run.path))] == [True]
 
 
 def test_utilization_by_both_conventions() -> None:
