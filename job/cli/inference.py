@@ -61,13 +61,7 @@ def sampling_options(command: Callable) -> Callable:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @click.option("--number", type=click.IntRange(1, 256), default=1, show_default=True, help="How many continuations.")
 def sample(
-    prompt: str | None,
-    out: Path,
-    bucket: Any,
-    run_id: str | None,
-    model: str | None,
-    file: Path | None,
-    **asked: Any,
+    prompt: str | None, out: Path, bucket: Any, run_id: str | None, model: str | None, file: Path | None, **asked: Any
 ) -> None:
     """Continue a text: PROMPT, a file, what comes on stdin, or line by line what you type.
 
@@ -183,13 +177,7 @@ def _said(sealed: Any) -> str:
 @click.option("--license", default="other", show_default=True, help="The model card's licence, as the Hub spells them.")
 @out_option
 def import_(
-    folder: Path,
-    tokenizer: Path,
-    step: int | None,
-    switches: tuple[str, ...],
-    to: Path | None,
-    license: str,
-    out: Path,
+    folder: Path, tokenizer: Path, step: int | None, switches: tuple[str, ...], to: Path | None, license: str, out: Path
 ) -> None:
     """A checkpoint of the leaderboard's own program (model_*.pt, meta_*.json) as an export of ours: for sample, play,
     and evaluate --hf. Weights only; no code in a pickle is run.

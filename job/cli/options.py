@@ -33,11 +33,7 @@ MIRROR = "Mirror everything to s3://bucket/prefix (or a folder: /x, ./x), and go
 def bucket_url_option(command: Callable, words: str = MIRROR) -> Callable:
     """The command is given `url`, or None."""
     return click.option(
-        "--bucket",
-        "url",
-        envvar="SPEEDRUN_BUCKET",
-        metavar="URL",
-        help=f"{words}  [env: SPEEDRUN_BUCKET]",
+        "--bucket", "url", envvar="SPEEDRUN_BUCKET", metavar="URL", help=f"{words}  [env: SPEEDRUN_BUCKET]"
     )(command)
 
 
@@ -222,11 +218,7 @@ def money_options(command: Callable) -> Callable:
     )
     @functools.wraps(command)
     def wrapped(
-        max_usd: float | None,
-        max_hours: float | None,
-        price: float | None,
-        price_at_most: float | None,
-        **others: Any,
+        max_usd: float | None, max_hours: float | None, price: float | None, price_at_most: float | None, **others: Any
     ) -> Any:
         from job.plan.cap import Limits
 

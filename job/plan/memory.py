@@ -140,13 +140,7 @@ def low_precision_weights(config: GPTConfig) -> int:
 
 
 def step_memory(
-    config: GPTConfig,
-    rows: int,
-    ranks: int,
-    fp8: bool,
-    levers: Collection[str] = (),
-    *,
-    plain_loss: bool = False,
+    config: GPTConfig, rows: int, ranks: int, fp8: bool, levers: Collection[str] = (), *, plain_loss: bool = False
 ) -> Memory:
     """What one rank of `ranks` needs for micro-steps of `rows` rows. `plain_loss`: as the published program computes
     it."""

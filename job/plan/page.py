@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from job.plan.memory import RESERVE
 from job.plan.money import PREEMPTIONS, beside_training, bids
 from job.plan.prices import CONTROLLER, STORAGE
-from job.plan.published_runs import CORE_SD, chance, runs_needed
+from job.plan.published_runs import CORE_SD, SHOWN, chance_of_passing, runs_needed
 from job.plan.quote import OnNode, Plan, assumptions, warnings
 from job.plan.steptime import block_gigabytes
 from job.recipe.leaderboard import GPT2_XL_CORE
@@ -73,7 +73,7 @@ def _summary(plan: Plan) -> dict[str, str]:
     if _scores_as_published(plan):
         runs = f"mean of {run.core_runs}" if run.core_runs > 1 else "one run"
         said["CORE"] = f"{run.core:.4f} ({'' if plan.is_published else 'of ' + run.name + ', '}{runs}, published)"
-        said["one run passes"] = f"{chance(run.core):.0%} (estimated)"
+        said["one run passes"] = f"{chance_of_passing(run.core):.0%} (estimated)"
     return said
 
 
@@ -118,8 +118,9 @@ def _published(plan: Plan) -> str:
     )
     if _scores_as_published(plan):
         result += (
-            f" One run of such a recipe passes {chance(run.core):.0%} of the time (a CORE varies by {CORE_SD} from run"
-            f" to run, published); {runs_needed(run.core) or 'more than 1,000'} runs would show it at p < 0.01."
+            f" One run of such a recipe passes {chance_of_passing(run.core):.0%} of the time (a CORE varies by"
+            f" {CORE_SD} from run to run, published); {runs_needed(run.core) or 'more than 1,000'} runs would show it"
+            f" at p < {SHOWN}."
         )
     return f"It is {result}" if not differences else f"Closest published recipe ({'; '.join(differences)}): {result}"
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from statistics import NormalDist
 from typing import Any
+
+import numpy as np
 
 from job.recipe.config import Recipe
 from job.recipe.derive import Derived, departures
@@ -81,21 +82,31 @@ RUNS = (
 
 
 CORE_SD = 0.0057
-"""of CORE from run to run, of one recipe: between the 0.0052 of seven runs and the 0.0062 of twenty (published)"""
+"""of CORE from run to run, of one recipe (published: 0.0052 over seven runs of Run 4, 0.0062 over the 20 seeds of PR
+#807)"""
+SHOWN = 0.01
+"""the one-sided p below which something counts as shown"""
 
 
-def chance(core: float) -> float:
-    """That one run passes GPT-2 XL's CORE, where the mean of its recipe is `core`."""
-    return 1 - NormalDist(core, CORE_SD).cdf(GPT2_XL_CORE)
+def chance_of_passing(core: float, sd: float = CORE_SD) -> float:
+    """That one run passes GPT-2 XL's CORE, where runs have the mean `core` and this sd."""
+    return 1 - NormalDist(core, sd).cdf(GPT2_XL_CORE)
 
 
-def runs_needed(core: float, p: float = 0.01, most: int = 1000) -> int | None:
-    """Runs until a one-sided t-test of a recipe with mean `core` against GPT-2 XL's is expected to fall below `p`; None
-    where more than `most`."""
+def runs_needed(core: float, sd: float = CORE_SD, *, known: bool = False, most: int = 1000) -> int | None:
+    """Runs until a one-sided test of a recipe with mean `core` against GPT-2 XL's is expected to fall below SHOWN, by
+    Student's t or with a `known` sd by the normal law; None where more than `most`."""
+    n = np.arange(2, most + 1)
+    enough = (core - GPT2_XL_CORE) / sd * np.sqrt(n) > (NormalDist().inv_cdf(1 - SHOWN) if known else _least_t(most))
+    return int(n[enough.argmax()]) if enough.any() else None
+
+
+@functools.cache
+def _least_t(most: int) -> np.ndarray:
+    """Of 2, 3, ... `most` runs, the t above which p < SHOWN."""
     from scipy.special import stdtrit
 
-    margin = (core - GPT2_XL_CORE) / CORE_SD
-    return next((n for n in range(2, most + 1) if margin * math.sqrt(n) >= stdtrit(n - 1, 1 - p)), None)
+    return stdtrit(np.arange(1, most), 1 - SHOWN)
 
 
 def closest(recipe: Recipe, derived: Derived) -> tuple[Run, list[str]]:

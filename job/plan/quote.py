@@ -142,7 +142,7 @@ class Plan:
                 "bpb": self.run.bpb,
                 "seconds": self.run.seconds,
                 "step_seconds": self.run.step_seconds,
-                "chance_of_one_run": published_runs.chance(self.run.core),
+                "chance_of_one_run": published_runs.chance_of_passing(self.run.core),
                 "runs_for_one_percent": published_runs.runs_needed(self.run.core),
             },
             "node": None if self.on_node is None else _node_document(self.on_node),
@@ -198,11 +198,7 @@ def find_node(preset: str, gpu: str | None, gpus: int | None, price: float | Non
 
 
 def place(
-    recipe: Recipe,
-    derived: Derived,
-    node: Node,
-    published: published_runs.Run | None,
-    measured: Measured | None = None,
+    recipe: Recipe, derived: Derived, node: Node, published: published_runs.Run | None, measured: Measured | None = None
 ) -> OnNode:
     """Seconds, memory and minutes of the recipe on `node`; `published` is the run that it repeats exactly, if any."""
     config, train, gpu, gpus = derived.config, recipe.train, node.gpu, node.gpus

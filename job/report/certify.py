@@ -8,7 +8,6 @@ The published score is taken as it stands, on the bundle's items; a capped CORE 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import statistics
@@ -16,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from scipy import stats
 
 from job.errors import DataError, UsageError
 from job.evaluation.ledger import Ledger
+from job.plan.published_runs import CORE_SD, SHOWN, chance_of_passing, runs_needed
 from job.plan.quote import Plan, make_plan
 from job.recipe.config import differing_keys, from_document, resolve
 from job.recipe.leaderboard import GPT2_XL_CORE
@@ -31,10 +30,6 @@ from job.store.documents import recipe_of
 
 LEVEL = 0.95
 """of the interval"""
-SHOWN = 0.01
-"""the one-sided p below which something counts as shown"""
-RUN_SD = 0.0057
-"""of CORE from run to run (published: 0.0052 over seven runs of Run 4, 0.0062 over the 20 seeds of PR #807)"""
 ITEM_SE = 0.0065
 """of CORE by item sampling over all items (computed from the published accuracies), for a figure without tasks"""
 MOST_RUNS = 10_000
@@ -85,14 +80,14 @@ def judge(cores: Sequence[float], *, sd: float | None = None, se: float = ITEM_S
     if not cores or not all(math.isfinite(core) and -1 < core <= 1 for core in cores):
         raise UsageError("a CORE is a number between -1 and 1: give those that were measured")
     if sd is not None and not (math.isfinite(sd) and sd > 0):
-        raise UsageError(f"--sd {sd:g} cannot be used: a standard deviation is above 0, e.g. {RUN_SD}")
+        raise UsageError(f"--sd {sd:g} cannot be used: a standard deviation is above 0, e.g. {CORE_SD}")
     n, mean = len(cores), statistics.fmean(cores)
     if n > 1 and sd is None:
         law, name, spread = stats.t(n - 1), "t", statistics.stdev(cores)
         if not spread:
             raise UsageError("all figures are equal, which independent runs never are: give each run once")
     else:
-        law, name, spread = stats.norm(), "items" if sd is None else "normal", sd or RUN_SD
+        law, name, spread = stats.norm(), "items" if sd is None else "normal", sd or CORE_SD
     error = se if name == "items" else spread / math.sqrt(n)
     if not error:
         raise UsageError("the error by items is 0, as every task has all items right or all wrong: evaluate more items")
@@ -102,26 +97,8 @@ def judge(cores: Sequence[float], *, sd: float | None = None, se: float = ITEM_S
         shown = "not shown"
     else:
         shown = "beats" if p < SHOWN else "does not beat"
-    needed = runs_needed(mean - GPT2_XL_CORE, spread, known=sd is not None)
+    needed = runs_needed(mean, spread, known=sd is not None, most=MOST_RUNS)
     return Verdict(mean, spread, (mean - half, mean + half), p, name, shown, None if cap else needed)
-
-
-def runs_needed(margin: float, sd: float, *, known: bool = False) -> int | None:
-    """How many runs give p < SHOWN where mean and sd stay as they are; None where at most MOST_RUNS do not."""
-    n = np.arange(2, MOST_RUNS + 1)
-    enough = margin / sd * np.sqrt(n) > (stats.norm.isf(SHOWN) if known else _least_t())
-    return int(n[enough.argmax()]) if enough.any() else None
-
-
-@functools.cache
-def _least_t() -> np.ndarray:
-    """Of 2, 3, ... MOST_RUNS runs, the t above which p < SHOWN."""
-    return stats.t.isf(SHOWN, np.arange(1, MOST_RUNS))
-
-
-def chance_of_passing(mean: float, sd: float) -> float:
-    """That one run passes the leaderboard's rule, where runs have this mean and sd."""
-    return float(stats.norm.sf((GPT2_XL_CORE - mean) / sd))
 
 
 def certificate(runs: Sequence[Run], sd: float | None = None) -> dict[str, Any]:

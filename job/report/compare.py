@@ -22,9 +22,10 @@ from scipy import stats
 
 from job.errors import DataError
 from job.evaluation.ledger import ANSWERS, Ledger, read_answers
+from job.plan.published_runs import CORE_SD, SHOWN
 from job.recipe.config import differing_keys
 from job.report import words
-from job.report.certify import MADE_OF, RUN_SD, SHOWN, metric_name
+from job.report.certify import MADE_OF, metric_name
 from job.report.receipt import receipt
 from job.report.result import evaluations, present, result_of
 from job.report.words import probability
@@ -188,15 +189,15 @@ def conclusion(document: dict[str, Any]) -> str:
     model = f"On the same items the model of {better} has the higher {name}, by {by}"
     if name != "CORE" or not document["sds_hold"]:
         return f"{model}; of their recipes one run each says nothing, for how it varies from run to run is not known."
-    chance = float(2 * stats.norm.sf(abs(items["difference"]) / (math.sqrt(2) * RUN_SD)))
+    chance = float(2 * stats.norm.sf(abs(items["difference"]) / (math.sqrt(2) * CORE_SD)))
     if chance >= SHOWN:
         return (
             f"{model}; that its recipe is better than that of {worse} is not shown, for two runs of one recipe differ"
-            f" so much with p = {probability(chance)} (published sd {RUN_SD})."
+            f" so much with p = {probability(chance)} (published sd {CORE_SD})."
         )
     return (
         f"{model}, and by more than two runs of one recipe would (p = {probability(chance)} by the published sd"
-        f" {RUN_SD}), though one run each measures no sd of these two."
+        f" {CORE_SD}), though one run each measures no sd of these two."
     )
 
 

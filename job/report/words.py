@@ -10,7 +10,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from job.plan.published_runs import closest
+from job.plan.published_runs import CORE_SD, closest
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from job.recipe.leaderboard import GPT2_XL_CORE, UNTIMED_STEPS
@@ -153,7 +153,7 @@ def to_paste(result: dict[str, Any]) -> dict[str, str] | None:
         f" {duration(clock['node_s'])} on the node, on {machine}. It scores CORE {with_error(core, 4)} over"
         f" {len(core['tasks'])} tasks and all items (error of item sampling), and {number(result['val_bpb'], 5)}"
         f" validation bits per byte. {GPT2_XL_CORE} is published for GPT-2 XL: by the leaderboard's rule for one run it"
-        f" {rule}. One run shows no recipe better: CORE varies from run to run (sd 0.0057, published)."
+        f" {rule}. One run shows no recipe better: CORE varies from run to run (sd {CORE_SD}, published)."
     )
     return {"row": " | ".join(("", *cells, result["preset"], commit, "")).strip(), "paragraph": paragraph}
 

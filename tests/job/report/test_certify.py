@@ -22,9 +22,10 @@ from scipy import stats
 from job.cli.commands import main
 from job.evaluation.bundle import Task
 from job.evaluation.ledger import Answer, Ledger, make_ledger, seal_ledger, sealed_ledgers
+from job.plan.published_runs import chance_of_passing, runs_needed
 from job.recipe.leaderboard import GPT2_XL_CORE
 from job.report import gpt2
-from job.report.certify import chance_of_passing, judge, runs_needed, shown_sentence
+from job.report.certify import MOST_RUNS, judge, shown_sentence
 from job.report.result import build_result
 from job.store.documents import hashed
 from job.store.sealed import sealing
@@ -53,10 +54,11 @@ def test_a_known_sd_and_a_single_run() -> None:
 
 def test_published_power() -> None:
     assert [round(chance_of_passing(core, 0.0057), 2) for core in (0.2571, 0.2626, 0.2690)] == [0.54, 0.86, 0.99]
-    assert [runs_needed(margin, 0.0057) for margin in (0.006, 0.0125)] == [9, 5]
-    assert runs_needed(0.002, 0.0057) == pytest.approx(50, abs=3)
-    assert runs_needed(0.0, 0.0057) is None and runs_needed(1e-7, 0.0057) is None
-    assert runs_needed(0.006, 0.0057, known=True) == math.ceil((2.3263479 * 0.0057 / 0.006) ** 2)
+    assert [runs_needed(GPT2_XL_CORE + margin, 0.0057) for margin in (0.006, 0.0125)] == [9, 5]
+    assert runs_needed(GPT2_XL_CORE + 0.002, 0.0057) == pytest.approx(50, abs=3)
+    for core in (GPT2_XL_CORE, GPT2_XL_CORE + 1e-7):
+        assert runs_needed(core, 0.0057, most=MOST_RUNS) is None
+    assert runs_needed(GPT2_XL_CORE + 0.006, 0.0057, known=True) == math.ceil((2.3263479 * 0.0057 / 0.006) ** 2)
 
 
 def test_beats_is_said_from_that_many_runs_on() -> None:
