@@ -42,10 +42,7 @@ class Console:
         self.printed = time.monotonic()
         if on_terminal():
             width = shutil.get_terminal_size().columns
-            wrapper = textwrap.TextWrapper(
-                width, break_long_words=False, break_on_hyphens=False
-            )  # addresses stay whole
-            text = "\n".join(row for line in text.split("\n") for row in wrapper.wrap(line) or [""])
+            text = "\n".join(row for line in text.split("\n") for row in wrapped(line, width) or [""])
         if self._live:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -107,6 +104,11 @@ class Console:
         if self._live:
             self._live.stop()
             self._live = None
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width`, but for paths and addresses, which stay whole."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def on_terminal() -> bool:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import click
 
 from job.cli.completion import complete_runs
 from job.cli.options import bucket_url_option, json_option, out_option
+from job.console import wrapped
 
 NARROWEST = 40
 """columns that a long last cell needs to stand in its row; with fewer it goes below"""
@@ -86,7 +86,7 @@ def status(run_id: str, out: Path, url: str | None, as_json: bool) -> None:
         click.echo(json.dumps(result, indent=1))
         return
     for line in said:
-        click.echo("\n".join(_wrapped(line, _width())) if line[:1].strip() else line)
+        click.echo("\n".join(wrapped(line, _width())) if line[:1].strip() else line)
 
 
 @click.command()
@@ -116,7 +116,7 @@ def presets(as_json: bool) -> None:
     said = (
         "Minutes and dollars are estimated, from boot to teardown; on CPUs the training, on a server to two slow cores."
     )
-    click.echo("\n".join(_wrapped(f"{said} `speedrun plan PRESET` says by what.", _width())))
+    click.echo("\n".join(wrapped(f"{said} `speedrun plan PRESET` says by what.", _width())))
 
 
 @click.command()
@@ -159,11 +159,6 @@ def _span(ends: Sequence[float] | None) -> str:
     return "free" if ends is None else " to ".join(dict.fromkeys(f"{end:,.{int(end < 9.95)}f}" for end in ends))
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width`, but for paths and addresses, which stay whole."""
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-
-
 def _width() -> int:
     return shutil.get_terminal_size((100, 24)).columns
 
@@ -181,8 +176,8 @@ def table(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
         room = width - indent
         if len(last) > room and room < NARROWEST:
             yield line.rstrip()
-            yield from (f"    {part}" for part in _wrapped(last, width - 4))
+            yield from (f"    {part}" for part in wrapped(last, width - 4))
         else:
-            first, *more = _wrapped(last, max(room, 1)) or [""]
+            first, *more = wrapped(last, max(room, 1)) or [""]
             yield f"{line}{first}".rstrip()
             yield from (" " * indent + rest for rest in more)
