@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
 from pathlib import Path
@@ -24,44 +25,34 @@ def html(context: dict[str, Any], record: Record) -> str:
     more = {
         "drawings": [drawing for drawing in drawings if drawing],
         "attempts": figures.attempts_figure(record),
-        "core_figure": figures.core_figure(result["core"]),
         "step_figures": figures.step_figures(record, context["mfu_of_one"]),
-        "beside": gpt2_rows(result["core"]),
-        "sizes": gpt2.SIZES,
         "samples": list(record.samples.items()),
         "tiles": tiles(result),
-        "groups": groups(context["tasks"]),
         "known_stages": list(figures.STAGE_COLORS),
     }
-    return _environment().get_template("report.html.j2").render(context | more)
+    return fill("report.html.j2", context | _of_tasks(context) | more)
 
 
 def foreign_html(context: dict[str, Any]) -> str:
     """The page of a model that no run of ours made."""
-    return (
-        _environment()
-        .get_template("foreign.html.j2")
-        .render(
-            context
-            | {
-                "groups": groups(context["tasks"]),
-                "core_figure": figures.core_figure(context["result"]["core"]),
-                "beside": gpt2_rows(context["result"]["core"]),
-                "sizes": gpt2.SIZES,
-                "asked": [],
-            }
-        )
-    )
+    return fill("foreign.html.j2", context | _of_tasks(context) | {"asked": []})
+
+
+def _of_tasks(context: dict[str, Any]) -> dict[str, Any]:
+    """What tasks.html.j2 shows of a score."""
+    core = context["result"]["core"]
+    drawn = {"core_figure": figures.core_figure(core), "beside": gpt2_rows(core), "sizes": gpt2.SIZES}
+    return drawn | {"groups": groups(context["tasks"])}
+
+
+def markdown(context: dict[str, Any], record: Record) -> str:
+    more = {"kinds": words.KINDS, "samples": list(record.samples.items())}
+    return fill("report.md.j2", context | more)
 
 
 def fill(template: str, context: dict[str, Any]) -> str:
     """A template of this folder, filled."""
     return _environment().get_template(template).render(context)
-
-
-def markdown(context: dict[str, Any], record: Record) -> str:
-    more = {"kinds": words.KINDS, "samples": list(record.samples.items())}
-    return _environment().get_template("report.md.j2").render(context | more)
 
 
 def tiles(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -103,6 +94,7 @@ def groups(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

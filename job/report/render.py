@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +69,7 @@ def describe(
     run: Path, recipe: dict[str, Any], record: Record, result: dict[str, Any], bill: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The variables of both templates, ready to print; `bill` is the receipt, where there is one."""
+    asked = from_document(recipe)
     settings = {
         section: [(key, _plain(value), recipe["sources"][f"{section}.{key}"]) for key, value in entries.items()]
         for section, entries in recipe["recipe"].items()
@@ -78,8 +78,8 @@ def describe(
         "result": result,
         "headline": words.headline(result),
         "verdict": [words.bpb_sentence(result), words.score_sentence(result), *words.origin_sentences(result)],
-        "published": words.published_sentence(from_document(recipe)),
-        "progress": progress.progress_sentence(progress.figures(from_document(recipe), record)),
+        "published": words.published_sentence(asked),
+        "progress": progress.progress_sentence(progress.figures(asked, record)),
         "warnings": progress.warnings(record),
         "to_paste": words.to_paste(result),
         "when": words.moment(record.attempts[0].start) if record.attempts else "",
@@ -92,7 +92,7 @@ def describe(
         "stages": stage_rows(result),
         "training_clock": words.training_clock(result),
         "slow_ranks": words.slow_ranks(record),
-        "mfu_of_one": (progress.utilization(from_document(recipe), record, 1.0) or (None, None))[1],
+        "mfu_of_one": (progress.utilization(asked, record, 1.0) or (None, None))[1],
         "machine": machine_rows(result),
         "places": places(run, record, bill),
         "commands": commands(run, recipe, result),
@@ -138,8 +138,10 @@ def machine_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 def provenance_rows(provenance: dict[str, Any] | None) -> list[tuple[str, str]]:
     """GPUs, driver, commit, image and lock, where they are known."""
     origin = provenance or {}
-    gpus = ", ".join(f"{count} x {name}" for name, count in Counter(origin.get("gpus", [])).items())
-    rows = [("GPUs", gpus), *((name, origin.get(name)) for name in ("driver", "commit", "image", "lock"))]
+    rows = [
+        ("GPUs", words.gpus_of(origin)),
+        *((name, origin.get(name)) for name in ("driver", "commit", "image", "lock")),
+    ]
     return [(name, value) for name, value in rows if value]
 
 

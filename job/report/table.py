@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +19,7 @@ from job.errors import DataError, UsageError
 from job.evaluation.ledger import centered_accuracy, metric_of
 from job.plan.published_runs import GPUS, RUNS
 from job.recipe.leaderboard import GPT2_XL_CORE
+from job.report import words
 from job.store import open_store
 from job.store.documents import canonical_json, read_document, read_recipe
 from job.store.sealed import MANIFEST, read_manifest
@@ -114,8 +114,6 @@ def _no_number(word: str) -> None:
 
 
 def _row(key: str, result: dict[str, Any]) -> dict[str, Any]:
-    gpus = Counter((result["provenance"] or {}).get("gpus", []))
-    machine = ", ".join(f"{count} x {name}" for name, count in gpus.items())
     return {
         "evidence": "measured",
         "run": result["run_id"],
@@ -126,7 +124,7 @@ def _row(key: str, result: dict[str, Any]) -> dict[str, Any]:
         "passes": result["core"]["metric"] > GPT2_XL_CORE,
         "val_bpb": result["val_bpb"],
         "training_s": result["clocks"]["training_s"] or None,
-        "machine": machine or result["machine"]["cpu"] or "",
+        "machine": words.gpus_of(result["provenance"]) or result["machine"]["cpu"] or "",
         "file": key,
     }
 

@@ -142,8 +142,7 @@ def to_paste(result: dict[str, Any]) -> dict[str, str] | None:
     core, origin = result["core"], result["provenance"] or {}
     if result["state"] != "complete" or not core or core["cap"] or result.get("from"):
         return None
-    clock, gpus = result["clocks"], collections.Counter(origin.get("gpus", []))
-    machine = ", ".join(f"{n} x {name}" for name, n in gpus.items()) or result["machine"]["cpu"] or "a machine unknown"
+    clock, machine = result["clocks"], gpus_of(origin) or result["machine"]["cpu"] or "a machine unknown"
     commit = (origin.get("commit") or "")[:7]
     cells = ("", f"{clock['training_s'] / 3600:.2f}", f"{result['val_bpb']:.5f}", f"{core['metric']:.4f}")
     rule = "passes" if core["metric"] > GPT2_XL_CORE else "does not pass"
@@ -156,6 +155,12 @@ def to_paste(result: dict[str, Any]) -> dict[str, str] | None:
         f" {rule}. One run shows no recipe better: CORE varies from run to run (sd {CORE_SD}, published)."
     )
     return {"row": " | ".join(("", *cells, result["preset"], commit, "")).strip(), "paragraph": paragraph}
+
+
+def gpus_of(provenance: dict[str, Any] | None) -> str:
+    """8 x NVIDIA H100; empty where there is none, or nobody knows."""
+    gpus = collections.Counter((provenance or {}).get("gpus", []))
+    return ", ".join(f"{n} x {name}" for name, n in gpus.items())
 
 
 def score_of(result: dict[str, Any]) -> dict[str, Any] | None:
