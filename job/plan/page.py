@@ -15,8 +15,8 @@ from job.recipe.leaderboard import GPT2_XL_CORE
 
 WIDTH = 100
 GIGA = 1e9
-WIDTHS = (11, 11, 8, 8, 13, 7, 8)
-"""of the memory table's columns"""
+COLUMNS = {"parameters": 11, "gradients": 11, "states": 8, "weight_copies": 8, "activations": 13, "loss": 7, "total": 8}
+"""of the memory table, and their widths"""
 TOO_FAR = 4
 """differences beyond which a published run is no comparison"""
 
@@ -83,9 +83,7 @@ def _head(plan: Plan) -> Iterator[str]:
     yield _ends(f"{recipe.preset} on {where}", "a published recipe" if plan.is_published else "not a published recipe")
     yield "=" * WIDTH
     if on_node:
-        low, high = on_node.minutes
-        training = next(stage for stage in on_node.stages if stage.name.startswith("training"))
-        minutes = f"{_span(training.low, training.high)} minutes of training, {_span(low, high)} minutes on the node"
+        minutes = f"{_span(*on_node.training)} minutes of training, {_span(*on_node.minutes)} minutes on the node"
         yield minutes + _bill(on_node)
     else:
         speeds = ", ".join(f"{minutes:.1f} minutes on {where}" for where, minutes in plan.cpu_minutes.items())
@@ -113,8 +111,7 @@ def _published(plan: Plan) -> str:
     score = f"CORE {run.core:.4f}" + (f" (mean of {run.core_runs})" if run.core_runs > 1 else " (one run)")
     result = (
         f"{run.name} ({run.when}): {run.seconds / 60:.1f} minutes on 8xH100, {score} against GPT-2 XL's"
-        f" {GPT2_XL_CORE}, {run.bpb:.4f} bits"
-        f" per byte on {run.dataset}."
+        f" {GPT2_XL_CORE}, {run.bpb:.4f} bits per byte on {run.dataset}."
     )
     if _scores_as_published(plan):
         result += (
@@ -130,8 +127,7 @@ def _model(plan: Plan) -> Iterator[str]:
     yield from _title("Model")
     yield (
         f"depth {config.depth}, width {config.width:,}, {config.heads} heads of {config.head_dim}, context"
-        f" {config.seq_len:,},"
-        f" vocabulary {config.vocab_size:,}, short window {min(config.windows):,}"
+        f" {config.seq_len:,}, vocabulary {config.vocab_size:,}, short window {min(config.windows):,}"
     )
     for name, value in scaling.parameters.items():
         yield from _row(name, f"{value.value:,}", value.why)
@@ -185,19 +181,10 @@ def _node(plan: Plan) -> Iterator[str]:
         return
     card = on_node.node.gpu.memory
     yield from _title(f"Memory of one GPU, 10^9 bytes ({card * (1 - RESERVE) / GIGA:.1f} of {card / GIGA:.1f} usable)")
-    heads = ("parameters", "gradients", "states", "copies", "activations", "loss", "total")
-    yield f"{'device batch':<14}" + "".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True))
+    heads = (f"{name.removeprefix('weight_'):>{width}}" for name, width in COLUMNS.items())
+    yield f"{'device batch':<14}{''.join(heads)}"
     for memory, divides in on_node.memory:
-        numbers = (
-            memory.parameters,
-            memory.gradients,
-            memory.states,
-            memory.weight_copies,
-            memory.activations,
-            memory.loss,
-            memory.total,
-        )
-        cells = "".join(f"{n / GIGA:>{width}.1f}" for n, width in zip(numbers, WIDTHS, strict=True))
+        cells = "".join(f"{getattr(memory, name) / GIGA:>{width}.1f}" for name, width in COLUMNS.items())
         rows = f"{memory.rows} (recipe)" if memory.rows == plan.recipe.train.device_batch_size else str(memory.rows)
         verdict = "does not divide" if not divides else "fits" if memory.fits(card) else "does not fit"
         yield f"{rows:<14}{cells}  {verdict}"
@@ -207,9 +194,8 @@ def _node(plan: Plan) -> Iterator[str]:
     host = on_node.host
     yield from _paragraph(
         f"Of the machine's own memory all ranks together take {host.total / GIGA:.1f} beside their processes:"
-        f" {host.pinned / GIGA:.1f} pinned"
-        f" for checkpoints, in blocks of powers of two, and {host.rehearsal / GIGA:.1f} for the warm-up's copy of the"
-        " state."
+        f" {host.pinned / GIGA:.1f} pinned for checkpoints, in blocks of powers of two, and"
+        f" {host.rehearsal / GIGA:.1f} for the warm-up's copy of the state."
     )
     yield from _title("Time and money, minutes")
     published = f"; published for 8xH100: {plan.run.step_seconds * 1e3:,.0f} ms" if plan.is_published else ""

@@ -291,8 +291,7 @@ def warnings(plan: Plan) -> list[str]:
     if depth % 2:
         said.append(
             f"depth {depth} is odd: its width is rounded up to {width}, that of depth {depth + 1}, so it is wider for"
-            " its depth than"
-            " the models that every rule here was tuned on; an even depth is the safer choice"
+            " its depth than the models that every rule here was tuned on; an even depth is the safer choice"
         )
     text = plan.text
     if text.available is not None and text.shards is not None and text.shards > text.available:
@@ -320,8 +319,7 @@ def assumptions(plan: Plan) -> list[str]:
     said, node, fit = [], plan.on_node.node, published_fit()
     said.append(
         f"step time: E = {fit.flops / 1e12:.0f} TFLOP/s and P = {fit.passes:.0f} passes, fitted to {len(fit.errors)}"
-        " published fp8 runs;"
-        f" a run left out of the fit is missed by at most {fit.worst:.1%}. Of it"
+        f" published fp8 runs; a run left out of the fit is missed by at most {fit.worst:.1%}. Of it"
         f" {optimizer_seconds(plan.derived.config, node.gpu, node.gpus) * 1e3:.0f} ms are the optimizer, not fitted."
     )
     if plan.recipe.train.fp8 and (levers := plan.recipe.train.levers):
@@ -345,14 +343,13 @@ def assumptions(plan: Plan) -> list[str]:
         )
     said.append(
         "memory: parameters to copies from the shapes; activations by a model calibrated on which published batches"
-        f" fit; {RESERVE:.0%} of"
-        " the card is kept free"
+        f" fit; {RESERVE:.0%} of the card is kept free"
     )
     if plan.text.crop_share:
         said.append(
             f"packing drops {plan.text.crop_share:.1%} of the tokens (published for FineWeb-Edu, rows of 2048;"
-            " ClimbMix's is unknown);"
-            f" {CHARS_PER_TOKEN} characters a token, {Dataset.text_bytes / 1e6:.0f} million characters a shard"
+            f" ClimbMix's is unknown); {CHARS_PER_TOKEN} characters a token, {Dataset.text_bytes / 1e6:.0f} million"
+            " characters a shard"
         )
     said.append(
         PRICE_SOURCE if node.spot is not None else f"no price of the {node.gpu.title} is known here: give --price"

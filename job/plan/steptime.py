@@ -153,16 +153,10 @@ def predicted_step(run: Run, fit: Fit) -> float:
 
 def _solve(runs: list[Run]) -> tuple[float, float]:
     """(E, P) with the least relative error over `runs`."""
-    rows, rest = [], []
+    rows, rest, speeds = [], [], np.array([REFERENCE.bf16, REFERENCE.bandwidth])
     for run in runs:
-        tokens = run.batch_tokens / RANKS
-        features = np.array(
-            [
-                tokens * flops_per_token(run.config) / REFERENCE.bf16,
-                tokens * _stream_bytes(run.config) / REFERENCE.bandwidth,
-            ]
-        )
-        rows.append(features / run.step_seconds)
+        work = run.batch_tokens / RANKS * np.array([flops_per_token(run.config), _stream_bytes(run.config)])
+        rows.append(work / speeds / run.step_seconds)
         rest.append(1 - optimizer_seconds(run.config, REFERENCE, RANKS) / run.step_seconds)
     (inverse, passes), *_ = np.linalg.lstsq(np.array(rows), np.array(rest), rcond=None)
     return REFERENCE.bf16 / float(inverse), float(passes)

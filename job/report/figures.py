@@ -9,6 +9,7 @@ data give equal bytes: a fixed salt for ids, no date, no display.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import itertools
 import math
@@ -124,28 +125,18 @@ def step_figures(record: Record, mfu_of_one: float | None) -> list[Drawing]:
     speed = "Tokens a second" + (
         ", and on the right the share of the GPUs' bf16 peak (MFU), by the leaderboard's count" if mfu_of_one else ""
     )
+    draw = functools.partial(_step_figure, record)
     drawings = [
-        _step_figure(
-            record,
-            "rate",
-            "Learning rate",
-            "Every learning rate's factor: 1 at its height.",
-            lambda e: e.get("lr_mult"),
-        ),
-        _step_figure(
-            record,
+        draw("rate", "Learning rate", "Every learning rate's factor: 1 at its height.", lambda e: e.get("lr_mult")),
+        draw(
             "speed",
             "Speed",
             f"{speed}. A step that waited or compiled is a dip.",
             lambda e: 1000 * e["tokens"] / e["ms"] if e["ms"] else None,
             right=mfu_of_one,
         ),
-        _step_figure(
-            record,
-            "norm",
-            "Gradient norm",
-            "Of all gradients together, averaged over the ranks.",
-            lambda e: e.get("grad_norm"),
+        draw(
+            "norm", "Gradient norm", "Of all gradients together, averaged over the ranks.", lambda e: e.get("grad_norm")
         ),
         _ranks_figure(record),
     ]
@@ -196,16 +187,10 @@ def _ranks_figure(record: Record) -> Drawing | None:
     size = -(-len(steps) // (MOST_POINTS // 4))
     figure, axes = _axes()
     for rank, line in enumerate(lines):
-        color, width = (REFERENCE, 2.0) if rank == slowest else (MUTED, 0.8)
+        color, width, above = (REFERENCE, 2.0, 3) if rank == slowest else (MUTED, 0.8, 2)
         marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(steps) < SMOOTH_FROM else {}
-        axes.plot(
-            bucket_means(steps, size),
-            bucket_means(line, size),
-            color=color,
-            linewidth=width,
-            zorder=2 + (rank == slowest),
-            **marker,
-        )
+        style = {"color": color, "linewidth": width, "zorder": above} | marker
+        axes.plot(bucket_means(steps, size), bucket_means(line, size), **style)
     _limits(axes, record, [ms for line in lines for ms in line])
     caption = f"Milliseconds that each of {world} ranks computed in a step, before it waits for the others; means of"
     caption += f" about {windows[-1]['steps']} steps. In colour: rank {slowest}, the slowest."
