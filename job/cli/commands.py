@@ -22,6 +22,7 @@ from job.cli.options import (
     bucket_options,
     confirm_fresh,
     dry_option,
+    json_option,
     machine_options,
     out_option,
     ranks_option,
@@ -188,7 +189,7 @@ def evaluate(
     from job.evaluation import rescore
     from job.evaluation.ledger import Ledger, newest, table_lines
     from job.run import launch
-    from job.run.dry_run import plan_of, text_of
+    from job.run.dry_run import plan_of, shown
     from job.run.nodes import nodes_here
 
     if (run_id is None) == (hf is None):
@@ -209,14 +210,14 @@ def evaluate(
     recipe = rescore.recipe_for_evaluation(run_path, core_bundle, overrides)
     stages = ("prepare", *STAGES[2:]) if bucket else STAGES[2:]  # which pulls what this machine lacks
     with rescore.asking(run_path, recipe, launch.recipe_document(recipe, run_id)) as asked:
-        kept = "the run has a fuller score, which stays its own; this one goes beside it" if asked.is_lesser else ""
+        kept = ["the run has a fuller score, which stays its own; this one goes beside it"] if asked.is_lesser else []
         if dry_run:
-            planned = text_of(plan_of(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks))
-            click.echo(f"{planned}\n{kept}".rstrip())
+            planned = plan_of(out, run_path, recipe, STAGES[2:], ranks=nodes.ranks)
+            click.echo(shown(planned, kept, as_json=as_json))
             return
         launch.execute(out, run_path, recipe, stages, console=console, nodes=nodes, asked=asked, bucket=bucket)
     if not as_json and console.verbosity >= 0:
-        click.echo("\n".join([*table_lines(Ledger.open(newest(run_path / "eval"))), *([kept] if kept else []), ""]))
+        click.echo("\n".join([*table_lines(Ledger.open(newest(run_path / "eval"))), *kept, ""]))
     _show_result(run_path, as_json, console)
 
 
@@ -224,7 +225,7 @@ def evaluate(
 @out_option
 @bucket_options
 @run_id_option("The run that is reported.", required=True)
-@result_json_option
+@json_option("result.json")
 @talk_options
 def report(out: Path, bucket: Any, run_id: str, as_json: bool, console: Console) -> None:
     """Write the page and result.json of a run, finished or not.
@@ -331,8 +332,11 @@ def _evaluate_hf(
     asked = hf_launch.options(core_bundle, overrides)
     hf_launch.check(folder)
     if dry_run:
+        answers, bundle = str(hf_launch.folder_of(out, folder)), asked.core_bundle
+        planned = {"model": str(folder), "core_bundle": bundle, "cap": asked.cap or None, "answers": answers}
         items = f"at most {asked.cap:,} items a task" if asked.cap else "all items"
-        click.echo(f"{folder}: {items} of {asked.core_bundle}; answers below {hf_launch.folder_of(out, folder)}")
+        said = f"{folder}: {items} of {bundle}; answers below {answers}"
+        click.echo(json.dumps(planned, indent=1) if as_json else said)
         return
     ledger = hf_launch.evaluate(out, folder, asked, ranks=ranks, console=console)
     if as_json:

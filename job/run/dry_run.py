@@ -53,7 +53,7 @@ def show_plan(
     except PreflightError as error:
         refused = error
     planned = plan_of(out, run_folder(out, run_id), recipe, stages, ranks=ranks, fresh=fresh, bucket=bucket)
-    click.echo(json.dumps(planned | {"notes": notes}, indent=1) if as_json else "\n".join([text_of(planned), *notes]))
+    click.echo(shown(planned, notes, as_json=as_json))
     if refused:
         raise refused
 
@@ -83,6 +83,11 @@ def plan_of(
         "bucket": bucket.place if bucket else None,
         "stages": {stage: "done already" if stage in done else "to do" for stage in stages},
     }
+
+
+def shown(plan: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> str:
+    """A plan and what there is to know besides."""
+    return json.dumps(plan | {"notes": notes}, indent=1) if as_json else "\n".join([text_of(plan), *notes])
 
 
 def text_of(plan: Mapping[str, Any]) -> str:

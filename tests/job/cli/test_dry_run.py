@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Speedrun
+from helpers import unpacked_run
 from job.errors import ExitCode
 from job.recipe.config import resolve
 from job.run.launch import open_run, recipe_document
@@ -96,6 +97,15 @@ def test_it_looks_at_the_bucket_and_speaks_json(speedrun: Speedrun, tmp_path: Pa
     assert plan["recipe"]["train"]["steps"] == plan["derived"]["steps"]["value"] == 240
     assert plan["bucket"] == f"the folder {bucket}" and "quote: " in plan["notes"][-1]
     assert list(tmp_path.iterdir()) == [] and os.environ.get("SPEEDRUN_BUCKET") is None
+
+
+def test_an_evaluation_speaks_json_too(speedrun: Speedrun, tmp_path: Path) -> None:
+    unpacked_run("interrupted", tmp_path)
+    place = ("--run-id", "interrupted", "--out", str(tmp_path / "out"))
+    words = speedrun.command("evaluate", *place, "-o", "eval.cap=2", "--dry-run")
+    plan = json.loads(speedrun.here([*words, "--json"]).stdout)
+    assert plan["stages"] == {"evaluate": "to do", "report": "to do"} and plan["recipe"]["eval"]["cap"] == 2
+    assert plan["notes"] == [] and speedrun.here(words).stdout.endswith("\n  evaluate: to do\n  report: to do\n")
 
 
 def test_it_knows_what_the_bucket_has_of_a_run(finished, speedrun: Speedrun, tmp_path: Path) -> None:

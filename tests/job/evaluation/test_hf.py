@@ -168,7 +168,9 @@ def test_a_dry_run_says_what_would_be_asked(gpt2, tmp_path):
 
     words = ["evaluate", "--hf", str(gpt2), "-o", "eval.cap=1000", "--out", str(tmp_path / "out"), "--dry-run"]
     said = CliRunner().invoke(main, words).stdout
-    assert "at most 1,000 items a task of https://karpathy-public.s3" in said and not (tmp_path / "out").exists()
+    assert "at most 1,000 items a task of https://karpathy-public.s3" in said
+    planned = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
+    assert (planned["model"], planned["cap"]) == (str(gpt2), 1000) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
