@@ -67,6 +67,15 @@ def test_lines_that_cannot_be_used_are_counted(run, lines: int, said: str) -> No
     assert [text.startswith(said) for text in warnings(fold(run.path))] == [True]
 
 
+def test_the_page_leads_to_its_receipt_where_a_price_is_known(run) -> None:
+    link = '<a href="receipt.json">'
+    run.start().close()
+    assert link not in report_files(run.path)[1]["report.html"]
+    Attempt.claim(run.path).emit("attempt.started", argv=[], price={"hour": 24.0, "source": "--price"})
+    files = report_files(run.path)[1]
+    assert link in files["report.html"] and "receipt.json" in files
+
+
 def test_utilization_by_both_conventions() -> None:
     """Run 6 by its published seconds: 59 % by the leaderboard's count, of which attention is overcounted by a third."""
     run6 = next(run for run in RUNS if run.name == "Run 6")

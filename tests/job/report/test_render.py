@@ -16,7 +16,7 @@ from job.report.figures import step_figures
 from job.report.render import write_report
 from job.report.result import build_result
 from job.report.words import short, summary_lines
-from job.store.attempt import Attempt, fold
+from job.store.attempt import fold
 from job.store.documents import hashed
 from job.store.sealed import open_sealed
 
@@ -329,15 +329,6 @@ def test_repeating_a_run_that_went_on_from_another_begins_there_again(run):
     for steps, name in ((200, "smoke-again"), (400, "smoke-longer")):
         command = f"--preset smoke -o train.steps={steps} --from mine --at 100 --out {run.out} --run-id {name}`"
         assert command in markdown
-
-
-def test_the_page_leads_to_its_receipt_where_a_price_is_known(run):
-    run.start().close()
-    assert "receipt.json" not in [link["href"] for link in page_of(run).all("a")]
-    priced = Attempt.claim(run.path)
-    priced.emit("attempt.started", argv=[], price={"hour": 24.0, "source": "--price"})
-    assert "receipt.json" in [link["href"] for link in page_of(run).all("a")]
-    assert (run.path / "report" / "receipt.json").is_file()
 
 
 def test_the_recipe_that_a_run_really_writes(run):
