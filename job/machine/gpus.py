@@ -67,10 +67,9 @@ def check_count(gpus: int) -> int:
     return gpus
 
 
-def check_price(price: float) -> float:
-    """`price` itself; UsageError unless it is dollars an hour that somebody could ask."""
+def check_price(price: float, option: str = "--price") -> None:
+    """UsageError unless `price`, given by `option`, is dollars an hour that somebody could ask."""
     if not 0 < price < 1e6:
         raise UsageError(
-            f"--price {price:g} cannot be used: give the whole node's price in dollars an hour, e.g. --price 24"
+            f"{option} {price:g} cannot be used: give the whole node's price in dollars an hour, e.g. {option} 24"
         )
-    return price

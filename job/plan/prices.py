@@ -75,9 +75,9 @@ def price_here(
     As spot the most that the file allows is counted, since spot prices move; where nobody says whether it is spot, the
     dearest offer of that cloud. None where nothing is known; UsageError for a price that is not positive.
     """
-    for price in (given, at_most):
+    for option, price in (("--price", given), ("--price-at-most", at_most)):
         if price is not None:
-            check_price(price)
+            check_price(price, option)
     if given is not None:
         return Price(given, "--price")
     if (here := rental(environment)) and (offers := [o for o in OFFERS if _is_of(o, here, gpus)]):

@@ -96,7 +96,7 @@ def test_nothing_known_is_no_price() -> None:
         (Limits(hours=-1), "--max-hours -1 cannot be used: give a positive number"),
         (Limits(usd=float("nan"), price=3), "--max-usd nan cannot be used"),
         (Limits(price=0), "--price 0 cannot be used"),
-        (Limits(price_at_most=-3), "--price -3 cannot be used"),
+        (Limits(price_at_most=-3), "--price-at-most -3 cannot be used: .*, e\\.g\\. --price-at-most 24$"),
     ],
 )
 def test_limits_that_cannot_be_used(limits: Limits, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
