@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.client
 import json
 import os
 import urllib.error
@@ -76,7 +77,7 @@ def _ask(url: str, headers: dict[str, str], method: str = "GET") -> str | None:
             return answer.read(4096).decode(errors="replace")
     except urllib.error.HTTPError:
         return ""
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
 
 

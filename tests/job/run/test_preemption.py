@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +14,7 @@ from typing import ClassVar
 import pytest
 
 from job.errors import UsageError
+from job.machine import cloud
 from job.run import preemption
 from job.run.preemption import Preemption
 from job.run.supervise import Interrupts, stop_seconds
@@ -80,6 +83,24 @@ def test_an_announcement_is_a_signal(
             time.sleep(0.02)
     assert (wishes.count, wishes.seconds) == (1, seconds)
     assert wishes.name == f"{cloud}'s announcement that it takes this machine back"
+
+
+def test_what_answers_in_another_protocol_is_no_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(1000)
+                    connection.sendall(b"SSH-2.0-x\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Thread(target=answer, args=(server,), daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        said = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{address}", "GCE_METADATA_HOST": address}
+        assert cloud.aws("spot/instance-action", said) is None
+        assert cloud.google("preempted", said) is None
+        server.shutdown(socket.SHUT_RDWR)
 
 
 def test_where_no_cloud_answers_nobody_is_asked_again(metadata: str, monkeypatch: pytest.MonkeyPatch) -> None:
