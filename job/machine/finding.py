@@ -29,9 +29,13 @@ class Finding:
     said: str
     remedy: str = ""
 
+    @property
+    def sentence(self) -> str:
+        return f"{self.check}: {self.said}" + (f"; {self.remedy}" if self.remedy else "")
+
     def line(self) -> str:
         """E.g. "slow     NVLink: no link is active; take another node"."""
-        return f"{self.verdict:<8} {self.check}: {self.said}" + (f"; {self.remedy}" if self.remedy else "")
+        return f"{self.verdict:<8} {self.sentence}"
 
 
 def refused(check: str, sentence: str) -> Finding:
@@ -46,5 +50,5 @@ def refusal(findings: Sequence[Finding], *, accept_slow: bool) -> PreflightError
     for verdict, accepting in ((Verdict.REFUSED, ""), (Verdict.SLOW, ", or accept it with --accept-slow")):
         found = next((finding for finding in findings if finding.verdict == verdict), None)
         if found and not (accept_slow and verdict == Verdict.SLOW):
-            return PreflightError(f"{found.check}: {found.said}; {found.remedy}{accepting}")
+            return PreflightError(found.sentence + accepting)
     return None

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers import judged
-from job.machine.finding import Finding, Verdict, refusal
+from job.machine.finding import Finding, Verdict, refusal, refused
 from job.machine.node_checks import NodeFacts, NodeWanted, node_findings
 
 NODE = NodeFacts(
@@ -169,3 +169,7 @@ def test_slowness_can_be_accepted_and_nothing_else() -> None:
     assert refusal([WARNED, UNKNOWN, SLOW], accept_slow=True) is None
     for accept_slow in (True, False):
         assert str(refusal([SLOW, REFUSED], accept_slow=accept_slow)) == "NVLink: none; take another"
+
+
+def test_a_refusal_that_names_no_remedy_ends_with_what_is_wrong() -> None:
+    assert str(refusal([refused("bucket", "S3 does not answer")], accept_slow=False)) == "bucket: S3 does not answer"
