@@ -36,7 +36,8 @@ def test_it_is_said_and_what_cannot_fit_is_refused(helpers):
 def test_a_control_group_limits_it(tmp_path, monkeypatch):
     (tmp_path / "own").write_text("0::/a\n")
     (tmp_path / "a").mkdir()
-    monkeypatch.setattr(cgroup.read, "__defaults__", (tmp_path, tmp_path / "own"))
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroup, "OWN", tmp_path / "own")
     (tmp_path / "a" / "memory.max").write_text("3000\n")
     (tmp_path / "a" / "memory.current").write_text("1000\n")
     assert available_memory() == 2000
@@ -44,3 +45,15 @@ def test_a_control_group_limits_it(tmp_path, monkeypatch):
     assert available_memory() == 2500
     (tmp_path / "a" / "memory.max").write_text("max\n")
     assert available_memory() > 3000
+
+
+def test_a_control_group_around_this_one_limits_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroup, "OWN", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/job/task\n")
+    for folder, limit, used, stat in (("job", "9000", "5000", "inactive_file 1000"), ("job/task", "max", "10", "")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / folder / "memory.current").write_text(f"{used}\n")
+        (tmp_path / folder / "memory.stat").write_text(f"{stat}\n" if stat else "")
+    assert available_memory() == 5000

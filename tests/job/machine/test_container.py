@@ -16,12 +16,13 @@ from job.machine import cgroup, container, health
 from job.recipe.config import resolve
 
 
-def group(tmp_path: Path, own: str, files: dict[str, str]) -> dict[str, Path]:
+def group(tmp_path: Path, monkeypatch, own: str, files: dict[str, str]) -> None:
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path / "tree")
+    monkeypatch.setattr(cgroup, "OWN", tmp_path / "own")
     (tmp_path / "own").write_text(own)
     for name, text in files.items():
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / name).write_text(text)
-    return {"root": tmp_path / "tree", "own": tmp_path / "own"}
 
 
 V1 = "4:memory:/docker/abc\n1:cpu,cpuacct:/docker/abc\n"
@@ -39,10 +40,9 @@ V2 = "0::/user.slice/run-1\n"
     ],
     ids=["unit", "container", "container that sees the host's path", "first generation", "first generation, container"],
 )
-def test_the_own_group_is_found_in_both_generations(tmp_path: Path, own: str, file: str) -> None:
-    places = group(tmp_path, own, {file: "1000\n", "cpuset/cpuset.cpus": "0-1"})
-    assert cgroup.read("memory", "memory.max", "memory.limit_in_bytes", **places) == "1000\n"
-    assert cgroup.read("cpu", "cpu.max", "cpu.cfs_quota_us", **places) is None
+def test_the_own_group_is_found_in_both_generations(tmp_path: Path, monkeypatch, own: str, file: str) -> None:
+    group(tmp_path, monkeypatch, own, {file: "1000\n", "cpuset/cpuset.cpus": "0-1"})
+    assert (cgroup.memory_limit(), cgroup.cpu_quota()) == (1000, None)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,34 @@ def test_the_own_group_is_found_in_both_generations(tmp_path: Path, own: str, fi
             },
             (None, None, 7),
         ),
+        (
+            "0::/slurm/job_7/step_0/task_0\n",
+            {
+                "slurm/job_7/cpu.max": "400000 100000\n",
+                "slurm/job_7/step_0/cpu.max": "200000 100000\n",
+                "slurm/job_7/step_0/task_0/cpu.max": "max 100000\n",
+                "slurm/job_7/memory.max": "1073741824\n",
+                "slurm/job_7/step_0/memory.max": "max\n",
+                "slurm/job_7/step_0/task_0/memory.max": "max\n",
+                "slurm/job_7/memory.events": "oom_kill 9\n",
+                "slurm/job_7/step_0/task_0/memory.events": "oom_kill 1\n",
+            },
+            (2.0, 1 << 30, 1),
+        ),
+        (
+            "4:memory:/slurm/job_7/task_0\n",
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "memory/slurm/job_7/memory.limit_in_bytes": "1000\n",
+                "memory/slurm/job_7/task_0/memory.limit_in_bytes": "9223372036854771712\n",
+            },
+            (None, 1000, None),
+        ),
         ("", {}, (None, None, None)),
     ],
 )
 def test_limits_and_kills(tmp_path: Path, monkeypatch, own: str, files: dict[str, str], expected: tuple) -> None:
-    places = group(tmp_path, own, files)
-    monkeypatch.setattr(cgroup.read, "__defaults__", (places["root"], places["own"]))
+    group(tmp_path, monkeypatch, own, files)
     assert (cgroup.cpu_quota(), cgroup.memory_limit(), cgroup.oom_kills()) == expected
 
 
