@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,11 +106,7 @@ def gpu_names() -> str:
     """Names, compute capabilities and driver of the GPUs as nvidia-smi lists them, each kind once; empty without a GPU,
     or without it."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return "; ".join(sorted(set(listed.splitlines())))
+    return "; ".join(sorted(set((printed(query, seconds=60) or "").splitlines())))
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -150,18 +147,24 @@ def driver() -> str | None:
     with contextlib.suppress(OSError):
         if found := re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text()):
             return found[0]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
-    return None
+    listed = printed(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or ""
+    return next(iter(listed.split()), None)
 
 
 def revision() -> str | None:
     """The commit that this program is of: as its image says, or git where it runs from a clone; None elsewhere."""
     if name := os.environ.get(REVISION):
         return name
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        here = Path(__file__).resolve().parent
-        return subprocess.run(asked, cwd=here, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    clone = Path(__file__).resolve().parents[2]
+    if not (clone / ".git").exists():  # installed: a repository further up is somebody else's
+        return None
+    named = printed(["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
+    return named and named.strip()
+
+
+def printed(command: Sequence[str], seconds: float = 20.0) -> str | None:
+    """What `command` prints; None where it is not there, fails or takes longer. (Without the persistence daemon each
+    nvidia-smi wakes all GPUs first.)"""
+    with contextlib.suppress(OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds).stdout
     return None

@@ -7,17 +7,15 @@ are looked for under both (clocks_throttle_reasons until driver 535, power_readi
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-import subprocess
 from collections.abc import Callable, Sequence
 from xml.etree import ElementTree
 
+from job.machine.host import printed
+
 QUERY = ("nvidia-smi", "-q", "-x")
 NVLINK = ("nvidia-smi", "nvlink", "--status")
-SECONDS = 20.0
-"""that one question may take; without the persistence daemon each wakes all GPUs first"""
 NEVER_SAID = (
     "",
     "N/A",
@@ -73,14 +71,7 @@ class Listing:
     cuda: str | None = None
 
 
-def run(command: Sequence[str]) -> str | None:
-    """What `command` prints; None where it is not there, fails or takes too long."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
-    return None
-
-
-def ask(run: Run = run) -> Listing | None:
+def ask(run: Run = printed) -> Listing | None:
     """None where nvidia-smi cannot be asked or gives no answer that can be read."""
     text = run(QUERY)
     try:

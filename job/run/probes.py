@@ -29,6 +29,7 @@ from job.errors import SpeedrunError
 from job.evaluation.fetch import kept_archive
 from job.machine import container, nvidia_smi
 from job.machine.gpu_checks import GpuFacts
+from job.machine.host import printed
 from job.machine.node_checks import NodeFacts
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
@@ -48,7 +49,7 @@ CHECKPOINT_BYTES = {True: 128 << 20, False: 32 << 20}
 """of the one that is written and read: with GPUs two parts of an upload"""
 
 
-def gpu_facts(run: nvidia_smi.Run = nvidia_smi.run, environment: Mapping[str, str] = os.environ) -> GpuFacts | None:
+def gpu_facts(run: nvidia_smi.Run = printed, environment: Mapping[str, str] = os.environ) -> GpuFacts | None:
     """Of those GPUs that CUDA_VISIBLE_DEVICES lets through; None where nvidia-smi cannot be asked."""
     import torch
 
