@@ -242,15 +242,16 @@ def _power(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
 
 
 def _pcie(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
-    def narrowed(wrong: list[int]) -> Finding:
-        widths = sorted({f"x{gpu.pcie_width:.0f}" for gpu in facts.gpus if gpu.index in wrong})
-        said = f"{_named(wrong)} {_has('is', wrong)} on {', '.join(widths)} of x16: checkpoints leave it more slowly"
+    def judged(wrong: list[int]) -> Finding:
+        narrowed = [gpu for gpu in facts.gpus if gpu.index in wrong]
+        widths = ", ".join(sorted({f"x{gpu.pcie_width:.0f} of x{gpu.max_pcie_width:.0f}" for gpu in narrowed}))
+        said = f"{_named(wrong)} {_has('is', wrong)} on {widths}: checkpoints leave it more slowly"
         return Finding("PCIe", Verdict.WARNED, said, f"{ANOTHER}: a card or riser has bad contact")
 
     def narrow(gpu: Gpu) -> bool | None:
         return gpu.pcie_width < gpu.max_pcie_width if gpu.pcie_width and gpu.max_pcie_width else None
 
-    yield from _flagged(facts, "PCIe", narrow, "full width", narrowed)
+    yield from _flagged(facts, "PCIe", narrow, "full width", judged)
 
 
 def _fabric(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:

@@ -202,6 +202,11 @@ GPU_TABLES: dict[str, tuple[dict[str, Any], str]] = {
         "warned   PCIe: GPU 2 is on x8 of x16: checkpoints leave it more slowly; take another node: a card or riser"
         " has bad contact",
     ),
+    "a quarter of a narrow slot's width": (
+        {"edits": {2: {"<max_link_width>16": "<max_link_width>8", "<current_link_width>16": "<current_link_width>2"}}},
+        "warned   PCIe: GPU 2 is on x2 of x8: checkpoints leave it more slowly; take another node: a card or riser"
+        " has bad contact",
+    ),
     "Fabric Manager down": (
         {"edits": all_eight({"Completed</state><status>Success": "In Progress</state><status>N/A"})},
         "refused  Fabric Manager: GPUs 0, 1, 2, 3, 4, 5, 6, 7 are at In Progress, and CUDA starts when it says"
