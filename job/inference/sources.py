@@ -102,17 +102,12 @@ def _of_checkpoint(sealed: Sealed) -> Source:
     if not is_sealed(tokenizer):
         raise DataError(f"{sealed.path} has no tokenizer ({tokenizer} is not there); restore it, or give --bucket")
     reader = Reader(sealed)
-    slices = sealed.facts["slices"]
-
-    def read(name: str) -> Tensor:
-        return reader(WEIGHT + name, 0, slices[WEIGHT + name][-1]["stop"])
-
     return Source(
         where=sealed.path,
         config=derive(from_document(recipe)).config,
         tokenizer=Tokenizer.load(open_sealed(tokenizer, kind="tokenizer").path),
-        names=frozenset(name.removeprefix(WEIGHT) for name in slices if name.startswith(WEIGHT)),
-        read=read,
+        names=frozenset(n.removeprefix(WEIGHT) for n in sealed.facts["slices"] if n.startswith(WEIGHT)),
+        read=lambda name: reader.whole(WEIGHT + name),
         made_from={"checkpoint": sealed.id, "prepared": sealed.made_from["prepared"]},
         facts=sealed.facts,
         run=run,

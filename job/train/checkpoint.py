@@ -205,6 +205,10 @@ class Reader:
             raise DataError(f"{self._sealed.path} lacks rows {at}-{stop} of {name}; delete it and run again")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def whole(self, name: str) -> Tensor:
+        """All rows of `name`."""
+        return self(name, 0, self._slices[name][-1]["stop"] if name in self._slices else 1)
+
     def _file(self, name: str) -> Any:
         if name not in self._files:
             self._files[name] = safe_open(self._sealed.path / name, framework="pt").__enter__()
@@ -222,7 +226,7 @@ def load_weights(model: GPT, sealed: Sealed) -> None:
         )
     with torch.no_grad():
         for name, parameter in wanted.items():
-            rows = reader(name, 0, len(parameter))
+            rows = reader.whole(name)
             if rows.shape != parameter.shape:
                 shapes = f"{tuple(rows.shape)}, not {tuple(parameter.shape)}"
                 raise DataError(f"{sealed.path} holds {name} as {shapes}; it belongs to another recipe")

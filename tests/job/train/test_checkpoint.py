@@ -35,6 +35,8 @@ from job.store.documents import hashed
 from job.store.sealed import MANIFEST, content_id, open_sealed
 from job.train import checkpoint, loop
 from job.train.context import SIGNALS, RankContext, StopSignal
+from model.config import GPTConfig
+from model.gpt import GPT
 from tiny_training import CPU, QUIET, STEPS, InProcess
 
 
@@ -290,3 +292,14 @@ def test_a_failed_write_is_raised_and_nothing_is_sealed(material: tuple[Recipe, 
     (run / "checkpoints").write_text("in the way")
     with pytest.raises((OSError, DataError)):
         train(material, run, stop_at=4)
+
+
+def test_weights_of_another_size_are_refused_and_not_cut(tmp_path: Path) -> None:
+    larger, smaller = (GPT(GPTConfig.for_depth(1, vocab_size, 16)) for vocab_size in (128, 64))
+    tensors = {f"weight/{name}": p.detach().reshape(p.shape or 1) for name, p in larger.named_parameters()}
+    checkpoint.write_tensors(tmp_path / "weights", {f"{name}@0": tensor for name, tensor in tensors.items()})
+    slices = {name: [{"file": "weights", "start": 0, "stop": len(tensor)}] for name, tensor in tensors.items()}
+    sealed = SimpleNamespace(path=tmp_path, facts={"slices": slices})
+    checkpoint.load_weights(larger, sealed)
+    with pytest.raises(DataError, match=r"holds weight/wte.weight as \(128, 128\), not \(64, 128\); it belongs to"):
+        checkpoint.load_weights(smaller, sealed)
