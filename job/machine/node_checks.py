@@ -72,9 +72,8 @@ def node_findings(facts: NodeFacts, wanted: NodeWanted) -> list[Finding]:
 
 
 def _disk_size(facts: NodeFacts, wanted: NodeWanted) -> Iterator[Finding]:
-    said = (
-        f"{facts.disk_free / 1e9:.1f} GB free at {facts.disk}, the run takes up to {wanted.disk / 1e9:.2g} (estimated)"
-    )
+    takes = f"the run takes up to {_gigabytes(wanted.disk)} (estimated)"
+    said = f"{facts.disk_free / 1e9:.1f} GB free at {facts.disk}, {takes}"
     if facts.disk_free < wanted.disk:
         yield Finding("disk size", Verdict.REFUSED, said, "free some, choose another --out, or take a larger disk_size")
     else:
@@ -86,7 +85,8 @@ def _disk_speed(facts: NodeFacts, wanted: NodeWanted) -> Iterator[Finding]:
         yield Finding("disk speed", Verdict.UNKNOWN, f"nothing could be written at {facts.disk}")
         return
     seconds = wanted.checkpoint / facts.disk_speed
-    said = f"{facts.disk_speed / 1e6:.0f} MB/s: a checkpoint of {wanted.checkpoint / 1e9:.2g} GB takes {seconds:.0f} s"
+    size = _gigabytes(wanted.checkpoint)
+    said = f"{facts.disk_speed / 1e6:.0f} MB/s: a checkpoint of {size} GB takes {seconds:.0f} s"
     remedy = "choose an --out on the node's own NVMe, or a higher disk_tier"
     if seconds >= SLOW_DISK:
         yield Finding("disk speed", Verdict.SLOW, said, remedy)
@@ -95,6 +95,11 @@ def _disk_speed(facts: NodeFacts, wanted: NodeWanted) -> Iterator[Finding]:
         yield Finding("disk speed", Verdict.WARNED, lost, remedy)
     else:
         yield Finding("disk speed", Verdict.OK, said)
+
+
+def _gigabytes(size: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{size / 1e9:{'.2g' if size < 10e9 else '.0f'}}"
 
 
 def _temporary(facts: NodeFacts, wanted: NodeWanted) -> Iterator[Finding]:

@@ -173,3 +173,10 @@ def test_slowness_can_be_accepted_and_nothing_else() -> None:
 
 def test_a_refusal_that_names_no_remedy_ends_with_what_is_wrong() -> None:
     assert str(refusal([refused("bucket", "S3 does not answer")], accept_slow=False)) == "bucket: S3 does not answer"
+
+
+def test_sizes_above_two_digits_are_written_out() -> None:
+    wanted = NodeWanted(disk=170e9, checkpoint=120e9)
+    lines = [finding.line() for finding in node_findings(NODE, wanted)]
+    assert "ok       disk size: 400.0 GB free at /out, the run takes up to 170 (estimated)" in lines
+    assert any("1500 MB/s: a checkpoint of 120 GB takes 80 s" in line for line in lines)
