@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels import Backend, BackendError
+from model.kernels import Backend, BackendError, why_it_failed
 
 PROOF_LENGTH, PROOF_BOUND = 256, 0.03
 """T of the proof, which is also a window that sees everything; and what its bf16 may be wrong by, of the largest
@@ -105,8 +105,7 @@ def prove(backend: Backend, device: torch.device, gradients: bool) -> None:
     try:
         worst = max(disagreement(device, window, gradients) for window in (64, PROOF_LENGTH))
     except Exception as error:
-        sentence = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BackendError(f"{backend.name} fails on this GPU: {sentence}; {instead}") from error
+        raise BackendError(f"{backend.name} fails on this GPU: {why_it_failed(error)}; {instead}") from error
     if not worst < PROOF_BOUND:
         raise BackendError(f"{backend.name} computes something else on this GPU, wrong by {worst:.1%}; {instead}")
 

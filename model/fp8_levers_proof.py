@@ -30,7 +30,7 @@ from model.config import GPTConfig
 from model.fp8_proof import FEWEST_TOKENS, GRADIENT, SPREAD, Agreement, disagreement, drawing, rounding
 from model.fp8_tensor import E4M3, E5M2, MULTIPLE
 from model.gpt import GPT
-from model.kernels import Fp8Error
+from model.kernels import Fp8Error, why_it_failed
 
 INPUT = 2**-6
 """size of the numbers that come in"""
@@ -76,9 +76,7 @@ def _compared(
     try:
         got = _computed(config, rows, generation, levers, device)
     except Exception as error:  # whatever it is, these levers cannot be used here
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        return [], "fails on this device: " + (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [], f"fails on this device: {why_it_failed(error)}"
     bounds = _bounds(config)
     agreements = [
         Agreement(f"block with levers, {part}, {what}", disagreement(got[part, what], wanted), bounds[part, what])

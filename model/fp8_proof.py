@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from model.fp8_linear import Float8Linear, convert_to_float8
 from model.fp8_tensor import E4M3, E5M2
 from model.gpt import GPT, Linear
-from model.kernels import Fp8Error
+from model.kernels import Fp8Error, why_it_failed
 from model.loss import cross_entropy
 
 FEWEST_TOKENS = 256
@@ -113,10 +113,8 @@ def _named(label: str, compared: Callable[[], list[Agreement]]) -> list[Agreemen
     try:
         return compared()
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        sentence = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Fp8Error(f"fp8 fails on this device: {label}: {sentence}; say -o train.fp8=false") from error
+        why = why_it_failed(error)
+        raise Fp8Error(f"fp8 fails on this device: {label}: {why}; say -o train.fp8=false") from error
 
 
 def layer_agreements(inputs: int, outputs: int, tokens: int, device: torch.device) -> list[Agreement]:

@@ -46,6 +46,13 @@ class Fp8Error(ValueError):
     """fp8 that cannot be: one sentence with the offending value and what to do."""
 
 
+def why_it_failed(error: Exception) -> str:
+    """The first line of what a kernel failed with. A lack of memory is no fault of a kernel and raised again."""
+    if type(error).__name__ == "OutOfMemoryError":
+        raise error
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def installed() -> dict[str, str]:
     """The kernels that this environment has, each with the version of its package (for FlashAttention 2, torch's)."""
     found = {"fa2": importlib.metadata.version("torch")}

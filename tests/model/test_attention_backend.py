@@ -163,3 +163,12 @@ def test_one_that_does_not_is_an_error(monkeypatch: pytest.MonkeyPatch, wrong: C
     assert str(raised.value).startswith(sentence) and str(raised.value).endswith(
         "install it again or say -o train.attention=fa2"
     )
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_kernel_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    monkeypatch.setattr(model.attention, "attention", lacks)
+    with pytest.raises(torch.OutOfMemoryError):
+        prove(choose_backend("fastest", HOPPER, FA4, strict=True), CPU, gradients=True)
