@@ -74,18 +74,12 @@ class Rules:
     groups: Mapping[str, GroupRule]
     muon: Mapping[str, Any] = field(default_factory=dict)  # Muon's fields of GroupSpec
 
-    def changed(
-        self, lrs: Mapping[str, float] | None = None, weight_decay: float | None = None, **fields: Any
-    ) -> Rules:
-        """These rules with other base learning rates by group, another base weight decay for Muon, other `fields`."""
-        groups = dict(self.groups)
-        for name, lr in (lrs or {}).items():
-            if name not in groups:
-                raise ConfigError(f"no such parameter group: {name!r}; there are {', '.join(groups)}")
-            groups[name] = replace(groups[name], lr=lr)
-        if weight_decay is not None:
-            groups["matrices"] = replace(groups["matrices"], weight_decay=weight_decay)
-        return replace(self, groups=groups, **fields)
+    def with_rates(self, lrs: Mapping[str, float]) -> Rules:
+        """These rules with other base learning rates by group."""
+        if unknown := lrs.keys() - self.groups.keys():
+            raise ConfigError(f"no such parameter group: {min(unknown)!r}; there are {', '.join(self.groups)}")
+        changed = {name: replace(self.groups[name], lr=lr) for name, lr in lrs.items()}
+        return replace(self, groups={**self.groups, **changed})
 
 
 RULES: dict[str, Rules] = {
@@ -150,21 +144,19 @@ def derive(
     rules: Rules,
     *,
     ratio: float | None = None,
-    tokens: int | None = None,
     steps: int | None = None,
     batch_tokens: int | None = None,
 ) -> Derived:
-    """All that follows from `config`, trained by `rules` over `ratio` tokens per scaling parameter, or `tokens`, or
-    `steps`.
+    """All that follows from `config`, trained by `rules` over `ratio` tokens per scaling parameter, or `steps`.
 
     At most one horizon may be given; none means the rules' own ratio. `batch_tokens` (a multiple of config.seq_len)
     None means the batch rule. Raises ConfigError for a horizon of no step and for values that are not positive.
     """
-    _check_request(config, ratio, tokens, steps, batch_tokens)
+    _check_request(config, ratio, steps, batch_tokens)
     counts = parameter_counts(config)
     scaling = scaling_parameters(config)
     batch = _batch(config, batch_tokens)
-    n = _steps(scaling, rules, batch.value, ratio, tokens, steps)
+    n = _steps(scaling, rules.ratio if ratio is None else ratio, batch.value, steps)
     trained = n.value * batch.value
     per_token = flops_per_token(config)
     lrs = {name: _learning_rate(name, rules.groups[name], config, batch.value) for name in counts}
@@ -215,14 +207,13 @@ def scaling_parameters(config: GPTConfig) -> int:
 def flops_per_token(config: GPTConfig) -> int:
     """Forward and backward, as the leaderboard counts them."""
     products = scaling_parameters(config) + SMEAR_CHANNELS * config.smear
-    return 6 * products + sum(12 * config.width * min(window, config.seq_len) for window in config.windows)
+    return 6 * products + sum(12 * config.width * window for window in config.windows)
 
 
 def causal_flops_per_token(config: GPTConfig) -> float:
     """The same, but of attention only the pairs that causality and the window leave."""
-    seq_len, whole = config.seq_len, flops_per_token(config)
-    unseen = sum(window * (window - 1) / (2 * seq_len) for window in (min(w, seq_len) for w in config.windows))
-    return whole - 12 * config.width * unseen
+    unseen = sum(window * (window - 1) / (2 * config.seq_len) for window in config.windows)
+    return flops_per_token(config) - 12 * config.width * unseen
 
 
 def reference(config: GPTConfig) -> GPTConfig:
@@ -245,14 +236,10 @@ def accumulation_steps(batch_tokens: int, seq_len: int, device_rows: int, ranks:
     return batch_tokens // micro
 
 
-def _check_request(
-    config: GPTConfig, ratio: float | None, tokens: int | None, steps: int | None, batch_tokens: int | None
-) -> None:
-    asked = {"ratio": ratio, "tokens": tokens, "steps": steps}
-    given = [name for name, value in asked.items() if value is not None]
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} are given: each alone decides how long to train, give one of them")
-    for name, value in {**asked, "batch_tokens": batch_tokens}.items():
+def _check_request(config: GPTConfig, ratio: float | None, steps: int | None, batch_tokens: int | None) -> None:
+    if ratio is not None and steps is not None:
+        raise ConfigError("ratio and steps are given: each alone decides how long to train, give one of them")
+    for name, value in {"ratio": ratio, "steps": steps, "batch_tokens": batch_tokens}.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{name} is {value}: it must be positive")
     if batch_tokens is not None and batch_tokens % config.seq_len:
@@ -265,9 +252,9 @@ def _batch(config: GPTConfig, asked: int | None) -> Value:
     if asked is not None:
         return Value(asked, f"{asked // config.seq_len:,} rows of {config.seq_len:,} tokens", ASKED)
     growth = scaling_parameters(config) / scaling_parameters(reference(config))
-    exponent = round(math.log2(REFERENCE_BATCH * growth**0.383))
-    why = f"2^19 x {growth:.3f}^0.383 = 2^{math.log2(REFERENCE_BATCH * growth**0.383):.2f}, to the nearest power of two"
-    batch = 1 << exponent
+    exponent = math.log2(REFERENCE_BATCH * growth**0.383)
+    why = f"2^19 x {growth:.3f}^0.383 = 2^{exponent:.2f}, to the nearest power of two"
+    batch = 1 << round(exponent)
     if batch % config.seq_len:
         raise ConfigError(
             f"the batch rule gives {batch:,} tokens, no whole number of rows of {config.seq_len}: "
@@ -276,20 +263,15 @@ def _batch(config: GPTConfig, asked: int | None) -> Value:
     return Value(batch, why, POWER_LINES)
 
 
-def _steps(scaling: int, rules: Rules, batch: int, ratio: float | None, tokens: int | None, steps: int | None) -> Value:
+def _steps(scaling: int, ratio: float, batch: int, steps: int | None) -> Value:
     if steps is not None:
         return Value(steps, "the number of optimizer steps", ASKED)
-    if tokens is None:
-        ratio = rules.ratio if ratio is None else ratio
-        tokens = int(ratio * scaling)
-        why = f"floor(int({ratio:g} x {scaling:,}) / {batch:,})"
-    else:
-        why = f"floor({tokens:,} / {batch:,})"
+    tokens = int(ratio * scaling)
     if tokens < batch:
         raise ConfigError(
             f"{tokens:,} tokens are less than one batch of {batch:,}: train on more tokens or take a smaller batch"
         )
-    return Value(tokens // batch, why, LEADERBOARD)
+    return Value(tokens // batch, f"floor(int({ratio:g} x {scaling:,}) / {batch:,})", LEADERBOARD)
 
 
 def _learning_rate(name: str, rule: GroupRule, config: GPTConfig, batch: int) -> Value:

@@ -96,7 +96,7 @@ def derive(recipe: Recipe) -> Derived:
         }
         derived = scaling.derive(
             config,
-            rules.changed(lrs=scaled),
+            rules.with_rates(scaled),
             ratio=None if train.steps else train.param_data_ratio,
             steps=train.steps or None,
             batch_tokens=train.total_batch_size or None,

@@ -84,7 +84,7 @@ def trained(generation: str, seed: int, in_fp8: bool, steps: int) -> float:
     if in_fp8:
         assert len(fp8.apply(gpt, rows_a_step * T, generation)) == 6 * 4 + 1
     rules = RULES[generation]
-    rules = rules.changed(lrs={name: faster * group.lr for name, group in rules.groups.items()})
+    rules = rules.with_rates({name: faster * group.lr for name, group in rules.groups.items()})
     specs = derive(config, rules, ratio=None, steps=steps, batch_tokens=rows_a_step * T).specs
     optimizer, schedule = (
         Optimizer(gpt.groups(), specs, polar_dtype=torch.float32),
