@@ -23,24 +23,23 @@ class Ranks:
 
 
 class ProcessRanks(Ranks):
-    """The ranks of a torch.distributed process group (None: the default one)."""
+    """The ranks of torch.distributed's default process group."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, reporter: Reporter | None = None) -> None:
-        self.group, self._reporter = group, reporter or Reporter()
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def all_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
         self._reporter.beat("meeting the other ranks", waits=True)
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value)
         self._reporter.beat("going on after all ranks met")
         return values
 
 
-def current_ranks(reporter: Reporter | None = None) -> Ranks:
+def current_ranks(reporter: Reporter) -> Ranks:
     """Those of the default process group where there is one, else this process alone."""
-    return ProcessRanks(reporter=reporter) if dist.is_initialized() else Ranks()
+    return ProcessRanks(reporter) if dist.is_initialized() else Ranks()
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def validation_rows(prepared: Prepared, recipe: Recipe, *, packed: bool = False)
 
 
 def validate(
-    model: GPT, prepared: Prepared, recipe: Recipe, reporter: Reporter | None = None, *, packed: bool = False
+    model: GPT, prepared: Prepared, recipe: Recipe, reporter: Reporter, *, packed: bool = False
 ) -> dict[str, Any]:
     """`bits_per_byte` of the recipe's validation rows, shared by the ranks of the process group if there is one."""
     return bits_per_byte(
@@ -54,7 +54,7 @@ def validate(
         prepared.tokenizer.token_bytes,
         block_rows=recipe.train.device_batch_size,
         ranks=current_ranks(reporter),
-        reporter=reporter or Reporter(),
+        reporter=reporter,
         device=model.wte.weight.device,
     )
 

@@ -112,7 +112,8 @@ def test_the_cap_cuts_each_task_and_one_not_above_the_shots_leaves_nothing(make_
 def _rank(rank: int, size: int, store: str, bundle_path: str, out: str, model, tokenizer) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    ledger = run(model, tokenizer, open_bundle(bundle_path), Path(out), token_budget=100 * size, ranks=ProcessRanks())
+    ranks = ProcessRanks(Reporter())
+    ledger = run(model, tokenizer, open_bundle(bundle_path), Path(out), token_budget=100 * size, ranks=ranks)
     torch.distributed.destroy_process_group()
     assert timeless(Ledger.open(newest(Path(out)))) == timeless(ledger)
 
