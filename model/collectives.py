@@ -80,7 +80,6 @@ class Reduction:
         self.parameters = list(parameters)
         self._send = send
         self._work: dist.Work | None = None
-        self.launched = False
 
     def launch(self) -> None:
         """Take the gradients away from their parameters and send them.
@@ -95,11 +94,9 @@ class Reduction:
         for _, parameter in self.parameters:
             parameter.grad = None
         self._work = self._send(grads)
-        self.launched = True
 
     def wait(self) -> None:
         """The reduced gradients are there (on CUDA: for whatever the current stream does next)."""
         if self._work is not None:
             self._work.wait()
         self._work = None
-        self.launched = False

@@ -85,8 +85,7 @@ def _compared(
     wrong = next((each for each in agreements if not each.holds), None)
     if wrong is None:
         return agreements, ""
-    off = f"is wrong by {wrong.error:.1%} where rounding explains {wrong.bound:.1%}"
-    return agreements, f"computes something else on this device: {wrong.what}, {off}"
+    return agreements, f"computes something else on this device: {wrong.what}, is wrong by {wrong.words}"
 
 
 def _computed(

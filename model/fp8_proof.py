@@ -64,6 +64,10 @@ class Agreement(NamedTuple):
     def holds(self) -> bool:
         return self.error <= self.bound
 
+    @property
+    def words(self) -> str:
+        return f"{self.error:.1%} where rounding explains {self.bound:.1%}"
+
 
 def prove(model: GPT, tokens: int, device: torch.device) -> str:
     """A sentence of how well fp8 on `device` agrees with fp32 for the layers of `model` (on any device, also meta).
@@ -75,9 +79,8 @@ def prove(model: GPT, tokens: int, device: torch.device) -> str:
         for found in agreements:
             if not found.holds:
                 raise Fp8Error(
-                    f"fp8 computes something else on this device: {name}, {found.what}, is wrong by {found.error:.1%} "
-                    f"where rounding explains {found.bound:.1%}; say -o train.fp8=false, and have the GPU and its "
-                    "driver looked at"
+                    f"fp8 computes something else on this device: {name}, {found.what}, is wrong by {found.words}; "
+                    "say -o train.fp8=false, and have the GPU and its driver looked at"
                 )
             worst = max(worst, found._replace(what=f"{name}, {found.what}"), key=lambda each: each.error / each.bound)
     wrong = f"{worst.error:.1%} wrong where rounding explains {worst.bound:.1%}: {worst.what}"

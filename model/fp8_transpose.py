@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model import fp8_tensor
+
 TILE = 128
 
 
@@ -17,7 +19,7 @@ TILE = 128
 def transposed(x: Tensor) -> Tensor:
     """x (N, C) in fp8 as a new tensor (C, N) by rows."""
     if x.device.type != "cuda":
-        return x.view(torch.uint8).t().contiguous().view(x.dtype)
+        return fp8_tensor.transposed(x)
     import triton
 
     from model.fp8_transpose_kernel import transpose_kernel

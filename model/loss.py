@@ -41,6 +41,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import fp8_tensor
@@ -91,7 +92,7 @@ def token_losses(
     for rows in _chunks(hidden, weight):
         logits = capped_logits(hidden[rows], weight, softcap, vocab_size)  # (rows, vocab_size)
         greedy.append(logits.argmax(dim=-1))
-        nll.append(_nll(logits.log_softmax(dim=-1), targets[rows]))
+        nll.append(F.cross_entropy(logits, targets[rows], reduction="none"))
     return torch.cat(nll), torch.cat(greedy)
 
 
@@ -233,10 +234,6 @@ def _in_blocks(
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled, once."""
     return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def _nll(logp: Tensor, targets: Tensor) -> Tensor:
-    return -logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

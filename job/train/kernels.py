@@ -84,8 +84,7 @@ def _prove_fp8(recipe: Recipe, device: torch.device) -> str:
     if levers:
         found = fp8_levers_proof.prove(config, tokens, generation, levers, device)
         worst = max(found, key=lambda each: each.error / each.bound)
-        wrong = f"{worst.error:.1%} where rounding explains {worst.bound:.1%}: {worst.what}"
-        proof += f"; levers agree with none (at most {wrong})"
+        proof += f"; levers agree with none (at most {worst.words}: {worst.what})"
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the comparison's blocks have other sizes than training's
     return proof
