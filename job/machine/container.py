@@ -37,8 +37,7 @@ def check(recipe: Recipe) -> None:
     if not on_gpu() and made_for != "cpu":
         raise PreflightError(
             f"preset {recipe.preset} is made for {made_for} and this container sees no GPU; start it with: docker run"
-            " --gpus all "
-            "--ipc=host --ulimit memlock=-1 ... (the host needs NVIDIA's container toolkit)"
+            " --gpus all --ipc=host --ulimit memlock=-1 ... (the host needs NVIDIA's container toolkit)"
         )
 
 
@@ -53,9 +52,8 @@ def check_temporary_folder() -> None:
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
-        raise PreflightError(
-            f"this container has no folder for temporary files; start it with: {TEMPORARY_FLAG}"
-        ) from None
+        said = f"this container has no folder for temporary files; start it with: {TEMPORARY_FLAG}"
+        raise PreflightError(said) from None
 
 
 def shared_memory() -> int | None:

@@ -205,7 +205,6 @@ def _slowdowns(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
 
 def _lowered(
     facts: GpuFacts,
-    wanted: GpusWanted,
     check: str,
     values: Callable[[Gpu], tuple[float | None, float | None]],
     unit: str,
@@ -219,18 +218,17 @@ def _lowered(
     worst = max(shares, key=lambda index: shares[index])
     now, default = values(next(gpu for gpu in facts.gpus if gpu.index == worst))
     verdict = slower(shares[worst])
-    said = f"GPU {worst} is set to {now:.0f} {unit} instead of {default:.0f}"
     if verdict == Verdict.OK:
-        yield Finding(check, Verdict.OK, f"{now:.0f} {unit}")
+        yield Finding(check, verdict, f"{now:.0f} {unit}")
     else:
-        yield Finding(check, verdict, said, remedy)
+        yield Finding(check, verdict, f"GPU {worst} is set to {now:.0f} {unit} instead of {default:.0f}", remedy)
 
 
 def _clocks(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
     def clocks(gpu: Gpu) -> tuple[float | None, float | None]:
         return gpu.clock, gpu.default_clock
 
-    yield from _lowered(facts, wanted, "clocks", clocks, "MHz", "`nvidia-smi -rac` as root, or take another node")
+    yield from _lowered(facts, "clocks", clocks, "MHz", "`nvidia-smi -rac` as root, or take another node")
 
 
 def _power(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
@@ -238,7 +236,7 @@ def _power(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
         return gpu.power_limit, gpu.default_power_limit
 
     remedy = "`nvidia-smi -pl WATTS` as root gives it back, or take another node"
-    yield from _lowered(facts, wanted, "power limit", limits, "W", remedy)
+    yield from _lowered(facts, "power limit", limits, "W", remedy)
 
 
 def _pcie(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:

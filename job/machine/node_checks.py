@@ -137,10 +137,8 @@ def _clock(facts: NodeFacts, wanted: NodeWanted) -> Iterator[Finding]:
     off = abs(facts.clock_ahead)
     said = f"{off:.0f} s {'before' if facts.clock_ahead > 0 else 'behind'} the bucket's"
     verdict = Verdict.REFUSED if off >= CLOCK_REFUSED else Verdict.WARNED if off >= CLOCK_WARNED else Verdict.OK
-    remedy = (
-        "" if verdict == Verdict.OK else "set it right (chronyd or systemd-timesyncd): S3 refuses what is 900 s off"
-    )
-    yield Finding("clock", verdict, said, remedy)
+    remedy = "set it right (chronyd or systemd-timesyncd): S3 refuses what is 900 s off"
+    yield Finding("clock", verdict, said, "" if verdict == Verdict.OK else remedy)
 
 
 def _credentials(facts: NodeFacts, wanted: NodeWanted) -> Iterator[Finding]:
@@ -196,10 +194,8 @@ def _hub(facts: NodeFacts) -> Iterator[Finding]:
 
 def _lasting(why: str) -> Verdict:
     """A server that is away, busy or asks for patience is asked again by the run itself; anything else stays so."""
-    passing = why.startswith("HTTP") and not why.startswith("HTTP 4")
-    passing = (
-        passing or why in ("HTTP 408", "HTTP 429") or any(word in why for word in ("timed out", "reset", "refused"))
-    )
+    said_by_server = why.startswith("HTTP") and (not why.startswith("HTTP 4") or why in ("HTTP 408", "HTTP 429"))
+    passing = said_by_server or any(word in why for word in ("timed out", "reset", "refused"))
     return Verdict.WARNED if passing else Verdict.REFUSED
 
 

@@ -16,15 +16,8 @@ from job.machine.host import printed
 
 QUERY = ("nvidia-smi", "-q", "-x")
 NVLINK = ("nvidia-smi", "nvlink", "--status")
-NEVER_SAID = (
-    "",
-    "N/A",
-    "[N/A]",
-    "[Not Supported]",
-    "Unknown Error",
-    "[Unknown Error]",
-    "Requested functionality has been deprecated",
-)
+DEPRECATED = "Requested functionality has been deprecated"
+NEVER_SAID = ("", "N/A", "[N/A]", "[Not Supported]", "Unknown Error", "[Unknown Error]", DEPRECATED)
 SLOWDOWNS = ("hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
 """reasons for lower clocks that a healthy GPU never has: under load it has sw_power_cap, and NVML's documentation says
 that hw_slowdown may come with any change of clocks"""

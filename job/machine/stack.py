@@ -7,14 +7,11 @@ installed.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import platform
 from typing import Any
 
 import torch
 
-from job.machine.host import driver, revision
+from job.machine.host import driver, revision, versions
 
 LOCKED = {"torch": "2.13.0", "triton": "3.7.1", "torchao": "0.18.0", "flash-attn-4": "4.0.0b12"}
 """what requirements-cuda.lock pins of the packages that compute"""
@@ -29,8 +26,9 @@ def describe_stack() -> dict[str, Any]:
         "driver": driver() if on_gpu else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        **{name: _version(name) for name in LOCKED},
-        "python": platform.python_version(),
+        **dict.fromkeys(LOCKED),
+        **versions(*LOCKED),
+        "torch": torch.__version__,  # which names its CUDA, where the package's own does not
         "revision": revision(),
     }
 
@@ -53,9 +51,3 @@ def lines(stack: dict[str, Any]) -> list[str]:
         f"not the lock's ({', '.join(other)}): a pass here is none of the image's" if other else "the lock's versions"
     )
     return [f"card: {card}", f"stack: {versions}; {verdict}", f"revision: {stack['revision'] or 'unknown'}"]
-
-
-def _version(name: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return torch.__version__ if name == "torch" else importlib.metadata.version(name)
-    return None

@@ -339,10 +339,10 @@ def resolve(preset: str, flags: Mapping[str, tuple[str, Any]] | None = None, ove
     for key, (flag, value) in (flags or {}).items():
         values[key], sources[key] = _coerce(key, value), flag
     for override in overrides:
-        key, separator, value = override.partition("=")
+        key, separator, value = (part.strip() for part in override.partition("="))
         if not separator:
             raise UsageError(f"-o {override} cannot be used: write -o section.key=value, e.g. -o train.steps=100")
-        values[key.strip()], sources[key.strip()] = _coerce(key.strip(), value.strip()), "-o"
+        values[key], sources[key] = _coerce(key, value), "-o"
     if "eval.core_bundle" in values:
         values["eval.core_bundle"] = keep_whole(values["eval.core_bundle"])
     sections = {}

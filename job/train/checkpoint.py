@@ -138,8 +138,7 @@ def _without_buffers(error: BaseException, size: int) -> BaseException:
         return error
     short = OutOfMemoryError(
         f"this rank found no host memory for the copy of its {size / 1e9:.1f} GB of state that a checkpoint is"
-        " written from;"
-        " give the container or the machine more memory (`speedrun plan` says how much)"
+        " written from; give the container or the machine more memory (`speedrun plan` says how much)"
     )
     short.__cause__ = error
     return short
