@@ -60,6 +60,8 @@ from model.partition import Parameter, partition
 from model.shards import MuonStack, Options, RowShard, Shard, Slice, SmallTensors
 
 Reader = Callable[[str, int, int], Tensor]
+EITHER = {torch.bfloat16, torch.float32}
+"""the dtypes of tables and their state, by what a machine computes fast in: another machine goes on from either"""
 
 
 class Optimizer:
@@ -225,7 +227,7 @@ class Optimizer:
     @torch.no_grad()
     def load_slices(self, reader: Reader) -> None:
         """Fill this rank's state: reader(name, start, stop) returns these rows of a state that any number of ranks
-        wrote.
+        wrote, in bfloat16 or float32 whichever this model has.
 
         Raises ValueError naming a slice whose shape or dtype is not what this model needs.
         """
@@ -261,7 +263,7 @@ class Optimizer:
 def _fill(slices: Iterable[Slice], reader: Reader) -> None:
     for s in slices:
         rows = reader(s.name, s.start, s.start + len(s.tensor))
-        if rows.shape != s.tensor.shape or rows.dtype != s.tensor.dtype:
+        if rows.shape != s.tensor.shape or (rows.dtype != s.tensor.dtype and {rows.dtype, s.tensor.dtype} != EITHER):
             found, needed = (f"{tuple(t.shape)} {t.dtype}" for t in (rows, s.tensor))
             raise ValueError(
                 f"{s.name} from row {s.start}: found {found}, needed {needed}: it belongs to another model."

@@ -18,6 +18,7 @@ from job.console import Console
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import DataError, DivergedError, InterruptedRun
+from job.machine import host
 from job.recipe.config import Recipe
 from job.recipe.derive import derive
 from job.reporter import Reporter
@@ -292,6 +293,19 @@ def test_a_failed_write_is_raised_and_nothing_is_sealed(material: tuple[Recipe, 
     (run / "checkpoints").write_text("in the way")
     with pytest.raises((OSError, DataError)):
         train(material, run, stop_at=4)
+
+
+@pytest.mark.parametrize("begins_in_bf16", [True, False])
+def test_a_run_goes_on_where_the_processor_computes_in_another_precision(
+    material: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins_in_bf16: bool
+) -> None:
+    """`train.dtype` is "auto" unless it is given. (Few steps in bf16, which is slow without instructions for it.)"""
+    losses = []
+    for bf16, stop_at in ((begins_in_bf16, 2 if begins_in_bf16 else STEPS - 2), (not begins_in_bf16, None)):
+        monkeypatch.setattr(host, "has_fast_bf16", lambda bf16=bf16: bf16)
+        losses += train(material, tmp_path / "run", stop_at=stop_at, dtype="auto")
+        assert weights(tmp_path / "run")["weight/wte.weight@0"].dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert losses == pytest.approx(train(material, tmp_path / "straight", dtype="fp32"), rel=0.01)
 
 
 def test_weights_of_another_size_are_refused_and_not_cut(tmp_path: Path) -> None:
