@@ -41,8 +41,7 @@ def memory_bytes() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take: the machine's, or its control group's if that is less; None where nobody
-    says."""
+    """Bytes that this process may still take, of its machine's or control group's if less; None where nobody says."""
     found = [cgroup.memory_left()]
     with contextlib.suppress(OSError, KeyError):
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -60,8 +59,7 @@ class Machine:
 
 
 def gpu_count() -> int:
-    """GPUs that torch sees; torch is asked, which takes seconds to import, only where there is NVIDIA's driver or it is
-    there already."""
+    """GPUs that torch sees; torch (seconds to import) is asked only where it is loaded or NVIDIA's driver is there."""
     drivers = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")
     if "torch" not in sys.modules and not any(Path(device).exists() for device in drivers):
         return 0
@@ -93,18 +91,20 @@ def has_fast_bf16() -> bool:
     return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
 
+def computes_in_bf16(wanted: str, gpu: bool) -> bool:
+    """Whether activations are bf16: as the recipe says, or for "auto" where that is fast (`gpu`: on any)."""
+    return wanted == "bf16" or (wanted == "auto" and (gpu or has_fast_bf16()))
+
+
 def compute_dtype(wanted: str, gpu: bool = False) -> torch.dtype:
-    """The dtype of activations: what the recipe says, or for "auto" bf16 where it is fast (`gpu`: on any) and fp32
-    elsewhere."""
+    """The dtype of activations: bf16 or fp32."""
     import torch
 
-    bf16 = wanted == "bf16" or (wanted == "auto" and (gpu or has_fast_bf16()))
-    return torch.bfloat16 if bf16 else torch.float32
+    return torch.bfloat16 if computes_in_bf16(wanted, gpu) else torch.float32
 
 
 def gpu_names() -> str:
-    """Names, compute capabilities and driver of the GPUs as nvidia-smi lists them, each kind once; empty without a GPU,
-    or without it."""
+    """Names, compute capabilities and driver of the GPUs as nvidia-smi lists them, each kind once; empty if none."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     return "; ".join(sorted(set((printed(query, seconds=60) or "").splitlines())))
 
@@ -129,8 +129,7 @@ def describe() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Commit, image, SHA-256 of the lock that the environment is of, driver and names of the GPUs; None or empty where
-    nobody says."""
+    """Commit, image, SHA-256 of the environment's lock, driver, names of the GPUs; None or empty where nobody says."""
     lock, gpus = Path(sys.prefix) / INSTALLED_LOCK, Path("/proc/driver/nvidia/gpus")
     named = [re.search(r"^Model:\s*(.+)", file.read_text(), re.MULTILINE) for file in gpus.glob("*/information")]
     return {

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 
 from job.errors import PreflightError, UsageError
 from job.machine import container
-from job.machine.host import Machine, driver, gpu_count, has_fast_bf16, memory_bytes, revision
+from job.machine.host import Machine, computes_in_bf16, driver, gpu_count, memory_bytes, revision
 from job.plan.measured import has_passed
 from job.plan.memory import host_memory
 from job.recipe.config import Recipe
@@ -137,8 +137,7 @@ def about_comm(recipe: Recipe, world_size: int, gpus: int | None = None) -> list
     if world_size == 1 or not changed:
         return [f"comm.{name} does nothing here: one rank sends nothing" for name in changed]
     gpus = gpu_count() if gpus is None else gpus
-    in_bf16 = recipe.train.dtype == "bf16" or (recipe.train.dtype == "auto" and (gpus > 0 or has_fast_bf16()))
-    if "bf16" in changed and not in_bf16:
+    if "bf16" in changed and not computes_in_bf16(recipe.train.dtype, gpu=gpus > 0):
         raise UsageError(
             "comm.bf16=true cannot be used where training computes in fp32: ranks would read different weights; say"
             " -o train.dtype=bf16"
