@@ -27,8 +27,8 @@ from torch import Tensor
 from model import fp8
 from model.attention import attention
 from model.config import GPTConfig
-from model.fp8_proof import FEWEST_TOKENS, GRADIENT, SPREAD, Agreement, disagreement, drawing, rounding
-from model.fp8_tensor import E4M3, E5M2, MULTIPLE
+from model.fp8_proof import FEWEST_TOKENS, GRADIENT, SPREAD, Agreement, disagreement, drawing, errors_of_products
+from model.fp8_tensor import MULTIPLE
 from model.gpt import GPT
 from model.kernels import Fp8Error, why_it_failed
 
@@ -119,7 +119,7 @@ def _computed(
 
 def _bounds(config: GPTConfig) -> dict[tuple[str, str], float]:
     """What rounding explains of each result of each part: its output, and the gradients by what is named."""
-    p, g = math.hypot(rounding(E4M3), rounding(E4M3)), math.hypot(rounding(E5M2), rounding(E4M3))
+    p, g = errors_of_products()
     t = math.sqrt(2) * config.qk_scale**2 * p
     steps = {
         ("attention", "output"): (p, t, p),

@@ -133,14 +133,11 @@ def layer_agreements(inputs: int, outputs: int, tokens: int, device: torch.devic
     y = layer(x)
     dx, dw = torch.autograd.grad(y, (x, layer.weight), dy)
     wide_x, w, wide_dy = x.detach().float(), layer.weight.detach(), dy.float()
-    forward, backward = (
-        SPREAD * math.hypot(rounding(E4M3), rounding(E4M3)),
-        SPREAD * math.hypot(rounding(E5M2), rounding(E4M3)),
-    )
+    forward, backward = errors_of_products()
     return [
-        Agreement("forward product", disagreement(y.detach(), wide_x @ w.mT), forward),
-        Agreement("gradient by the input", disagreement(dx, wide_dy @ w), backward),
-        Agreement("gradient by the weight", disagreement(dw, wide_dy.mT @ wide_x), backward),
+        Agreement("forward product", disagreement(y.detach(), wide_x @ w.mT), SPREAD * forward),
+        Agreement("gradient by the input", disagreement(dx, wide_dy @ w), SPREAD * backward),
+        Agreement("gradient by the weight", disagreement(dw, wide_dy.mT @ wide_x), SPREAD * backward),
     ]
 
 
@@ -158,7 +155,7 @@ def loss_agreements(
     )
     got = torch.autograd.grad(loss, (hidden, head.weight))
     right_loss, *right = _reference_loss(hidden.detach(), head.weight.detach(), targets, softcap, vocab_size)
-    off = STEEPNESS * math.hypot(rounding(E4M3), rounding(E4M3))
+    off = STEEPNESS * errors_of_products()[0]
     bound = LOSS_SPREAD * math.hypot(off, rounding(E5M2), rounding(E4M3))
     difference = (loss.detach() - right_loss).abs().nan_to_num(nan=torch.inf).item()
     return [
@@ -197,6 +194,11 @@ def fp8_layer(inputs: int, outputs: int, device: torch.device) -> Float8Linear:
 def rounding(dtype: torch.dtype) -> float:
     """The largest root mean square of the error that rounding to `dtype` leaves, relative."""
     return torch.finfo(dtype).eps / math.sqrt(12)
+
+
+def errors_of_products() -> tuple[float, float]:
+    """What rounding of both operands makes of a product of two e4m3, 5.1 %, and of one with a gradient, 8.1 %."""
+    return math.hypot(rounding(E4M3), rounding(E4M3)), math.hypot(rounding(E5M2), rounding(E4M3))
 
 
 def disagreement(got: Tensor, right: Tensor) -> float:

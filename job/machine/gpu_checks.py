@@ -225,18 +225,13 @@ def _lowered(
 
 
 def _clocks(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
-    def clocks(gpu: Gpu) -> tuple[float | None, float | None]:
-        return gpu.clock, gpu.default_clock
-
-    yield from _lowered(facts, "clocks", clocks, "MHz", "`nvidia-smi -rac` as root, or take another node")
+    remedy = "`nvidia-smi -rac` as root, or take another node"
+    yield from _lowered(facts, "clocks", lambda gpu: (gpu.clock, gpu.default_clock), "MHz", remedy)
 
 
 def _power(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
-    def limits(gpu: Gpu) -> tuple[float | None, float | None]:
-        return gpu.power_limit, gpu.default_power_limit
-
     remedy = "`nvidia-smi -pl WATTS` as root gives it back, or take another node"
-    yield from _lowered(facts, "power limit", limits, "W", remedy)
+    yield from _lowered(facts, "power limit", lambda gpu: (gpu.power_limit, gpu.default_power_limit), "W", remedy)
 
 
 def _pcie(facts: GpuFacts, wanted: GpusWanted) -> Iterator[Finding]:
