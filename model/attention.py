@@ -26,8 +26,7 @@ from torch import Tensor
 from model.kernels import Backend, BackendError, why_it_failed
 
 PROOF_LENGTH, PROOF_BOUND = 256, 0.03
-"""T of the proof, which is also a window that sees everything; and what its bf16 may be wrong by, of the largest
-value"""
+"""T of the proof, also a window that sees everything; and what bf16 may be wrong by, of the largest value"""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None = None) -> Tensor:
@@ -78,8 +77,7 @@ def _later_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | N
 
 
 def block_mask(window: int, device: torch.device) -> Tensor:
-    """(window, 2 window) bool: query i of a block sees the keys i ... i + window of the previous block followed by its
-    own."""
+    """(window, 2 window) bool: query i of a block sees the keys i ... i + window of the previous block and its own."""
     query = torch.arange(window, device=device).unsqueeze(1)
     key = torch.arange(2 * window, device=device).unsqueeze(0)
     return (key >= query) & (key <= query + window)

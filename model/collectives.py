@@ -25,8 +25,7 @@ class Traffic:
     bytes: Counter[str] = field(default_factory=Counter)
 
     def moved(self, world_size: int) -> float:
-        """Bytes that each rank of a ring sends: (W-1)/W of a scatter's or gather's buffer, twice that of an
-        all-reduce's."""
+        """Bytes that each rank of a ring sends: (W-1)/W of a scatter's or gather's buffer, twice for an all-reduce."""
         one_way = self.bytes["reduce_scatter"] + self.bytes["all_gather"] + 2 * self.bytes["all_reduce"]
         return one_way * (world_size - 1) / world_size
 
@@ -72,8 +71,7 @@ class Collectives:
 class Reduction:
     """One collective over the gradients of `parameters`: launched once all of them are there, waited for by the update.
 
-    `send` gets the gradients in that order, which from then on belong to it, and returns the work in flight (None when
-    alone).
+    `send` gets the gradients in that order, to keep, and returns the work in flight (None when alone).
     """
 
     def __init__(self, parameters: Named, send: Callable[[list[Tensor]], dist.Work | None]) -> None:

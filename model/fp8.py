@@ -77,8 +77,7 @@ def layers(model: nn.Module, generation: str = "head") -> tuple[list[str], list[
 
 
 def apply(model: GPT, tokens: int, generation: str = "head", levers: Collection[str] = ()) -> list[str]:
-    """Put fp8 into the layers of `layers(model, generation)`, in place; parameters and their names stay. Returns their
-    names.
+    """Put fp8 into the layers of `layers(model, generation)`, in place (parameters stay); returns their names.
 
     tokens: of a micro-batch, B x T. levers: of `model.config.LEVERS`. Raises Fp8Error where a dimension is not
     divisible by 16 or no layer is large enough.

@@ -1,5 +1,4 @@
-"""The linear layer in fp8: torchao's, tensorwise and dynamic, with what training a GPT needs beside it (`model/fp8.py`
-explains)."""
+"""The linear layer in fp8: torchao's, tensorwise and dynamic, and what training a GPT needs beside (`model/fp8.py`)."""
 
 from __future__ import annotations
 

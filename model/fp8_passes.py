@@ -255,8 +255,7 @@ class _Norm(torch.autograd.Function):
 
 
 def stored(x: Tensor) -> Tensor:
-    """x, for all that read it: the compiler else stores it once for each product (its lowering of `as_strided` is what
-    wants it in memory)."""
+    """x, for all that read it: `as_strided` wants it in memory, else the compiler stores it for each product."""
     return x.as_strided(x.size(), x.stride())
 
 

@@ -1,5 +1,4 @@
-"""Tensors in fp8: a number format, one scale for all of a tensor, and products of two such tensors (`model/fp8.py` says
-why)."""
+"""Tensors in fp8: a number format, one scale for all of a tensor, and products of two (`model/fp8.py` says why)."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ MULTIPLE = 16
 
 
 class Quantised(NamedTuple):
-    """An e4m3 weight for both products that read it: (V, D) by rows, its transpose (D, V) by rows, and 1 / scale, 0-d
-    fp32."""
+    """An e4m3 weight for both products that read it: (V, D) and (D, V), each by rows, and 1 / scale, 0-d fp32."""
 
     rows: Tensor
     transposed: Tensor
@@ -61,8 +59,7 @@ def scaled(x: Tensor, dtype: torch.dtype, scale: Tensor) -> tuple[Tensor, Tensor
 def matmul(
     a: Tensor, a_inverse: Tensor, b: Tensor, b_inverse: Tensor, out_dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
-    """a (m, k) by rows times b (k, n) by columns, both fp8, with their inverse scales; `fast` as in the forward
-    pass."""
+    """a (m, k) by rows times b (k, n) by columns, fp8 with inverse scales; `fast` as in the forward pass."""
     return torch._scaled_mm(a, b, a_inverse, b_inverse, out_dtype=out_dtype, use_fast_accum=fast)
 
 

@@ -23,8 +23,7 @@ ENDED = -1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Temperature 0 takes the most probable; a token must pass top_k, top_p and min_p where
-    given."""
+    """How a token is drawn: at temperature 0 the likeliest, else of those that pass top_k, top_p, min_p if given."""
 
     temperature: float = 1.0
     top_k: int | None = None  # among the k most probable (and those as probable as the last of them)

@@ -265,8 +265,7 @@ class GPT(nn.Module):
             block.compile(fullgraph=True, dynamic=False, recompile_limit=64)
 
     def freeze(self) -> None:
-        """No more training: weights of linear layers are kept in the compute dtype, to which each use had cast them.
-        Same numbers."""
+        """No more training: linear weights are kept in the compute dtype, to which each use cast them (same bits)."""
         self.requires_grad_(False)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -282,8 +281,7 @@ class GPT(nn.Module):
         return nll.view_as(targets), greedy.view_as(targets)
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Every parameter once, under the name of its optimizer group; "smear_backout" only where the model has
-        them."""
+        """Every parameter once, by optimizer group; "smear_backout" only where the model has them."""
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self.named_parameters():
             groups.setdefault(_group_of(name), []).append((name, parameter))
@@ -291,8 +289,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter from its own generator; depends on `seed`, the parameter's name and the kind of device
-        only."""
+        """Fill every parameter from its own generator, by `seed`, the parameter's name and the kind of device alone."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator(device=parameter.device)
             generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]))

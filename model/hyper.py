@@ -8,8 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class StepHyper:
-    """What the schedule says for one step: multiplier of all learning rates, Muon's momentum, multiplier of Muon's
-    decay."""
+    """What the schedule says for one step: factor of all learning rates, Muon's momentum, factor of Muon's decay."""
 
     lr_mult: float = 1.0
     momentum: float = 0.95
@@ -18,11 +17,9 @@ class StepHyper:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """One parameter group. AdamW reads betas and eps; Muon reads beta2 and the three switches, whose defaults are
-    HEAD's.
+    """One parameter group. AdamW reads betas and eps; Muon beta2 and the three switches, whose defaults are HEAD's.
 
-    FEB: norm_factor 1.02, muon_eq and muon_plus off, beta2 0.95. AdamW's decay is constant, Muon's is weight_decay *
-    wd_mult.
+    FEB: norm_factor 1.02, muon_eq and muon_plus off, beta2 0.95. AdamW's decay is constant, Muon's times wd_mult.
     """
 
     name: str

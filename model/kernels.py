@@ -110,8 +110,7 @@ def choose_backend(
 
 
 def activate(backend: Backend) -> None:
-    """Put the chosen kernel behind `varlen_attn`, for this process. BackendError for a package that torch cannot
-    call."""
+    """Put the chosen kernel behind `varlen_attn` in this process; BackendError for a package that torch cannot call."""
     if not backend.packaged:
         return
     from torch.nn.attention import activate_flash_attention_impl

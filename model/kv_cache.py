@@ -23,12 +23,10 @@ from model.config import GPTConfig
 
 
 class KVCache:
-    """Of B sequences of at most `most` tokens: empty, then of prompts (the first forward pass), then a token longer
-    with each pass."""
+    """Of B sequences of at most `most` tokens: empty, then of prompts (the first pass), then a token more each pass."""
 
     def __init__(self, config: GPTConfig, lengths: list[int], most: int, like: Tensor) -> None:
-        """lengths: of the prompts, which come padded on the right; like: of the device and dtype that the model
-        computes in."""
+        """lengths: of the prompts, padded on the right; like: of the device and dtype that the model computes in."""
         self.lengths = torch.tensor(lengths, device=like.device)  # (B,) tokens so far, those of the pass not counted
         self.end = max(lengths)  # positions that the pass reaches
         self._rows = torch.arange(len(lengths), device=like.device)

@@ -84,8 +84,7 @@ def cross_entropy(
 def token_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """-log p(target) of each row in nats, (N,) fp32, and the word of highest logit, (N,) int64. Arguments as
-    `cross_entropy`."""
+    """-log p(target) of each row, nats, (N,) fp32, and the likeliest word, (N,) int64. Arguments: `cross_entropy`'s."""
     vocab_size = vocab_size or weight.size(0)
     weight = weight.to(hidden.dtype)
     nll, greedy = [], []
@@ -97,15 +96,13 @@ def token_losses(
 
 
 def capped_logits(hidden: Tensor, weight: Tensor, softcap: float, vocab_size: int) -> Tensor:
-    """c tanh(h W^T / c): (N, D), (V, D) -> (N, vocab_size); the product in hidden's dtype, everything after it in at
-    least fp32."""
+    """c tanh(h W^T / c): (N, D), (V, D) -> (N, vocab_size); product in hidden's dtype, the rest in at least fp32."""
     z = (hidden @ weight.to(hidden.dtype).mT)[..., :vocab_size]
     return _capped(z, softcap)[1]
 
 
 def _capped(z: Tensor, softcap: float, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """s = sigmoid(2 z / c) and c tanh(z / c) = c (2 s - 1), in at least fp32; the latter in `into` where that is given
-    (it may be z)."""
+    """s = sigmoid(2 z / c) and c tanh(z / c) = c (2 s - 1), in at least fp32; the latter in `into`, which may be z."""
     half = (z.to(_wide(z)) * (2 / softcap)).sigmoid_()
     return half, torch.add(half.new_full((), -softcap), half, alpha=2 * softcap, out=into)
 

@@ -99,8 +99,7 @@ def polar_express(u: Tensor, norm_factor: float, dtype: torch.dtype) -> Tensor:
 
 
 def normuon(u: Tensor, second: Tensor, one_minus_beta2: Tensor) -> Tensor:
-    """Divide u (K, rows, columns) by the root of its rows' (columns') running second moment, updated here, and restore
-    its norm."""
+    """Divide u (K, rows, columns) by the root of its rows' (columns') second moment, updated here; restore its norm."""
     dim = -1 if second.size(-1) == 1 else -2
     mean_square = u.square().mean(dim=dim, keepdim=True)
     second.add_((mean_square - second) * one_minus_beta2)
@@ -122,8 +121,7 @@ def muon_update(
     muon_plus: bool,
     dtype: torch.dtype,
 ) -> None:
-    """One Muon step in place on weight, momentum (K, rows, columns) and second (K, rows, 1) or (K, 1, columns); see the
-    top.
+    """One Muon step in place on weight, momentum (K, rows, columns) and second (K, rows, 1) or (K, 1, columns).
 
     `dtype` is what Polar Express computes in: bfloat16 in training, wider where a test compares.
     """

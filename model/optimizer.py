@@ -159,8 +159,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, hyper: StepHyper) -> None:
-        """Reduce what is not yet reduced, update what this rank owns, gather. The gradients are consumed (None
-        afterwards).
+        """Reduce what is not yet reduced, update what this rank owns, gather. Gradients are consumed (None afterwards).
 
         Raises RuntimeError naming a parameter that has no gradient.
         """
@@ -211,8 +210,7 @@ class Optimizer:
         self._overlapping, self._next = False, 0
 
     def state_slices(self) -> list[Slice]:
-        """The state that this rank has to save: every name's every row on exactly one rank, whatever the number of
-        ranks."""
+        """The state that this rank has to save: every name's every row on exactly one rank, however many there are."""
         mine = [s for shard in self._shards if not shard.replicated or self._comm.rank == 0 for s in shard.state()]
         return [*mine, *self._counter()] if self._comm.rank == 0 else mine
 
@@ -220,8 +218,7 @@ class Optimizer:
         return [Slice("optimizer/steps", 0, self._step, 1)]
 
     def weight_slices(self) -> list[Slice]:
-        """The weights that this rank has to save: every parameter's every row on exactly one rank, in full
-        precision."""
+        """The weights that this rank has to save, exact: every parameter's every row on exactly one rank."""
         return [s for shard in self._shards for s in shard.weights()]
 
     @torch.no_grad()
@@ -245,8 +242,7 @@ class Optimizer:
     def preserve_state(self) -> Iterator[None]:
         """Whatever happens inside leaves weights, state and step count bit for bit as they were: for warming up.
 
-        The copies are kept in host memory. What survives is what warming up is for: compiled code, the order of
-        launches.
+        The copies are in host memory. What survives is what warming up is for: compiled code, the order of launches.
         """
         kept = [p.detach() for _, p in self._parameters]
         kept += [s.tensor for shard in self._shards for s in shard.state()] + [self._step]

@@ -222,8 +222,7 @@ def reference(config: GPTConfig) -> GPTConfig:
 
 
 def accumulation_steps(batch_tokens: int, seq_len: int, device_rows: int, ranks: int) -> int:
-    """Micro-steps in a step: batch / (device_rows x seq_len x ranks); if it does not divide, ConfigError names the
-    nearest."""
+    """Micro-steps in a step: batch / (device_rows x seq_len x ranks), or ConfigError that names the nearest batches."""
     for name, value in (("device batch", device_rows), ("number of ranks", ranks)):
         if value < 1:
             raise ConfigError(f"the {name} is {value}: it must be at least 1")

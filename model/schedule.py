@@ -1,5 +1,4 @@
-"""What changes from step to step: the learning rates' common factor, Muon's momentum, and the factor of Muon's weight
-decay.
+"""What changes from step to step: the learning rates' factor, Muon's momentum, and the factor of Muon's decay.
 
 Three phases of a run of N steps: a linear warm-up, a plateau, and a linear warm-down over the last `warmdown_ratio` of
 it. The step is counted from 0; every value depends on the step and N alone, so a resumed run needs no state.

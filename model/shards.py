@@ -1,5 +1,4 @@
-"""Three ways to share parameters out among ranks: whole matrices, rows, and not at all. See the essay of
-`model/optimizer.py`.
+"""Three ways to share parameters out among ranks: whole matrices, rows, not at all (essay: `model/optimizer.py`).
 
 Each kind offers the same verbs, so that the optimizer is a loop over them:
 
@@ -49,8 +48,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Options:
-    """What all shards of one optimizer share: the dtypes of Polar Express and of transport, bucket size, the update
-    functions."""
+    """What all shards of one optimizer share: dtypes of Polar Express and transport, bucket size, update functions."""
 
     polar_dtype: torch.dtype
     transport_dtype: torch.dtype | None
@@ -191,8 +189,7 @@ class MuonStack:
 
 
 class RowShard:
-    """One large AdamW tensor, shared out by rows: rank r owns the r-th ceil(rows / W) of them (the last rank's may be
-    fewer)."""
+    """One large AdamW tensor, shared by rows: rank r owns the r-th ceil(rows / W) of them, the last perhaps fewer."""
 
     replicated = False
 
@@ -223,8 +220,7 @@ class RowShard:
         return self.parameter.detach()[self.start : self.stop]
 
     def _padded(self, rows: Tensor, count: int) -> Tensor:
-        """`rows` in the wire dtype, contiguous, with zero rows after them up to `count`; itself where it is so
-        already."""
+        """`rows` in the wire dtype, contiguous, then zero rows up to `count`; itself where it is so already."""
         if rows.size(0) == count:
             return rows.to(self.wire).contiguous()
         padded = rows.new_zeros(count, *rows.shape[1:], dtype=self.wire)

@@ -1,5 +1,4 @@
-"""What the kernel allows this group of processes: a container's --memory and --cpus, a unit's or a batch system's
-limits.
+"""What the kernel allows this group of processes: a container's --memory and --cpus, a unit's or batch system's limits.
 
 Both generations of control groups are read. In a container the group is mounted as the root of the tree, elsewhere it
 lies at the path that /proc/self/cgroup names, and every group around it limits it as well (a batch system's job, a
@@ -53,8 +52,7 @@ def memory_limit() -> int | None:
 
 
 def memory_left() -> int | None:
-    """Bytes that this group may still take, files that the kernel would drop from its cache among them; None without a
-    limit."""
+    """Bytes that this group may still take, droppable file cache among them; None without a limit."""
     used_files, stat_files = ("memory.current", "memory.usage_in_bytes"), ("memory.stat", "memory.stat")
     left = []
     for limit_text, used, stat_text in read("memory", MEMORY, used_files, stat_files):

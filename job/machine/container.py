@@ -18,8 +18,7 @@ MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_NEEDED = 1 << 30
-"""bytes of /dev/shm that NCCL is given for eight ranks (its own documentation asks for 1g); a container has 64 MiB
-unless told otherwise"""
+"""bytes of /dev/shm for NCCL's eight ranks (its documentation asks for 1g); a container has 64 MiB by default"""
 
 TEMPORARY_FLAG = "docker run --tmpfs /tmp:rw,exec,size=4g ..."
 

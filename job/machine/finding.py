@@ -45,8 +45,7 @@ def refused(check: str, sentence: str) -> Finding:
 
 
 def refusal(findings: Sequence[Finding], *, accept_slow: bool) -> PreflightError | None:
-    """The error of the first finding that stands against the machine; one that cannot be accepted comes before one that
-    can."""
+    """The error of the first finding against the machine; one that cannot be accepted comes before one that can."""
     for verdict, accepting in ((Verdict.REFUSED, ""), (Verdict.SLOW, ", or accept it with --accept-slow")):
         found = next((finding for finding in findings if finding.verdict == verdict), None)
         if found and not (accept_slow and verdict == Verdict.SLOW):

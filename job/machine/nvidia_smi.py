@@ -130,8 +130,7 @@ def _fabric(found: ElementTree.Element) -> str | None:
 
 
 def _links(text: str | None) -> dict[int, tuple[float, ...]]:
-    """By GPU, from lines like "GPU 0: NVIDIA H100 80GB HBM3 (UUID: ...)" and "Link 0: 26.562 GB/s", "Link 1:
-    <inactive>"."""
+    """By GPU, from lines like "GPU 0: NVIDIA H100 ... (UUID: ...)", "Link 0: 26.562 GB/s", "Link 1: <inactive>"."""
     found: dict[int, tuple[float, ...]] = {}
     gpu = -1
     for line in (text or "").splitlines():

@@ -1,8 +1,6 @@
-"""What a measurement was made on: card, driver, versions, revision, and whether these are the versions that the CUDA
-lock pins.
+"""What a measurement was made on: card, driver, versions, revision, and whether the versions are the CUDA lock's.
 
-Nothing but the standard library and torch: measurements are also made where the rest of the project's packages are not
-installed.
+Nothing but the standard library and torch: measurements are also made where no other package is installed.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ def describe_stack() -> dict[str, Any]:
 
 
 def differences(stack: dict[str, Any]) -> list[str]:
-    """What of `stack` is not as locked, e.g. "torch 2.11.0 instead of 2.13.0"; without a GPU only what a CPU needs is
-    looked at."""
+    """What of `stack` is not as locked, e.g. "torch 2.11.0 instead of 2.13.0"; without a GPU, of what a CPU needs."""
     wanted = LOCKED if stack["gpu"] else {name: LOCKED[name] for name in ("torch", "torchao")}
     found = {name: (stack[name] or "missing").partition("+")[0] for name in wanted}
     return [f"{name} {found[name]} instead of {version}" for name, version in wanted.items() if found[name] != version]

@@ -99,8 +99,7 @@ class Writer:
         return [*self._optimizer.weight_slices(), *self._optimizer.state_slices()]
 
     def _make_buffers(self, slices: Sequence[Slice]) -> None:
-        """While training begins: zeros, because memory that was never written costs a page fault a page when it first
-        is."""
+        """While training begins: zeros, because memory that was never written costs a page fault a page at first."""
         try:
             for s in slices:
                 zeros = torch.zeros(s.tensor.shape, dtype=s.tensor.dtype)
@@ -131,8 +130,7 @@ class Writer:
 
 
 def _without_buffers(error: BaseException, size: int) -> BaseException:
-    """What training ends with when there are no buffers: `error`, or where memory is what was missing, the sentence
-    that says so."""
+    """What training ends with without buffers: `error`, or the sentence that says that memory is missing."""
     said = str(error).lower()
     if not isinstance(error, MemoryError) and "out of memory" not in said and "can't allocate memory" not in said:
         return error

@@ -11,8 +11,7 @@ from job.train.context import RankContext
 
 @contextlib.contextmanager
 def warming(context: RankContext) -> Iterator[None]:
-    """Around a rank's warm-up: says that it is over, with the seconds, and how many graphs it compiled and how many it
-    loaded."""
+    """Around a rank's warm-up: says when it is over, its seconds, and how many graphs it compiled and loaded."""
     from torch._dynamo.utils import counters
 
     began = time.monotonic()

@@ -103,8 +103,7 @@ class RankContext:
 
     @property
     def asked(self) -> str:
-        """What kind of evaluation was asked for by `speedrun evaluate` (job/evaluation/rescore.py); "" for the run's
-        own."""
+        """What `speedrun evaluate` was asked for (job/evaluation/rescore.py); "" for the run's own evaluation."""
         return self._document().get("asked", "")
 
     def _document(self) -> dict[str, Any]:

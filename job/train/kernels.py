@@ -1,5 +1,4 @@
-"""Which attention kernel and which matrix products a process computes with: chosen, priced, and proven on its
-device.
+"""Which attention kernel and matrix products a process computes with: chosen, priced, and proven on its device.
 
 Torch is imported only to prove: a supervisor that says what its ranks will choose does without it."""
 
@@ -72,8 +71,7 @@ def choose_kernels(
 
 
 def _prove_fp8(recipe: Recipe, device: torch.device) -> str:
-    """How well the products of the recipe's model agree with fp32 on `device`, and its levers with none; Fp8Error
-    where they do not."""
+    """How well the model's products agree with fp32 on `device`, and levers with none; Fp8Error where they do not."""
     import torch
 
     from model import fp8_levers_proof, fp8_proof  # torchao takes seconds to import: only where there is fp8

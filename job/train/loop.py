@@ -178,8 +178,7 @@ def due(step: int, every: int) -> bool:
 
 
 class Batches:
-    """The rows of each step as this rank's micro-batches of (inputs, targets), int64 (B, T), on their way to
-    `device`."""
+    """The rows of each step as this rank's micro-batches of (inputs, targets), int64 (B, T), on the way to `device`."""
 
     def __init__(
         self, rows: Rows, *, rows_per_step: int, device_rows: int, rank: int, world_size: int, device: torch.device
@@ -200,8 +199,7 @@ class Batches:
 
 
 def warm_up(run: Run) -> None:
-    """Two steps on made-up rows, and a validation batch where training validates: compiles, and settles the order of
-    collectives.
+    """Two steps on made-up rows, and a validation batch if training validates: compiles, and settles the launch order.
 
     Leaves no trace.
     """

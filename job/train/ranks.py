@@ -44,8 +44,7 @@ def current_ranks(reporter: Reporter) -> Ranks:
 
 @contextlib.contextmanager
 def joined(rank: int, size: int, reporter: Reporter) -> Iterator[Ranks]:
-    """The `size` ranks of this machine, which talk through gloo: what they exchange are answers and sums, a few
-    kilobytes."""
+    """The `size` ranks of this machine, over gloo: what they exchange are answers and sums, a few kilobytes."""
     if size > 1:
         dist.init_process_group("gloo", rank=rank, world_size=size)
     try:

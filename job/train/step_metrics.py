@@ -53,8 +53,7 @@ SUMMED = 4
 
 @dataclasses.dataclass(frozen=True)
 class Computing:
-    """Seconds that each rank computed in `steps` steps before the reading that brings them: forward and backward, no
-    collective."""
+    """Seconds that each rank computed, forward and backward, in `steps` steps before the reading that brings them."""
 
     seconds: tuple[float, ...]
     """by rank"""
