@@ -72,7 +72,7 @@ def _compared(
     device: torch.device,
     right: dict[tuple[str, str], Tensor],
 ) -> tuple[list[Agreement], str]:
-    """The comparisons, and what is wrong with them, in words."""
+    """The comparisons, and what is wrong with them, in words; "" where nothing is."""
     try:
         got = _computed(config, rows, generation, levers, device)
     except Exception as error:  # whatever it is, these levers cannot be used here

@@ -38,9 +38,7 @@ def _head_copies(weight: Tensor) -> Quantised:
 def convert_to_float8(model: nn.Module, names: set[str]) -> None:
     """Replace the linear layers of these names by fp8 ones on the same parameters."""
     config = Float8LinearConfig()
-    convert_to_float8_training(
-        nn.Module(), config=config
-    )  # of no layer: what it does is to mend the compiler's fp8 stores
+    convert_to_float8_training(nn.Module(), config=config)  # of no layer: it mends the compiler's fp8 stores
     swap_linear_layers(
         model, lambda layer: Float8Linear.from_float(layer, config), module_filter_fn=lambda _, name: name in names
     )

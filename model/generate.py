@@ -96,11 +96,7 @@ class Decoder:
 
 
 def generate(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: Collection[int] = (),
+    model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Collection[int] = ()
 ) -> Iterator[list[int]]:
     """The next token of every prompt, up to `max_new_tokens` times; ENDED from a prompt's first token of `stop` on."""
     decoder = Decoder(model, prompts, max(map(len, prompts), default=0) + max_new_tokens)

@@ -77,6 +77,5 @@ class KVCache:
         used = min(self.end, size)
         filled = torch.arange(used, device=q.device) <= self.lengths.view(-1, 1, 1, 1)  # (B, 1, 1, used)
         keys, values = kept[:, :, :, :used]
-        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=filled, scale=scale).transpose(
-            1, 2
-        )
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=filled, scale=scale)
+        return out.transpose(1, 2)

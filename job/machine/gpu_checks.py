@@ -52,10 +52,8 @@ class GpusWanted:
 
 def gpu_findings(facts: GpuFacts, wanted: GpusWanted) -> list[Finding]:
     if not facts.gpus:
-        unknown = Finding(
-            "GPUs", Verdict.UNKNOWN, "nvidia-smi cannot be asked", "give the container NVIDIA's utilities"
-        )
-        return [unknown, *_speeds(facts, wanted)]
+        remedy = "give the container NVIDIA's utilities"
+        return [Finding("GPUs", Verdict.UNKNOWN, "nvidia-smi cannot be asked", remedy), *_speeds(facts, wanted)]
     checks = (_count, _kind, _memory, _driver, _ecc, _mig, _processes, _slowdowns, _clocks, _power, _pcie)
     found = [finding for check in checks for finding in check(facts, wanted)]
     if len(facts.gpus) > 1:

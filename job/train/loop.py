@@ -249,12 +249,7 @@ def build(
         model.compile_blocks()
     group = dist.group.WORLD if context.world_size > 1 else None
     optimizer = Optimizer(
-        model.groups(),
-        derived.specs,
-        group,
-        polar_dtype=dtype,
-        transport_dtype=transport_dtype(recipe),
-        compile=on_gpu,
+        model.groups(), derived.specs, group, polar_dtype=dtype, transport_dtype=transport_dtype(recipe), compile=on_gpu
     )
     step = checkpoint.resume(context.resume, model, optimizer) if context.resume else 0
     return Run(context, recipe, derived, prepared, model, optimizer, batches, step)

@@ -41,8 +41,6 @@ from torch import Tensor
 
 LAG = {"cpu": 0, "cuda": 3}
 """steps by which reading lags behind: on a CPU every number is there at once"""
-
-
 WINDOW = 50
 """steps over which ranks are compared"""
 TOLERANCE = 0.03
