@@ -52,7 +52,8 @@ class Sampling:
         logits = logits.double().cpu()
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.size(-1)).double()
-        p = (logits / self.temperature).softmax(dim=-1)
+        below = logits - logits.amax(dim=-1, keepdim=True)  # so that no quotient overflows upwards
+        p = (below / self.temperature).softmax(dim=-1)
         if self.top_k is None and self.top_p == 1 and self.min_p == 0:
             return p
         falling = p.sort(dim=-1, descending=True).values

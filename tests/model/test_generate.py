@@ -133,3 +133,9 @@ def test_bad_options_are_refused(options: dict[str, float], said: str) -> None:
 def test_nothing_to_continue_is_refused(model: GPT, prompts: list[list[int]]) -> None:
     with pytest.raises(ConfigError, match="nothing to continue"):
         list(generate(model, prompts, 3, Sampling()))
+
+
+def test_a_temperature_near_zero_is_zero() -> None:
+    logits = torch.tensor([[1.0, 14.9, 3.0]])
+    cold, coldest = (Sampling(temperature).probabilities(logits) for temperature in (1e-320, 0.0))
+    assert torch.equal(cold, coldest)
