@@ -46,7 +46,7 @@ TINY = (
     "train.threads=1",
     "eval.samples=1",
     "eval.sample_tokens=8",
-    "eval.cap=12",
+    "eval.cap=6",
 )
 """A run of seconds in which every stage does something: checkpoints and validations fall inside it."""
 

@@ -122,32 +122,32 @@ def caps(out: Path) -> tuple[Any, list[Any]]:
 def test_a_lesser_evaluation_stands_beside_the_runs_own(finished, tmp_path: Path, speedrun) -> None:
     shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
     run = tmp_path / "runs" / "t"
-    command = speedrun.command("evaluate", "--run-id", "t", "--out", str(tmp_path), "-o", "eval.cap=9")
+    command = speedrun.command("evaluate", "--run-id", "t", "--out", str(tmp_path), "-o", "eval.cap=4")
     kept = [run / "recipe.json", *(p for p in (run / "eval").iterdir())]
     before = contents(*kept)
     said = speedrun(command).stdout
-    assert "(at most 9 items a task; " in said
+    assert "(at most 4 items a task; " in said
     assert "the run has a fuller score, which stays its own; this one goes beside it" in said
-    assert caps(tmp_path) == (12, [12, 9]) and contents(*kept) == before
-    assert json.loads(speedrun([*command, "--json", "-q"]).stdout)["smoke_score"]["cap"] == 12
+    assert caps(tmp_path) == (6, [6, 4]) and contents(*kept) == before
+    assert json.loads(speedrun([*command, "--json", "-q"]).stdout)["smoke_score"]["cap"] == 6
     again = speedrun(speedrun.tiny("run", tmp_path)).stderr
-    assert "evaluate: done already" in again and caps(tmp_path) == (12, [12, 9])
+    assert "evaluate: done already" in again and caps(tmp_path) == (6, [6, 4])
     speedrun(speedrun.command("report", "--run-id", "t", "--out", str(tmp_path)))
-    assert caps(tmp_path) == (12, [12, 9])
-    fuller = speedrun.command("evaluate", "--run-id", "t", "--out", str(tmp_path), "-o", "eval.cap=14")
+    assert caps(tmp_path) == (6, [6, 4])
+    fuller = speedrun.command("evaluate", "--run-id", "t", "--out", str(tmp_path), "-o", "eval.cap=8")
     speedrun(fuller)
-    assert caps(tmp_path) == (14, [14, 12, 9])
+    assert caps(tmp_path) == (8, [8, 6, 4])
     speedrun(speedrun.tiny("run", tmp_path))
-    assert caps(tmp_path) == (14, [14, 12, 9]) and contents(*kept) == before
+    assert caps(tmp_path) == (8, [8, 6, 4]) and contents(*kept) == before
 
 
 @pytest.mark.slow
 def test_a_run_that_was_scored_with_a_cap_first_is_still_scored_as_it_says(prepared: Path, speedrun) -> None:
     speedrun(speedrun.tiny("pretrain", prepared))
-    speedrun(speedrun.command("evaluate", "--run-id", "t", "--out", str(prepared), "-o", "eval.cap=9"))
-    assert caps(prepared) == (9, [9])
+    speedrun(speedrun.command("evaluate", "--run-id", "t", "--out", str(prepared), "-o", "eval.cap=4"))
+    assert caps(prepared) == (4, [4])
     speedrun(speedrun.tiny("run", prepared))
-    assert caps(prepared) == (12, [12, 9])
+    assert caps(prepared) == (6, [6, 4])
 
 
 @pytest.mark.slow
@@ -158,13 +158,13 @@ def test_on_another_machine_the_bucket_keeps_the_fuller_report(finished, tmp_pat
     notes = shutil.ignore_patterns("*.verified-*", "*.lock")
     shutil.copytree(finished.out, bucket, ignore=notes)
     shutil.copytree(finished.out, tmp_path / "a")
-    command = ["evaluate", "--run-id", "t", *place, "-o", "eval.cap=9", "--out"]
+    command = ["evaluate", "--run-id", "t", *place, "-o", "eval.cap=4", "--out"]
     for machine in ("a", "b"):
         said = speedrun(speedrun.command(*command, str(tmp_path / machine)))
-        assert "(at most 9 items a task; " in said.stdout
+        assert "(at most 4 items a task; " in said.stdout
         assert f"mirroring run t to the folder {bucket}\n" in said.stderr
         run = bucket / "runs" / "t"
-        assert open_sealed(run / "report", kind="report") and caps(bucket) == (12, [12, 9])
+        assert open_sealed(run / "report", kind="report") and caps(bucket) == (6, [6, 4])
     events = [json.loads(line) for line in (run / "events" / "3.jsonl").read_text().splitlines()]
     tasks = [event for event in events if event["kind"] == "eval.task"]
     assert len(tasks) == 22 and all(event["found"] for event in tasks), "machine b took the answers from the bucket"
