@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from job.cli.completion import complete_runs
-from job.cli.options import bucket_options, existing_runs, json_option, out_option
+from job.cli.options import PATH, bucket_options, existing_runs, json_option, out_option
 from job.errors import UsageError
 
 
@@ -18,7 +18,7 @@ from job.errors import UsageError
 @click.option("--core", "figures", type=float, multiple=True, metavar="X", help="A CORE instead of a run; repeat it.")
 @click.option("--sd", type=float, metavar="S", help="The standard deviation from run to run, where it is known.")
 @click.option("--table", metavar="PLACE", help="Collect the results below a folder or s3://... into a leaderboard.")
-@click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help="With --table: write it as HTML, too.")
+@click.option("--page", type=PATH, metavar="FILE", help="With --table: write it as HTML, too.")
 @out_option
 @bucket_options
 @json_option("JSON")

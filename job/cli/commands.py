@@ -19,9 +19,11 @@ from job.cli.doctor import doctor
 from job.cli.inference import export, import_, play, sample
 from job.cli.listing import LISTS
 from job.cli.options import (
+    PATH,
     bucket_options,
     confirm_fresh,
     dry_option,
+    existing_runs,
     json_option,
     machine_options,
     out_option,
@@ -147,12 +149,7 @@ def pretrain(
 @out_option
 @bucket_options
 @run_id_option("The run whose finished model is scored.")
-@click.option(
-    "--hf",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Score this local Hugging Face model instead of a run's.",
-)
+@click.option("--hf", type=PATH, metavar="DIR", help="Score this local Hugging Face model instead of a run's.")
 @click.option(
     "--core-bundle",
     metavar="PATH",
@@ -204,9 +201,7 @@ def evaluate(
         return
 
     assert run_id is not None
-    run_path = launch.existing_run(out, run_id, None if dry_run else bucket)
-    if bucket and not dry_run:
-        bucket.pull_results(run_path)
+    (run_path,) = existing_runs(out, [run_id], None if dry_run else bucket)
     recipe = rescore.recipe_for_evaluation(run_path, core_bundle, overrides)
     stages = ("prepare", *STAGES[2:]) if bucket else STAGES[2:]  # which pulls what this machine lacks
     with rescore.asking(run_path, recipe, launch.recipe_document(recipe, run_id)) as asked:
@@ -235,11 +230,8 @@ def report(out: Path, bucket: Any, run_id: str, as_json: bool, console: Console)
       speedrun report --run-id smoke --json
     """
     from job.report.render import write_report
-    from job.run import launch
 
-    run_path = launch.existing_run(out, run_id, bucket)
-    if bucket:
-        bucket.pull_results(run_path)
+    (run_path,) = existing_runs(out, [run_id], bucket)
     write_report(run_path)
     _show_result(run_path, as_json, console)
 

@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from job.cli.completion import complete_runs
-from job.cli.options import bucket_options, existing_runs, json_option, out_option
+from job.cli.options import PATH, bucket_options, existing_runs, json_option, out_option
 
 
 @click.command()
 @click.argument("a", shell_complete=complete_runs)
 @click.argument("b", shell_complete=complete_runs)
-@click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help="Write it as HTML, too, with the curves.")
+@click.option("--page", type=PATH, metavar="FILE", help="Write it as HTML, too, with the curves.")
 @out_option
 @bucket_options
 @json_option("JSON")

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from job.cli.completion import run_id_option
-from job.cli.options import bucket_options, out_option
+from job.cli.options import PATH, bucket_options, out_option
 from job.errors import UsageError
 
 
@@ -52,10 +52,15 @@ def sampling_options(command: Callable) -> Callable:
     return decorated
 
 
+license_option = click.option(
+    "--license", default="other", show_default=True, help="The model card's licence, as the Hub spells them."
+)
+
+
 @click.command()
 @click.argument("prompt", required=False)
 @model_options
-@click.option("--file", type=click.Path(path_type=Path), metavar="PATH", help="Take the prompt from this file.")
+@click.option("--file", type=PATH, metavar="PATH", help="Take the prompt from this file.")
 @sampling_options
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a continuation.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
@@ -122,10 +127,8 @@ def _continue(loaded: Any, prompt: str, number: int, **asked: Any) -> None:
 
 @click.command()
 @model_options
-@click.option(
-    "--to", type=click.Path(path_type=Path), metavar="DIR", help="The folder.  [default: export in the run's folder]"
-)
-@click.option("--license", default="other", show_default=True, help="The model card's licence, as the Hub spells them.")
+@click.option("--to", type=PATH, metavar="DIR", help="The folder.  [default: export in the run's folder]")
+@license_option
 @click.option("--hub", metavar="USER/NAME", help="Upload it there too, privately where it is new (HF_TOKEN).")
 def export(
     out: Path, bucket: Any, run_id: str | None, model: str | None, to: Path | None, license: str, hub: str | None
@@ -163,18 +166,18 @@ def _said(sealed: Any) -> str:
 
 
 @click.command("import")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.option(
     "--tokenizer",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="PATH",
     help="The tokenizer that it was trained with: tokenizer.pkl, its folder, or a sealed tokenizer of ours.",
 )
 @click.option("--step", type=int, metavar="N", help="Of several checkpoints this one.  [default: the newest]")
 @click.option("-o", "switches", multiple=True, metavar="KEY=VALUE", help="What the files do not say, e.g. softcap=20.")
-@click.option("--to", type=click.Path(path_type=Path), metavar="DIR", help="The folder.  [default: OUT/imported/NAME]")
-@click.option("--license", default="other", show_default=True, help="The model card's licence, as the Hub spells them.")
+@click.option("--to", type=PATH, metavar="DIR", help="The folder.  [default: OUT/imported/NAME]")
+@license_option
 @out_option
 def import_(
     folder: Path, tokenizer: Path, step: int | None, switches: tuple[str, ...], to: Path | None, license: str, out: Path

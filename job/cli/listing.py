@@ -25,6 +25,15 @@ def in_bucket_option(command: Callable) -> Callable:
     return bucket_url_option(command, "Look in s3://bucket/prefix (or a folder: /x, ./x) instead of --out.")
 
 
+def _bucket_at(url: str, out: Path) -> Any:
+    """That of a command that only reads there."""
+    from job.run.bucket import Bucket, check_place
+    from job.store import open_store
+
+    check_place(url, out)
+    return Bucket(open_store(url), wait=0)
+
+
 @click.command("list")
 @out_option
 @in_bucket_option
@@ -42,11 +51,7 @@ def list_(out: Path, url: str | None, as_json: bool) -> None:
     if url is None:
         rows = overview.rows_here(out, time.time())
     else:
-        from job.run.bucket import Bucket, check_place
-        from job.store import open_store
-
-        check_place(url, out)
-        bucket = Bucket(open_store(url), wait=0)
+        bucket = _bucket_at(url, out)
         rows = overview.rows_there(bucket.store, bucket.run_ids(), time.time())
     if as_json:
         click.echo(json.dumps(rows, indent=1))
@@ -70,16 +75,13 @@ def status(run_id: str, out: Path, url: str | None, as_json: bool) -> None:
       speedrun status run6 --bucket s3://bucket/prefix
     """
     from job.report.overview import screen
-    from job.run.bucket import Bucket, check_place
     from job.run.launch import existing_run, run_folder
-    from job.store import open_store
 
     if url is None:
         result, said = screen(existing_run(out, run_id), None, time.time())
     else:
-        check_place(url, out)
         run_folder(out, run_id)
-        bucket = Bucket(open_store(url), wait=0)
+        bucket = _bucket_at(url, out)
         with tempfile.TemporaryDirectory(prefix="speedrun-") as folder:
             result, said = screen(bucket.pull_run(Path(folder), run_id), bucket.store.url, time.time())
     if as_json:

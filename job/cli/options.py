@@ -15,16 +15,12 @@ from job.cli.published_line import line_options, recipe_flags
 from job.console import Console
 from job.errors import UsageError
 
+PATH = click.Path(path_type=Path)
+
 
 def out_option(command: Callable) -> Callable:
-    return click.option(
-        "--out",
-        type=click.Path(path_type=Path),
-        default=Path("out"),
-        show_default=True,
-        metavar="DIR",
-        help="Where everything is written.",
-    )(command)
+    words = "Where everything is written."
+    return click.option("--out", type=PATH, default=Path("out"), show_default=True, metavar="DIR", help=words)(command)
 
 
 MIRROR = "Mirror everything to s3://bucket/prefix (or a folder: /x, ./x), and go on from what is there."
