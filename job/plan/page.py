@@ -80,11 +80,12 @@ def _summary(plan: Plan) -> dict[str, str]:
 def _head(plan: Plan) -> Iterator[str]:
     recipe, on_node = plan.recipe, plan.on_node
     where = f"{on_node.node.gpus} x {on_node.node.gpu.title}" if on_node else "a CPU"
-    yield _ends(f"{recipe.preset} on {where}", "a published recipe" if plan.is_published else "not a published recipe")
+    left, right = f"{recipe.preset} on {where}", "a published recipe" if plan.is_published else "not a published recipe"
+    yield left + right.rjust(WIDTH - len(left))
     yield "=" * WIDTH
     if on_node:
         minutes = f"{_span(*on_node.training)} minutes of training, {_span(*on_node.minutes)} minutes on the node"
-        yield minutes + _bill(on_node)
+        yield from _paragraph(minutes + _bill(on_node))
     else:
         speeds = ", ".join(f"{minutes:.1f} minutes on {where}" for where, minutes in plan.cpu_minutes.items())
         yield from _paragraph(f"free, on your own machine; training, at assumed speeds: {speeds}")
@@ -244,10 +245,6 @@ def _notes(plan: Plan) -> Iterator[str]:
 
 def _title(title: str) -> list[str]:
     return ["", title, "-" * len(title)]
-
-
-def _ends(left: str, right: str) -> str:
-    return left + right.rjust(WIDTH - len(left))
 
 
 def _row(name: str, value: str, why: str) -> list[str]:

@@ -37,9 +37,10 @@ def test_the_page_of_run_6() -> None:
     )
 
 
+@pytest.mark.parametrize("given", [(), ("h100", 1)])
 @pytest.mark.parametrize("name", preset_names())
-def test_every_preset_has_a_page_that_fits(name: str) -> None:
-    made = make_plan(resolve(name))
+def test_every_preset_has_a_page_that_fits(name: str, given: tuple) -> None:
+    made = make_plan(resolve(name), *given)
     lines = page(made).splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert not any(line != line.rstrip() for line in lines)
