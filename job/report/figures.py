@@ -188,8 +188,8 @@ def _ranks_figure(record: Record) -> Drawing | None:
     figure, axes = _axes()
     for rank, line in enumerate(lines):
         color, width, above = (REFERENCE, 2.0, 3) if rank == slowest else (MUTED, 0.8, 2)
-        marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(steps) < SMOOTH_FROM else {}
-        style = {"color": color, "linewidth": width, "zorder": above} | marker
+        style: dict[str, Any] = {"marker": "o", "markersize": 3} if len(steps) < SMOOTH_FROM else {}
+        style |= {"color": color, "linewidth": width, "zorder": above}
         axes.plot(bucket_means(steps, size), bucket_means(line, size), **style)
     _limits(axes, record, [ms for line in lines for ms in line])
     caption = f"Milliseconds that each of {world} ranks computed in a step, before it waits for the others; means of"
