@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from job.cli.completion import complete_runs
-from job.cli.options import PATH, bucket_options, existing_runs, json_option, out_option
+from job.cli.options import bucket_options, existing_runs, json_option, out_option, page_option, write_page
 from job.errors import UsageError
 
 
@@ -18,7 +18,7 @@ from job.errors import UsageError
 @click.option("--core", "figures", type=float, multiple=True, metavar="X", help="A CORE instead of a run; repeat it.")
 @click.option("--sd", type=float, metavar="S", help="The standard deviation from run to run, where it is known.")
 @click.option("--table", metavar="PLACE", help="Collect the results below a folder or s3://... into a leaderboard.")
-@click.option("--page", type=PATH, metavar="FILE", help="With --table: write it as HTML, too.")
+@page_option("With --table: write it as HTML, too.")
 @out_option
 @bucket_options
 @json_option("JSON")
@@ -61,9 +61,8 @@ def certify(
 def _table(place: str, page: Path | None, as_json: bool) -> None:
     from job.report.page import fill
     from job.report.table import leaderboard
-    from job.store.sealed import atomic_write
 
     document = leaderboard(place)
     if page:
-        atomic_write(page, fill("table.html.j2", document).encode())
+        write_page(page, fill("table.html.j2", document))
     click.echo(json.dumps(document, indent=1) if as_json else fill("table.md.j2", document).rstrip())

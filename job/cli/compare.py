@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from job.cli.completion import complete_runs
-from job.cli.options import PATH, bucket_options, existing_runs, json_option, out_option
+from job.cli.options import bucket_options, existing_runs, json_option, out_option, page_option, write_page
 
 
 @click.command()
 @click.argument("a", shell_complete=complete_runs)
 @click.argument("b", shell_complete=complete_runs)
-@click.option("--page", type=PATH, metavar="FILE", help="Write it as HTML, too, with the curves.")
+@page_option("Write it as HTML, too, with the curves.")
 @out_option
 @bucket_options
 @json_option("JSON")
@@ -30,7 +30,5 @@ def compare(a: str, b: str, page: Path | None, out: Path, bucket: Any, as_json: 
 
     document, records = comparison.compare(*existing_runs(out, (a, b), bucket))
     if page:
-        from job.store.sealed import atomic_write
-
-        atomic_write(page, comparison.html(document, records).encode())
+        write_page(page, comparison.html(document, records))
     click.echo(json.dumps(document, indent=1) if as_json else "\n".join(comparison.comparison_lines(document)))

@@ -156,6 +156,20 @@ def existing_runs(out: Path, run_ids: Sequence[str], bucket: Any) -> list[Path]:
     return runs
 
 
+def page_option(words: str) -> Callable:
+    """The command is given `page`, for `write_page`, or None."""
+    return click.option("--page", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help=words)
+
+
+def write_page(page: Path, html: str) -> None:
+    from job.store.sealed import atomic_write
+
+    try:
+        atomic_write(page, html.encode())
+    except OSError as error:
+        raise UsageError(f"--page {page} cannot be written ({error.strerror}): name another file") from None
+
+
 def ranks_option(command: Callable) -> Callable:
     words = "Processes on each machine.  [default: one a GPU, else 1]"
     return click.option("--ranks", type=click.IntRange(1, 64), metavar="N", help=words)(command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,7 @@ def test_the_terminal_and_the_page(make_run, tmp_path: Path) -> None:
     assert "<script" not in html and "&lt;script&gt;" in html and html.count("<svg") == 2 and len(html) < 2e6
     document = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
     assert document["conclusion"] in text and document["conclusion"] in html.replace("&#39;", "'")
+    for page, why in ((file / "x.html", r"cannot be written \(.*\): name another file"), (tmp_path, "is a directory")):
+        for command in (words, ["certify", "--table", str(tmp_path)]):
+            ended = CliRunner().invoke(main, [*command, "--page", str(page)])
+            assert ended.exit_code == 2 and re.search(f"^speedrun: --page .*{why}$", ended.stderr.strip())
