@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,10 @@ class StopSignal:
         for line in sys.stdin:
             match json.loads(line)["do"]:
                 case "beat":
-                    self._answer()
+                    try:
+                        self._answer()
+                    except Exception:  # whoever listens has to hear the stop, and the end
+                        traceback.print_exc()
                 case asked:
                     self.ask(asked)
         os.killpg(os.getpgid(0), signal.SIGKILL)

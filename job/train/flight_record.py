@@ -15,8 +15,8 @@ def last_collectives() -> str:
     With NCCL the recorder is NCCL's own (which has started and completed marks; no GPU has shown it here), else
     c10d's. Does not wait for a collective, and imports nothing.
     """
-    dist = sys.modules.get("torch.distributed")
-    if not dist or not dist.is_initialized():
+    dist: Any = sys.modules.get("torch.distributed")
+    if not hasattr(dist, "is_initialized") or not dist.is_initialized():  # not there, or not yet all of it
         return ""
     c10d = sys.modules["torch._C._distributed_c10d"]
     dump: Any = getattr(c10d, "_dump_nccl_trace_json", None) if dist.get_backend() == "nccl" else None

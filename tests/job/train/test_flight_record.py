@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from helpers import on_ranks
+from job.train.context import StopSignal
 from job.train.flight_record import last_collectives
 
 
@@ -35,3 +41,23 @@ def test_one_that_waits_is_not_over(tmp_path: Path) -> None:
 
 def test_without_a_group_there_are_none() -> None:
     assert last_collectives() == ""
+
+
+def test_while_torch_is_being_imported_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.distributed", ModuleType("torch.distributed"))
+    assert last_collectives() == ""
+
+
+def test_a_stop_is_heard_after_an_answer_that_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("no record")
+
+    killed: list[tuple] = []
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"do": "beat"}\n{"do": "stop"}\n'))
+    monkeypatch.setattr(os, "killpg", lambda *called: killed.append(called))
+    signals = StopSignal(fails)
+    signals._listen()
+    assert signals.take() == 2 and len(killed) == 1, "after the last word comes the end"
+    assert "no record" in capsys.readouterr().err
