@@ -56,10 +56,8 @@ class GPTConfig:
             raise ConfigError(
                 f"head_dim {self.head_dim} must be even and divide the width {self.width}: choose one of {dims}"
             )
-        if self.width < max(self.ve_gate_channels, SMEAR_CHANNELS * self.smear):
-            raise ConfigError(
-                f"width {self.width} has fewer channels than the gates read ({self.ve_gate_channels}): make it wider"
-            )
+        if self.width < (read := max(self.ve_gate_channels, SMEAR_CHANNELS * self.smear)):
+            raise ConfigError(f"width {self.width} has fewer channels than the gates read ({read}): make it wider")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ConfigError(
                 f"window_pattern is {self.window_pattern!r}: write it with S (short) and L (long), for example SSSL"
