@@ -37,7 +37,7 @@ class NodeFacts:
     bucket: str = ""
     bucket_refused: str = ""
     clock_ahead: float | None = None
-    """seconds of this machine's clock before the bucket's"""
+    """seconds by which this machine's clock is ahead of the bucket's"""
     credentials_left: float | None = None
     """seconds; infinite where they last or are renewed"""
     wandb: str = "off"
@@ -135,7 +135,7 @@ def _clock(facts: NodeFacts, wanted: NodeWanted) -> Iterator[Finding]:
     if facts.clock_ahead is None:
         return
     off = abs(facts.clock_ahead)
-    said = f"{off:.0f} s {'before' if facts.clock_ahead > 0 else 'behind'} the bucket's"
+    said = f"{off:.0f} s {'ahead of' if facts.clock_ahead > 0 else 'behind'} the bucket's"
     verdict = Verdict.REFUSED if off >= CLOCK_REFUSED else Verdict.WARNED if off >= CLOCK_WARNED else Verdict.OK
     remedy = "set it right (chronyd or systemd-timesyncd): S3 refuses what is 900 s off"
     yield Finding("clock", verdict, said, "" if verdict == Verdict.OK else remedy)

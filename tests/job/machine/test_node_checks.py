@@ -85,7 +85,7 @@ NODE_TABLES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "clock a little off": (
         {"clock_ahead": 45.0},
-        ["warned   clock: 45 s before the bucket's; set it right (chronyd or systemd-timesyncd): S3 refuses what is"
+        ["warned   clock: 45 s ahead of the bucket's; set it right (chronyd or systemd-timesyncd): S3 refuses what is"
          " 900 s off"],
     ),
     "keys that end in 20 minutes": (
