@@ -141,6 +141,7 @@ def export(
     """
     from job.inference import export as exporting
     from job.inference.sources import open_source
+    from job.run.launch import check_writable
     from job.run.models import find_model
     from job.store.fence import run_key
     from job.store.stores import push_sealed
@@ -149,6 +150,7 @@ def export(
     if to is None and source.run is None:
         raise UsageError("this model is of no run: say where its export goes with --to DIR")
     target = to or source.run / "export"  # type: ignore[operator]
+    check_writable(target, "--to" if to else "--out")
     sealed = exporting.export(source, target, license)
     if bucket and source.run and to is None:
         push_sealed(bucket.store, f"{run_key(source.run.name)}/export", target)
@@ -192,6 +194,7 @@ def import_(
     from job.inference.export import export as write_export
     from job.inference.leaderboard import open_leaderboard
     from job.inference.sources import SHAPE_KEYS
+    from job.run.launch import check_writable
 
     values = {}
     for switch in switches:
@@ -203,7 +206,9 @@ def import_(
         except ValueError:
             values[key] = value
     source = open_leaderboard(folder, tokenizer, step, values)
-    click.echo(_said(write_export(source, to or out / "imported" / folder.resolve().name, license)))
+    target = to or out / "imported" / folder.resolve().name
+    check_writable(target, "--to" if to else "--out")
+    click.echo(_said(write_export(source, target, license)))
 
 
 @click.command()

@@ -26,8 +26,10 @@ def rehearse(out: Path, kills: int, seed: int, bucket: str | None, ranks: int | 
     Example:
       speedrun rehearse --kills 30 --out rehearsal --ranks 2 --bucket s3://bucket/rehearsal
     """
+    from job.run.launch import check_writable
     from job.run.rehearse import Rehearsal
 
+    check_writable(out)
     rehearsal = Rehearsal(out, seed=seed, ranks=ranks or 1, bucket=bucket, console=console)
     if differing := rehearsal.run(kills):
         raise DataError(f"after {len(rehearsal.hits)} kills the run is not the same: {'; '.join(differing)}")

@@ -54,9 +54,9 @@ from job.store.stores import Store
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def check_writable(out: Path) -> None:
-    """UsageError unless `out` is or can become a folder we can write in, which is not made yet; PreflightError without
-    temporary files."""
+def check_writable(out: Path, option: str = "--out") -> None:
+    """UsageError unless `out`, that of `option`, is or can become a folder we can write in, which is not made yet;
+    PreflightError without temporary files."""
     container.check_temporary_folder()
     try:
         there = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -67,7 +67,7 @@ def check_writable(out: Path) -> None:
         remedy = f"choose another folder or give user {os.getuid()} write permission"
         if container.inside():
             remedy = container.remedy_for(out)
-        raise UsageError(f"--out {out} cannot be written ({error.strerror}); {remedy}") from None
+        raise UsageError(f"{option} {out} cannot be written ({error.strerror}); {remedy}") from None
 
 
 def check_text(out: Path, recipe: Recipe) -> None:

@@ -88,6 +88,7 @@ def test_the_hub_wants_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (["export"], 2, "say which model: --run-id ID for a run's, or --model"),
         (["export", "--model", "MODEL"], 2, "this model is of no run: say where its export goes with --to DIR"),
+        (["export", "--model", "MODEL", "--to", "file/x"], 2, "--to file/x cannot be written (Not a directory)"),
         (["import", ".", "--tokenizer", "t"], 11, ". holds no model_<step>.pt"),
         (["import", ".", "--tokenizer", "t", "-o", "soft=3"], 2, "-o soft=3 cannot be used: there are depth, "),
     ],
@@ -101,6 +102,7 @@ def test_what_cannot_be_exported_or_imported_is_one_sentence(
     said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     ended = CliRunner().invoke(main, [str(exported[1]) if word == "MODEL" else word for word in words])
     assert ended.exit_code == code and said in ended.stderr and len(ended.stderr.splitlines()) == 1
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from helpers import unpacked_run, wait_for
+from job.cli.commands import main
 from job.console import Console
 from job.errors import UsageError
 from job.run.rehearse import Rehearsal, differences, processes_below
@@ -27,6 +29,12 @@ def test_a_difference_is_seen(tmp_path: Path) -> None:
     events.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (sentence,) = differences(first, second)
     assert sentence.startswith("losses: {0: ")
+
+
+def test_an_out_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = CliRunner().invoke(main, ["rehearse", "--out", str(tmp_path / "file" / "x")])
+    assert ended.exit_code == 2 and "cannot be written (Not a directory)" in ended.stderr
 
 
 def test_the_processes_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
