@@ -80,14 +80,12 @@ class Measured:
         From a node to the same node all of a step is scaled by what was measured. From one GPU to several it is the
         forward and backward pass; transport and optimizer, which one GPU does not have so, stay the model's.
         """
-        variant = next(
-            (name for name, keys in VARIANTS.items() if keys.items() <= dataclasses.asdict(recipe.comm).items()), ""
-        )
-        known = CUDA_NAMES.get(self.gpu) == gpu.name and self.gpus in (1, gpus)
-        if not known:
+        if CUDA_NAMES.get(self.gpu) != gpu.name or self.gpus not in (1, gpus):
             raise UsageError(f"the trial was of {self.gpus} x {self.gpu}, the plan is of {gpus} x {gpu.title}")
+        asked = dataclasses.asdict(recipe.comm).items()
+        variant = next((name for name, keys in VARIANTS.items() if keys.items() <= asked), "")
         if self.gpus == 1:
-            variant = next(iter(self.step_seconds))
+            variant = next(iter(self.step_seconds), "")
         if variant not in self.step_seconds:
             raise UsageError(
                 f"the trial did not come to measure {recipe.comm}: plan without --measured, or make one anew"

@@ -205,6 +205,10 @@ def test_a_measured_step_prices_the_plan(tmp_path: Path) -> None:
         make_plan(resolve("run6", {}, ["comm.bf16=true"]), measured=measured)
     with pytest.raises(UsageError, match="the trial was of 8 x NVIDIA H100 80GB HBM3, the plan is of 4 x H100 SXM"):
         make_plan(resolve("run6"), gpus=4, measured=measured)
+    ended_early = trial()
+    ended_early["stack"]["gpus"] = 1
+    with pytest.raises(UsageError, match="did not come to measure"):
+        make_plan(resolve("run6"), measured=Measured.of(ended_early))
 
 
 def test_a_place_without_a_trial(tmp_path: Path) -> None:
