@@ -160,7 +160,7 @@ def score(
 def write_samples(context: RankContext, model: GPT, prepared: Prepared) -> None:
     """Continuations of the beginnings of held-out documents."""
     recipe, tokenizer = context.recipe(), prepared.tokenizer
-    documents = [d for d in prepared.held_out_documents() if len(d) > 200][: recipe.eval.samples]
+    documents = [d for d in map(str.lstrip, prepared.held_out_documents()) if len(d) > 200][: recipe.eval.samples]
     for number, document in enumerate(documents):
         prompt = document[:80].rsplit(None, 1)[0]
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
