@@ -6,9 +6,14 @@ to the processes that fetch it in a variable of the environment.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import Request
 
 WHOLE = "SPEEDRUN_CORE_ADDRESS"
 """the variable"""
@@ -37,3 +42,22 @@ def whole_address(recorded: str) -> str:
     """The address that `recorded` stands for, where this process was given it."""
     whole = os.environ.get(WHOLE, "")
     return whole if without_secrets(whole) == recorded else recorded
+
+
+def request(address: str, headers: Mapping[str, str] = MappingProxyType({})) -> Request:
+    """What urllib asks for `address`; ValueError, which has no secret in it, where that is none.
+
+    User and password before the host, which urllib takes for a part of its name, go in a header; no header goes to
+    where the answer redirects to.
+    """
+    if not re.fullmatch("[!-~]+", address):
+        raise ValueError("it has characters that have to be percent-encoded")
+    parts = urlsplit(address)
+    user, _, host = parts.netloc.rpartition("@")
+    if not re.fullmatch(r"[^:\[\]]+(:\d+)?|\[[^]]+\](:\d+)?", host):
+        raise ValueError("it has no host, or a port that is no number")
+    asked = Request(parts._replace(netloc=host).geturl())
+    basic = {"Authorization": f"Basic {base64.b64encode(unquote_to_bytes(user)).decode()}"} if user else {}
+    for name, value in {**headers, **basic}.items():
+        asked.add_unredirected_header(name, value)
+    return asked

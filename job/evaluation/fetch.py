@@ -14,9 +14,9 @@ import urllib.request
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from job.addresses import whole_address
+from job.addresses import request, whole_address
 from job.data.prepare import Prepared
-from job.errors import DataError
+from job.errors import DataError, UsageError
 from job.evaluation.bundle import Bundle, check_size, open_bundle
 from job.evaluation.core_v1 import PUBLISHED_URL, ZIP_SHA256
 from job.recipe.config import Recipe
@@ -67,8 +67,11 @@ def open_core(where: str, cache: Path, reporter: Reporter) -> Bundle:
 
 
 def kept_archive(where: str, cache: Path) -> Path:
-    """Where in `cache` the archive of the address `where` is kept once it is fetched."""
-    name = PurePosixPath(urlsplit(where).path).name or "bundle"
+    """Where in `cache` the archive of the address `where` is kept once it is fetched; UsageError where it is none."""
+    try:
+        name = PurePosixPath(urlsplit(where).path).name or "bundle"
+    except ValueError as error:
+        raise UsageError(f"--core-bundle {where} is no address ({error}); check its spelling") from None
     return cache / hashlib.sha256(where.encode()).hexdigest()[:16] / name
 
 
@@ -85,18 +88,29 @@ def _download(where: str, url: str, part: Path, reporter: Reporter) -> None:
                 break
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
+        except ValueError as error:  # a port that is no number, a space
+            problem = f"it is no address: {error}"
+            break
     remedy = "check the network, or get the file and name it with --core-bundle"
     raise DataError(f"the CORE bundle cannot be fetched from {where} ({problem}); {remedy}")
 
 
 def _copy(where: str, url: str, part: Path, reporter: Reporter) -> None:
     """One attempt; ConnectionError when the answer ends before the length that the server stated."""
-    with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as answer, open(part, "wb") as file:
+    with urllib.request.urlopen(request(url), timeout=SILENCE_SECONDS) as answer, open(part, "wb") as file:
         total = int(answer.headers.get("Content-Length") or 0)
-        while piece := answer.read(CHUNK):
+        while piece := _piece(answer):
             file.write(piece)
             done = file.tell()
             check_size(where, done, "gives")
             reporter.progress("fetch", done, max(total, done), "bytes")
         if file.tell() < total:
             raise ConnectionError(f"the answer ended after {file.tell()} of {total} bytes")
+
+
+def _piece(answer: http.client.HTTPResponse) -> bytes:
+    """The next bytes; ConnectionError for what TLS and the network say, whose numbers are also those of a disk."""
+    try:
+        return answer.read(CHUNK)
+    except OSError as error:
+        raise ConnectionError(str(error) or type(error).__name__) from error

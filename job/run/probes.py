@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from job.addresses import whole_address
+from job.addresses import request, whole_address
 from job.data.hub import DATASETS, endpoint, recorded_identity
 from job.data.identity import set_folder, set_inputs
 from job.errors import SpeedrunError
@@ -199,10 +199,7 @@ def about_wandb(environment: Mapping[str, str]) -> dict[str, Any]:
 def unreachable(url: str, headers: Mapping[str, str] = MappingProxyType({})) -> str:
     """Why `url` gives nothing, in a few words; "" where it begins to. No server that it redirects to gets `headers`."""
     try:
-        request = urllib.request.Request(url)
-        for name, value in headers.items():
-            request.add_unredirected_header(name, value)
-        urllib.request.urlopen(request, timeout=ANSWER_SECONDS).close()
+        urllib.request.urlopen(request(url, headers), timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}"
     except (OSError, http.client.HTTPException, ValueError) as error:

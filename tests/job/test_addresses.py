@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from job.addresses import WHOLE, keep_whole, whole_address, without_secrets
+from job.addresses import WHOLE, keep_whole, request, whole_address, without_secrets
 from job.recipe.config import resolve
 
 SECRET = "https://user:PASSWORD@host:8443/a/core.zip?X-Amz-Signature=SIGNATURE&x=1"
@@ -41,3 +41,18 @@ def test_the_recipe_has_it_without_and_the_environment_whole(monkeypatch: pytest
 def test_an_address_without_secrets_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(WHOLE, raising=False)
     assert keep_whole(PUBLIC) == PUBLIC == whole_address(PUBLIC) and WHOLE not in os.environ
+
+
+def test_no_header_goes_to_where_an_answer_redirects_to() -> None:
+    asked = request(SECRET, {"X-Token": "SIGNATURE"})
+    assert asked.full_url == SECRET.replace("user:PASSWORD@", "")
+    assert asked.headers == {} and asked.unredirected_hdrs.keys() == {"Authorization", "X-token"}
+
+
+@pytest.mark.parametrize(
+    "address", ["http://", "http://host:port/x", "http://u:HIDDEN@/x", "http://host/?s=HID DEN", "caf\u00e9"]
+)
+def test_what_is_no_address_is_refused_without_saying_it(address: str) -> None:
+    with pytest.raises(ValueError, match=r"^it has (no host, or a port|characters that have to be)") as refused:
+        request(address)
+    assert "HID" not in str(refused.value)

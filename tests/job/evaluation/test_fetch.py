@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import base64
+import errno
 import hashlib
+import http.client
 import http.server
 import io
+import ssl
 import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from job.errors import DataError
+from job.addresses import WHOLE, keep_whole
+from job.errors import DataError, SpeedrunError
 from job.evaluation import bundle as bundles
 from job.evaluation import fetch
 from job.evaluation.bundle import open_bundle
@@ -34,7 +39,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.body, self.faults, self.requests = b"", [], 0
+        self.body, self.faults, self.requests, self.authorization = b"", [], 0, None
 
     def address(self, name: str = "eval_bundle.zip") -> str:
         return f"http://127.0.0.1:{self.server_port}/some/{name}?version=1"
@@ -45,6 +50,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.requests += 1
+        self.server.authorization = self.headers["Authorization"]
         fault = self.server.faults.pop(0) if self.server.faults else None
         if isinstance(fault, int):
             self.send_error(fault)
@@ -130,6 +136,53 @@ def test_what_cannot_be_had_is_an_error_that_says_why(small, server, tmp_path, f
         fetch.open_core(server.address(), tmp_path / "cache", Recorder())
     assert server.requests == requests
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    "error", [ssl.SSLError(1, "[SSL] bad record mac"), OSError(errno.EHOSTUNREACH, "No route to host")], ids=repr
+)
+def test_what_tls_and_the_network_say_in_an_answer_is_no_fault_of_the_disk(small, server, tmp_path, monkeypatch, error):
+    """The error of TLS has number 1, that of a disk that may not be written."""
+    faults = [error]
+    read = http.client.HTTPResponse.read
+
+    def failing(answer, *size):
+        if faults:
+            raise faults.pop()
+        return read(answer, *size)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", failing)
+    assert fetch.open_core(server.address(), tmp_path / "cache", Recorder()).is_core
+    assert server.requests == 2
+
+
+def test_user_and_password_before_the_host_are_sent_and_said_nowhere(small, server, tmp_path, monkeypatch):
+    monkeypatch.setenv(WHOLE, "")
+    recorded = keep_whole(server.address().replace("//", "//me:HIDDEN@"))
+    assert fetch.open_core(recorded, tmp_path / "cache", Recorder()).is_core
+    assert server.authorization == f"Basic {base64.b64encode(b'me:HIDDEN').decode()}"
+    with pytest.raises(DataError) as refused:
+        fetch.open_core(keep_whole("http://me:HIDDEN@a..b/eval_bundle.zip?s=HIDDEN"), tmp_path / "cache", Recorder())
+    assert "HIDDEN" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "said"),
+    [
+        (
+            "http://127.0.0.1:1/b\u00fcndel.zip",
+            11,
+            "cannot be fetched from .* \\(it is no address: it has characters that have",
+        ),
+        ("http://a..b/eval_bundle.zip", 11, "cannot be fetched from .* \\(it is no address: .*label empty"),
+        ("http://127.0.0.1:x/eval_bundle.zip", 11, "it is no address: it has no host, or a port that is no number"),
+        ("http://[::1/eval_bundle.zip", 2, "--core-bundle http://.* is no address \\(Invalid IPv6 URL\\)"),
+    ],
+)
+def test_what_is_no_address_is_one_sentence(tmp_path, address, code, said):
+    with pytest.raises(SpeedrunError, match=said) as refused:
+        fetch.open_core(address, tmp_path / "cache", Recorder())
+    assert refused.value.exit_code == code
 
 
 def test_a_page_or_another_bundle_instead_of_core_is_refused_and_not_kept(small, server, tmp_path, make_bundle):
