@@ -19,6 +19,8 @@ WHOLE = "SPEEDRUN_CORE_ADDRESS"
 """the variable"""
 URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^/?#\s'\"]*@)?([^?#\s'\"]*)(?:\?[^#\s'\"]*)?", re.IGNORECASE)
 
+USER = re.compile(r"([a-z][a-z0-9+.-]*://)([^/?#]*)@", re.IGNORECASE)
+
 
 def without_secrets(text: str) -> str:
     """`text`, every address in it without user-info and query."""
@@ -44,20 +46,24 @@ def whole_address(recorded: str) -> str:
     return whole if without_secrets(whole) == recorded else recorded
 
 
-def request(address: str, headers: Mapping[str, str] = MappingProxyType({})) -> Request:
-    """What urllib asks for `address`; ValueError, which has no secret in it, where that is none.
+def user_apart(address: str) -> tuple[str, dict[str, str]]:
+    """`address` without the user and password before its host, and the header that says them."""
+    found = USER.match(address)
+    if not found:
+        return address, {}
+    basic = base64.b64encode(unquote_to_bytes(found[2])).decode()
+    return found[1] + address[found.end() :], {"authorization": f"Basic {basic}"}
 
-    User and password before the host, which urllib takes for a part of its name, go in a header; no header goes to
-    where the answer redirects to.
-    """
+
+def request(address: str, headers: Mapping[str, str] = MappingProxyType({})) -> Request:
+    """What urllib, which takes user and password for a part of the host's name, asks for `address`; ValueError, which
+    has no secret in it, where that is none. No header goes to where an answer redirects to."""
     if not re.fullmatch("[!-~]+", address):
         raise ValueError("it has characters that have to be percent-encoded")
-    parts = urlsplit(address)
-    user, _, host = parts.netloc.rpartition("@")
-    if not re.fullmatch(r"[^:\[\]]+(:\d+)?|\[[^]]+\](:\d+)?", host):
+    plain, basic = user_apart(address)
+    if not re.fullmatch(r"([^:\[\]]+|\[[^]]+\])(:\d+)?", urlsplit(plain).netloc):
         raise ValueError("it has no host, or a port that is no number")
-    asked = Request(parts._replace(netloc=host).geturl())
-    basic = {"Authorization": f"Basic {base64.b64encode(unquote_to_bytes(user)).decode()}"} if user else {}
+    asked = Request(plain)
     for name, value in {**headers, **basic}.items():
         asked.add_unredirected_header(name, value)
     return asked

@@ -22,15 +22,17 @@ import os
 import queue
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from job.addresses import user_apart
 from job.data.documents import Shard, Source
 from job.data.local import parquet_text_bytes, read_parquet, readable
 from job.errors import DataError, SpeedrunError, StorageError
+from job.retry import attempts
+from job.store.documents import read_document
 from job.store.sealed import atomic_write, sha256_file, storage_errors
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ NAMES_PER_QUESTION = 100
 ANSWER_SECONDS = 30.0
 FREE_BYTES = 1 << 30
 """left free on the disk beyond what is to be written"""
+REMEDY = "delete it and run again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,7 @@ class HubShard:
     def texts(self) -> Iterator[str | None]:
         """Documents; DataError when the file is not there or is not what the hub states for its commit."""
         file = self.folder / self.name
-        stated = _read_json(self.folder / "files.json").get(self.name)
+        stated = _shards_stated(self.folder).get(self.name)
         if stated is None or not file.is_file():
             raise DataError(f"{file} was never fetched; run speedrun prepare again")
         with readable(file):
@@ -108,17 +111,31 @@ def open_hub(name: str, text: Path, store: Store | None = None) -> HubSource:
 def recorded_identity(name: str, text: Path, store: Store | None) -> dict[str, Any] | None:
     """That of the dataset `name` at the commit that `text` or the store has a record of; None where the hub would have
     to be asked."""
-    file = text / name / "commit.json"
-    record = file.read_bytes() if file.is_file() else store.get(_commit_key(name)) if store else None
-    return _identity(name, json.loads(record)["commit"]) if record else None
+    record = _commit_record(DATASETS[name].repo, text / name / "commit.json", store)
+    return _identity(name, record["commit"]) if record else None
 
 
 def _identity(name: str, commit: str) -> dict[str, Any]:
     return {"source": name, "repo": DATASETS[name].repo, "commit": commit}
 
 
-def _commit_key(name: str) -> str:
-    return f"text/{name}/commit.json"
+def _commit_key(file: Path) -> str:
+    """Where a store has the record that is `file` here."""
+    return f"text/{file.parent.name}/{file.name}"
+
+
+def _commit_record(repo: str, file: Path, store: Store | None) -> dict[str, Any] | None:
+    """What `file`, or else the store, has on record of `repo`'s commit; DataError for a record of anything else."""
+    where: object = file
+    data = _bytes(file) if file.is_file() else None
+    if data is None and store:
+        where, data = f"{store.url}/{_commit_key(file)}", store.get(_commit_key(file))
+    if data is None:
+        return None
+    record = read_document(data, where, REMEDY, {"repo": str, "commit": str})
+    if record["repo"] != repo:
+        raise DataError(f"{where} is not a record of {repo}'s commit; {REMEDY}")
+    return record
 
 
 class Hub:
@@ -126,7 +143,7 @@ class Hub:
 
     def __init__(self, dataset: Dataset, folder: Path, store: Store | None = None) -> None:
         self.repo = dataset.repo
-        self.commit = self._pinned(folder / "commit.json", store, _commit_key(folder.name))
+        self.commit = self._pinned(folder / "commit.json", store)
         self.folder = folder / self.commit
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """called with the bytes that have come and those that were wanted, from several threads"""
@@ -188,34 +205,31 @@ class Hub:
 
     # ---- what the hub says
 
-    def _pinned(self, file: Path, store: Store | None, key: str) -> str:
+    def _pinned(self, file: Path, store: Store | None) -> str:
         """The commit that this folder has used since its first run, or else the store has, or else the hub names now.
 
         Recorded in both places, so that every machine with this store makes and finds the same prepared sets.
         """
+        record = _commit_record(self.repo, file, store)
+        if record is None:
+            record = {"repo": self.repo, "commit": self._main(), "endpoint": endpoint()}
+            if store and not store.create(_commit_key(file), _json(record)):
+                record = _commit_record(self.repo, file, store) or record
         if not file.is_file():
-            record = store.get(key) if store else None
-            if record is None:
-                record = self._main()
-                if store and not store.create(key, record):
-                    record = store.get(key) or record
-            atomic_write(file, record)
-        pinned = _read_json(file)
-        if pinned.get("repo") == self.repo and isinstance(pinned.get("commit"), str):
-            return pinned["commit"]
-        raise DataError(f"{file} is not a record of {self.repo}'s commit; delete it and run again")
+            atomic_write(file, _json(record))
+        return record["commit"]
 
-    def _main(self) -> bytes:
-        """The record of the commit that the hub calls `main` now."""
+    def _main(self) -> str:
+        """The commit that the hub calls `main` now."""
         commit = self._ask("GET", "revision/main").get("sha")
         if not isinstance(commit, str) or len(commit) != 40:
             raise DataError(f"{endpoint()} names no commit for {self.repo}; check HF_ENDPOINT")
-        return json.dumps({"repo": self.repo, "commit": commit, "endpoint": endpoint()}, indent=1).encode()
+        return commit
 
     def _stated(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """{name: {"size", "sha256"}} as recorded, or else as the hub says now; recorded once for the commit."""
         file = self.folder / "files.json"
-        known = _read_json(file) if file.is_file() else {}
+        known = _shards_stated(self.folder) if file.is_file() else {}
         unknown = [name for name in names if name not in known]
         for start in range(0, len(unknown), NAMES_PER_QUESTION):
             asked = unknown[start : start + NAMES_PER_QUESTION]
@@ -229,19 +243,19 @@ class Hub:
                     " check HF_ENDPOINT, or choose another data.source"
                 )
         if unknown:
-            atomic_write(file, json.dumps(known, indent=1).encode())
+            atomic_write(file, _json(known))
         return {name: known[name] for name in names}
 
     def _ask(self, method: Any, question: str, **body: Any) -> Any:
         """The JSON that the hub answers to `question` about the dataset."""
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+        from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
         url = f"{endpoint()}/api/datasets/{self.repo}/{question}"
         try:
             response = http_backoff(
                 method,
                 url,
-                headers=build_hf_headers(),
+                headers=headers(),
                 timeout=ANSWER_SECONDS,
                 max_retries=ATTEMPTS,
                 retry_on_status_codes=RETRIED,
@@ -270,9 +284,7 @@ class Hub:
         if _size(file) == stated["size"]:
             return
         problem = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(2.0 ** (attempt - 1))
+        for _ in attempts(ATTEMPTS):
             problem = self._download(name, part, stated["size"])
             if not problem and sha256_file(part) == stated["sha256"]:
                 with storage_errors(file):
@@ -292,14 +304,13 @@ class Hub:
         import httpx2
         from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.file_download import hf_hub_url, http_get
-        from huggingface_hub.utils import build_hf_headers
 
         url = hf_hub_url(self.repo, name, repo_type="dataset", revision=self.commit, endpoint=endpoint())
         bar = _Bar(self._arrived)
         shown = cast(type, lambda **_: bar)
         try:
             with storage_errors(part), open(part, "wb") as file:
-                http_get(url, file, headers=build_hf_headers(), expected_size=size, tqdm_class=shown)
+                http_get(url, file, headers=headers(), expected_size=size, tqdm_class=shown)
         except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
             response = getattr(error, "response", None)
             if isinstance(error, OfflineModeIsEnabled) or (
@@ -340,22 +351,39 @@ class _Bar(contextlib.nullcontext):
 
 
 def endpoint() -> str:
-    """The hub's address, without a slash at the end."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    """The hub's address, without a slash at the end and without user and password, which `headers` has."""
+    return _endpoint()[0].rstrip("/")
+
+
+def headers() -> dict[str, str]:
+    """What each question to the hub is asked with."""
+    from huggingface_hub.utils import build_hf_headers
+
+    return build_hf_headers() | _endpoint()[1]
+
+
+def _endpoint() -> tuple[str, dict[str, str]]:
+    return user_apart(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 
 def _size(file: Path) -> int | None:
     return file.stat().st_size if file.is_file() else None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _shards_stated(folder: Path) -> dict[str, Any]:
+    """What files.json has of the shards of a commit."""
+    return read_document(_bytes(folder / "files.json"), folder / "files.json", REMEDY, {})
+
+
+def _bytes(file: Path) -> bytes:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read ({error}); delete it and run again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{file} holds no record; delete it and run again")
-    return value
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error}); {REMEDY}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from job.addresses import request, whole_address
-from job.data.hub import DATASETS, endpoint, recorded_identity
+from job.data.hub import DATASETS, endpoint, headers, recorded_identity
 from job.data.identity import set_folder, set_inputs
 from job.errors import SpeedrunError
 from job.evaluation.fetch import kept_archive
@@ -157,9 +157,7 @@ def about_text(recipe: Recipe, out: Path, store: Store | None) -> tuple[str, str
         return "", None
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return "", "HF_HUB_OFFLINE is set"
-    from huggingface_hub.utils import build_hf_headers
-
-    return "", unreachable(f"{endpoint()}/api/datasets/{DATASETS[name].repo}/revision/main", build_hf_headers())
+    return "", unreachable(f"{endpoint()}/api/datasets/{DATASETS[name].repo}/revision/main", headers())
 
 
 def prepared_place(recipe: Recipe, out: Path, store: Store | None) -> str:

@@ -3,6 +3,7 @@ way."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from job.data.hub import DATASETS, endpoint, headers, recorded_identity
 from job.data.rows import Rows
 from job.errors import DataError, StorageError, UsageError
+from job.store import open_store
 
 ROOT = Path(__file__).parents[3]
 SHARD = "shard_{:05d}.parquet".format
@@ -255,12 +258,44 @@ def test_a_shard_damaged_on_disk(hub, tmp_path, helpers):
     helpers.small_prepare(tmp_path, helpers.of_the_hub(vocab_size=401), rows=1)
 
 
-@pytest.mark.parametrize("record", ["not JSON", "[]", '{"repo": "another"}'])
+@pytest.mark.parametrize(
+    "record", ["not JSON", "[]", "{}", '{"repo": "another", "commit": "c0ffee"}', '{"repo": "REPO", "commit": 5}']
+)
 def test_a_damaged_record_of_the_commit(hub, tmp_path, helpers, record):
-    helpers.small_prepare(tmp_path, helpers.of_the_hub(), rows=1)
-    (tmp_path / "text" / "climbmix" / "commit.json").write_text(record)
-    with pytest.raises(DataError, match=r"commit.json .*; delete it and run again"):
+    file = tmp_path / "bucket" / "text" / "climbmix" / "commit.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(record := record.replace("REPO", DATASETS["climbmix"].repo))
+    store = open_store(str(tmp_path / "bucket"))
+    with pytest.raises(DataError, match=rf"^{file} .*; delete it and run again"):
+        recorded_identity("climbmix", tmp_path / "text", store)
+    with pytest.raises(DataError, match=rf"^{file} .*; delete it and run again"):
+        helpers.small_prepare(tmp_path, helpers.of_the_hub(), rows=1, store=store)
+    file.unlink()
+    helpers.small_prepare(tmp_path, helpers.of_the_hub(), rows=1, store=store)
+    here = tmp_path / "text" / "climbmix" / "commit.json"
+    assert file.read_bytes() == here.read_bytes()
+    here.write_text(record)
+    with pytest.raises(DataError, match=rf"^{here} .*; delete it and run again"):
+        recorded_identity("climbmix", tmp_path / "text", None)
+    with pytest.raises(DataError, match=rf"^{here} .*; delete it and run again"):
         helpers.small_prepare(tmp_path, helpers.of_the_hub(vocab_size=401), rows=1)
+
+
+def test_user_and_password_of_the_hubs_address_are_sent_and_neither_printed_nor_kept(
+    hub, tmp_path, helpers, monkeypatch, capfd, caplog
+):
+    monkeypatch.setenv("HF_ENDPOINT", os.environ["HF_ENDPOINT"].replace("//", "//me:HIDDEN@"))
+    assert endpoint() == os.environ["HF_ENDPOINT"].replace("me:HIDDEN@", "")
+    assert headers()["authorization"] == f"Basic {base64.b64encode(b'me:HIDDEN').decode()}"
+    hub.faults[NAMES[0]] = [503]
+    helpers.small_prepare(tmp_path, helpers.of_the_hub(), rows=1)
+    assert not any(b"HIDDEN" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:HIDDEN@127.0.0.1:9")
+    monkeypatch.setattr("job.data.hub.ATTEMPTS", 1)
+    with pytest.raises(DataError, match=r"HF_ENDPOINT \(http://127\.0\.0\.1:9\)"):
+        helpers.small_prepare(tmp_path / "new", helpers.of_the_hub())
+    said = capfd.readouterr()
+    assert "HIDDEN" not in said.out + said.err + caplog.text
 
 
 # ---- interrupted
