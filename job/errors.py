@@ -109,3 +109,8 @@ def error_for(code: int, message: str) -> SpeedrunError:
     classes = {cls.exit_code: cls for cls in SpeedrunError.__subclasses__()}
     cls = classes.get(ExitCode(code), SpeedrunError)
     return cls(message)
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says, for a sentence of ours; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 from job.addresses import user_apart
 from job.data.documents import Shard, Source
 from job.data.local import parquet_text_bytes, read_parquet, readable
-from job.errors import DataError, SpeedrunError, StorageError
+from job.errors import DataError, SpeedrunError, StorageError, first_line
 from job.retry import attempts
 from job.store.documents import read_document
 from job.store.sealed import atomic_write, sha256_file, storage_errors
@@ -394,4 +394,4 @@ def _reason(error: Exception) -> str:
     response = getattr(error, "response", None)
     if response is not None:
         return f"HTTP {response.status_code}"
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return first_line(error)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from job.data.documents import Source, group
-from job.errors import DataError, SpeedrunError
+from job.errors import DataError, SpeedrunError, first_line
 from job.store.sealed import sha256_file
 
 TXT_CHARS = 10_000
@@ -132,8 +132,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # pyarrow reports damage as ArrowInvalid, OSError, ArrowNotImplementedError, ...; line 1 says what it met
-        said = (getattr(error, "strerror", None) or str(error)).splitlines() or [type(error).__name__]
-        reason = said[0].rstrip(".")
+        reason = (getattr(error, "strerror", None) or first_line(error)).rstrip(".")
         raise DataError(f"{_shown(path)} cannot be read ({reason}); fetch it again or leave it out") from error
 
 

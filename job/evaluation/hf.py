@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from job.errors import DataError
+from job.errors import DataError, first_line
 from job.store.documents import canonical_json
 from job.store.sealed import sha256_file
 
@@ -89,8 +89,7 @@ def load(folder: Path, device: torch.device | str) -> tuple[CausalLM, HFTokenize
     except (DataError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers and what it calls raise whatever they like
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        unusable = f"{folder} cannot be loaded as a causal language model ({reason})"
+        unusable = f"{folder} cannot be loaded as a causal language model ({first_line(error)})"
         raise DataError(f"{unusable}; {REMEDY}") from error
 
 

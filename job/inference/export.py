@@ -22,11 +22,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from job.errors import DataError, UsageError
+from job.errors import DataError, UsageError, first_line
 from job.inference import network_speedrun
 from job.inference.card import write_card
 from job.inference.hf_tokenizer import write_tokenizer
-from job.inference.sources import EXPORT, NETWORK, SHAPE_KEYS, Source, first_line
+from job.inference.sources import EXPORT, NETWORK, SHAPE_KEYS, Source
 from job.store.sealed import Sealed, open_sealed, sealing
 from job.train.checkpoint import write_tensors
 from model.config import GPTConfig

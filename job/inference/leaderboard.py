@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from job.data.tokenizer import Tokenizer
-from job.errors import DataError
-from job.inference.sources import Source, first_line
+from job.errors import DataError, first_line
+from job.inference.sources import Source
 from job.store.sealed import is_sealed, open_sealed, sha256_file
 from model.config import ConfigError, GPTConfig
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from job.data.tokenizer import Tokenizer
-from job.errors import DataError
+from job.errors import DataError, first_line
 from job.recipe.config import from_document
 from job.recipe.derive import derive
 from job.store.checkpoint_folder import KIND as CHECKPOINT
@@ -139,7 +139,3 @@ def shape_of(values: Mapping[str, Any], where: Path) -> GPTConfig:
         return GPTConfig(**values)
     except (ConfigError, TypeError) as error:
         raise DataError(f"{where}: {error}") from None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
