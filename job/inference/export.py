@@ -189,8 +189,9 @@ class _Cache:
 
 def push_to_hub(folder: Path, repository: str) -> str:
     """Upload an export, privately where the repository is new; its address. UsageError without a token."""
+    import httpx2
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     if not get_token():
         raise UsageError(f"--hub {repository} needs a token: set HF_TOKEN to one that may write")
@@ -198,5 +199,5 @@ def push_to_hub(folder: Path, repository: str) -> str:
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of gpt2-speedrun"))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, HFValidationError, OSError) as error:
         raise UsageError(f"--hub {repository} was refused ({first_line(error)}); the folder is {folder}") from None

@@ -84,6 +84,18 @@ def test_the_hub_wants_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
+    ("address", "said"), [("http://127.0.0.1:9", ".*refused"), ("http://127.0.0.1:port", "Invalid port")], ids=str
+)
+def test_a_hub_that_does_not_answer_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, said: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    with pytest.raises(UsageError, match=rf"--hub me/mine was refused \({said}.*\); the folder is {tmp_path}"):
+        push_to_hub(tmp_path, "me/mine")
+
+
+@pytest.mark.parametrize(
     ("words", "code", "said"),
     [
         (["export"], 2, "say which model: --run-id ID for a run's, or --model"),
