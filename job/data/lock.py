@@ -43,7 +43,9 @@ def is_being_made(root: Path) -> bool:
 
 
 def _lock_file(root: Path) -> IO[bytes]:
-    return open(root.with_name(f"{root.name}.lock"), "ab")
+    file = root.with_name(f"{root.name}.lock")
+    with storage_errors(file):
+        return open(file, "ab")
 
 
 def _locked(file: IO[bytes]) -> bool:
