@@ -95,7 +95,7 @@ def _files(path: Path, left_out: list[str]) -> list[Path]:
         if path.is_dir():
             seen = sorted(file for file in path.iterdir() if not file.name.startswith("."))
             inside = [file for file in seen if _kind(file) in READERS and not file.is_dir()]
-            left_out += [_shown(file.name) for file in seen if file not in set(inside)]
+            left_out += [_shown(file.name) for file in sorted(set(seen).difference(inside))]
             for file in inside:
                 _check(file)
             if not inside:
