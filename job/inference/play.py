@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
+import re
 import secrets
 import threading
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ MOST_BYTES = 1 << 20
 """of a request"""
 OTHERS = 8
 """alternatives that are shown of each token"""
-HOSTS = ("127.0.0.1", "localhost", "[::1]")
+HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
+"""this machine, by any port: a browser may come through a tunnel, and leaves out port 80"""
 
 
 class Player(ThreadingHTTPServer):
@@ -123,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
         """Whether the request comes from our own page; answers it where not."""
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin")
-        if host.rpartition(":")[0] not in HOSTS or origin not in (None, f"http://{host}"):
+        if not HOST.fullmatch(host) or origin not in (None, f"http://{host}"):
             self._answer(403, b"this is for its own page on this machine", "text/plain")
         elif not secrets.compare_digest(token.encode(), self.server.token.encode()):
             self._answer(403, b"the token is missing or wrong: open the link that was printed", "text/plain")

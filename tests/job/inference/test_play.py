@@ -51,6 +51,12 @@ def test_the_page_needs_the_token_and_nothing_from_elsewhere(player: Player) -> 
     assert "default-src 'none'" in headers["Content-Security-Policy"]
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "localhost:9000"])
+def test_a_browser_comes_by_port_80_or_through_a_tunnel(player: Player, host: str) -> None:
+    headers = {"X-Token": player.token, "Host": host, "Origin": f"http://{host}"}
+    assert asked(player, "POST", "/", ASK, **headers)[0] == 200
+
+
 @pytest.mark.parametrize(
     ("headers", "said"),
     [
@@ -59,6 +65,7 @@ def test_the_page_needs_the_token_and_nothing_from_elsewhere(player: Player) -> 
         ({"X-Token": "TOKEN", "Origin": "http://evil.example"}, "for its own page"),
         ({"X-Token": "TOKEN", "Origin": "null"}, "for its own page"),
         ({"X-Token": "TOKEN", "Host": "evil.example:80"}, "for its own page"),
+        ({"X-Token": "TOKEN", "Host": "127.0.0.1.evil.example"}, "for its own page"),
     ],
 )
 def test_whoever_has_no_right_is_refused(player: Player, headers: dict[str, str], said: str) -> None:
