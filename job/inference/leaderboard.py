@@ -117,9 +117,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         with open(file, "rb") as stream:
             saved = vars(_Restricted(stream).load())
-        ids = {**saved["mergeable_ranks"], **{name: number for name, number in saved["special_tokens"].items()}}
-        assert sorted(ids.values()) == list(range(len(ids)))
+        ids = saved["mergeable_ranks"] | saved["special_tokens"]
         ranks, specials = (sorted(saved[key], key=saved[key].get) for key in ("mergeable_ranks", "special_tokens"))
+        assert [ids[token] for token in (*ranks, *specials)] == list(range(len(ids))), "its special tokens are not last"
         return Tokenizer(ranks, specials, saved["pat_str"])
     except FileNotFoundError:
         raise DataError(

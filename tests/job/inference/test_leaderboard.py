@@ -72,10 +72,12 @@ def write(folder: Path, state: object, model_config: dict[str, object] | None = 
     write_tokenizer(folder / "tokenizer.pkl")
 
 
-def write_tokenizer(file: Path, words: int = V, harm: object = None) -> None:
-    """As the program saves it: a pickle of tiktoken's encoding."""
-    ranks = {bytes([i] if i < 256 else [97, i - 256]): i for i in range(words - 1)}
-    specials = {"<|bos|>": words - 1}
+def write_tokenizer(file: Path, words: int = V, harm: object = None, bos: int | None = None) -> None:
+    """As the program saves it: a pickle of tiktoken's encoding; `bos` is the last id by default."""
+    bos = words - 1 if bos is None else bos
+    ids = (i for i in range(words) if i != bos)
+    ranks = {bytes([i] if i < 256 else [97, i - 256]): id for i, id in enumerate(ids)}
+    specials = {"<|bos|>": bos}
     encoding = tiktoken.Encoding("rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
     file.write_bytes(pickle.dumps(harm or encoding))
 
@@ -224,6 +226,7 @@ def truncated(file: Path) -> None:
         (lambda f: (f / "tokenizer.pkl").unlink(), "holds no tokenizer"),
         (lambda f: write_tokenizer(f / "tokenizer.pkl", harm=Harmful()), "it asks for builtins.print, and code in it"),
         (lambda f: write_tokenizer(f / "tokenizer.pkl", harm={"a": 1}), "is no tokenizer that can be used"),
+        (lambda f: write_tokenizer(f / "tokenizer.pkl", bos=7), r"is no tokenizer that can be used \(its special tok"),
     ],
 )
 def test_what_is_damaged_or_would_run_code_is_refused(
