@@ -321,19 +321,17 @@ class DatasetBuilder:
         """Pull what is not sealed yet, and make what cannot be pulled, reporting each artifact as it ends."""
         self._pull(tasks)
         missing = [task for task in tasks if not is_sealed(task.artifact.path)]
-        hub, total, done = self.hub, sum(task.size for task in missing), 0
+        hub, total = self.hub, sum(task.size for task in missing)
         if hub:
             hub.want([shard.name for task in missing for shard in task.shards], 2 * total // 3)
 
-        def advance(amount: int) -> None:
-            nonlocal done
-            done += amount
+        def show(done: int) -> None:
             self.reporter.progress("rows", min(done, total), total, "bytes")
 
         def is_ready(task: PackTask) -> bool:
             return hub is None or all([hub.is_here(shard.name) for shard in task.shards])
 
-        for _, metadata in run_tasks(missing, self.workers, advance, is_ready):
+        for _, metadata in run_tasks(missing, self.workers, show, is_ready):
             self._report(metadata)
 
     def _pull(self, tasks: list[PackTask]) -> None:

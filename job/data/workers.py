@@ -34,21 +34,29 @@ class Task(Protocol):
 def run_tasks(
     tasks: Sequence[Task],
     workers: int,
-    advance: Callable[[int], None],
+    show: Callable[[int], None],
     is_ready: Callable[[Any], bool] = lambda task: True,
 ) -> Iterator[tuple[int, Any]]:
     """(index, result) of every task as it ends, at most `workers` at a time; the first error ends them all.
 
-    Tasks start in order, each when `is_ready(task)`. With one worker or one task everything runs in this process.
+    Tasks start in order, each when `is_ready(task)`. `show(done)` is told the units of work that all have done so far.
+    With one worker or one task everything runs in this process.
     """
+    shown = 0
     if workers == 1 or len(tasks) <= 1:
+
+        def advance(amount: int) -> None:
+            nonlocal shown
+            shown += amount
+            show(shown)
+
         for index, task in enumerate(tasks):
             while not is_ready(task):
                 time.sleep(POLL_SECONDS)
             yield index, task.run(advance)
         return
     context = multiprocessing.get_context("spawn")
-    done, told = context.Value("q", 0), 0
+    done = context.Value("q", 0)
     others, processes = set(multiprocessing.active_children()), set[BaseProcess]()
     running: dict[Future[Any], int] = {}
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _begin, (done,))
@@ -62,9 +70,9 @@ def run_tasks(
             if not running:
                 time.sleep(POLL_SECONDS)
             ended = wait(running, POLL_SECONDS, FIRST_COMPLETED).done
-            if done.value > told:
-                advance(done.value - told)
-                told = done.value
+            if done.value > shown:
+                shown = done.value
+                show(shown)
             for future in ended:
                 yield running.pop(future), future.result()
     except BrokenProcessPool:

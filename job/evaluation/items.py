@@ -85,10 +85,6 @@ class EncodeTask:
     made_from: dict[str, Any]
 
     @property
-    def name(self) -> str:
-        return self.task.label
-
-    @property
     def work(self) -> int:
         """Examples to encode, shots included."""
         return min(len(self.task.examples), self.cap or sys.maxsize) * (self.task.shots + 1)
@@ -129,18 +125,15 @@ def seal_items(
             pass
 
     def is_made(task: EncodeTask) -> bool:
-        if not is_sealed(task.folder):
-            return False
-        return open_sealed(task.folder, kind=KIND, verify=False).id == content_id(KIND, task.made_from)
+        wanted = content_id(KIND, task.made_from)
+        return is_sealed(task.folder) and open_sealed(task.folder, kind=KIND, verify=False).id == wanted
 
     missing = sorted((task for task in tasks if not is_made(task)), key=lambda task: -task.work)
-    done = len(tasks) - len(missing)
+    found = len(tasks) - len(missing)
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        reporter.progress("tokenise", done, len(tasks), "tasks")
+    def show(done: int) -> None:
+        reporter.progress("tokenise", found + done, len(tasks), "tasks")
 
-    for _ in run_tasks(missing, workers if sum(task.work for task in missing) > SPAWN_PAYS else 1, advance):
+    for _ in run_tasks(missing, workers if sum(task.work for task in missing) > SPAWN_PAYS else 1, show):
         pass
-    return {task.name: TaskItems(open_sealed(task.folder, kind=KIND).path) for task in tasks}
+    return {task.task.label: TaskItems(open_sealed(task.folder, kind=KIND).path) for task in tasks}

@@ -114,8 +114,8 @@ class Finder:
         runs, text = word_runs(texts)
         maybe = np.flatnonzero(self._may[runs >> np.uint64(64 - FILTER_BITS)])
         runs, text = runs[maybe], text[maybe]
-        at = np.minimum(np.searchsorted(self._runs, runs), max(0, len(self._runs) - 1))
-        same = self._runs[at] == runs if len(self._runs) else np.zeros(0, bool)
+        at = np.minimum(np.searchsorted(self._runs, runs), len(self._runs) - 1)
+        same = self._runs[at] == runs
         tasks = np.zeros(len(texts), np.uint64)
         np.bitwise_or.at(tasks, text[same], self._tasks[at[same]])
         bits = np.uint64(1) << np.arange(len(self.by_task), dtype=np.uint64)
@@ -128,7 +128,6 @@ class Finder:
 class LeakTask:
     """The training documents of one shard; its result is (documents, documents with a run, by task)."""
 
-    name: str
     shard: Shard
     split: Split
     index: Path
@@ -189,15 +188,13 @@ def _count(
 ) -> dict[str, Any]:
     runs, tasks, without = index_of(bundle)
     np.savez(index, runs=runs, tasks=tasks)
-    total, done = sum(shard.size for shard in shards), 0
+    total = sum(shard.size for shard in shards)
 
-    def advance(amount: int) -> None:
-        nonlocal done
-        done += amount
+    def show(done: int) -> None:
         reporter.progress("leaks", min(done, total), total, "bytes")
 
-    work = [LeakTask(shard.name, shard, split, index, len(bundle.tasks)) for shard in shards]
-    results = [result for _, result in run_tasks(work, workers, advance)]
+    work = [LeakTask(shard, split, index, len(bundle.tasks)) for shard in shards]
+    results = [result for _, result in run_tasks(work, workers, show)]
     index.unlink()
     by_task = np.sum([counts for _, _, counts in results], axis=0).tolist()
     labels = [task.label for task in bundle.tasks]

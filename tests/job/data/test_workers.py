@@ -47,9 +47,10 @@ def squares(*numbers):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_result_comes_once_with_its_index(workers):
-    amounts: list[int] = []
-    results = dict(run_tasks(squares(3, 4, 5), workers, amounts.append))
-    assert {index: value for index, (value, _) in results.items()} == {0: 9, 1: 16, 2: 25} and sum(amounts) == 12
+    shown: list[int] = []
+    results = dict(run_tasks(squares(3, 4, 5), workers, shown.append))
+    assert {index: value for index, (value, _) in results.items()} == {0: 9, 1: 16, 2: 25} and shown == sorted(shown)
+    assert shown[-1] == 12
     pids = {pid for _, pid in results.values()}
     assert pids == {os.getpid()} if workers == 1 else os.getpid() not in pids and len(pids) <= 2
 
@@ -76,12 +77,12 @@ def test_a_process_that_was_told_to_stop_can_be_resumed():
 
 
 def test_the_others_clean_up_when_the_work_is_given_up(tmp_path):
-    def advance(amount):
-        if amount >= 1000:
+    def show(done):
+        if done >= 1000:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(run_tasks([Square(str(tmp_path / "mark"), 1000), *squares(2)], 2, advance))
+        list(run_tasks([Square(str(tmp_path / "mark"), 1000), *squares(2)], 2, show))
     assert (tmp_path / "mark").read_text() == "cleaned up"
 
 
