@@ -60,20 +60,20 @@ class Tokenizer:
         self.bos_id = self.special_ids["<|bos|>"]
 
     @cached_property
-    def _ids(self) -> dict[bytes, int]:
-        """Of two ids with the same bytes only the first is ever produced."""
+    def ids(self) -> dict[bytes, int]:
+        """Below the specials, by their bytes: of two ids with the same bytes only the first is ever produced."""
         return {token: index for index, token in reversed(list(enumerate(self.ranks)))}
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding("speedrun", pat_str=self.pattern, mergeable_ranks=self._ids, special_tokens={})
+        return tiktoken.Encoding("speedrun", pat_str=self.pattern, mergeable_ranks=self.ids, special_tokens={})
 
     @cached_property
     def _bulk(self) -> fastokens.Tokenizer:
         """Encodes many texts in one thread: a machine's cores have a shard each."""
         os.environ.setdefault("RAYON_NUM_THREADS", "1")
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-            file.write(_ranks_file(self._ids.items()))
+            file.write(_ranks_file(self.ids.items()))
             file.flush()
             return fastokens.Tokenizer.from_tiktoken(file.name, pattern=self.pattern)
 
@@ -128,8 +128,8 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """The tokenizer of a sealed folder (the caller has verified it)."""
-        facts = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
-        lines = (Path(folder) / "ranks.tiktoken").read_bytes().splitlines()
+        facts = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        lines = (folder / "ranks.tiktoken").read_bytes().splitlines()
         return cls([base64.b64decode(line.split()[0]) for line in lines], facts["specials"], facts["pattern"])
 
 

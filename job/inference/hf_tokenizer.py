@@ -54,19 +54,17 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
 
 def tokenizer_document(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer.json."""
-    spelled = _spelling()
-    ids: dict[bytes, int] = {}
-    vocabulary: dict[str, int] = {}
-    for number, token in enumerate(tokenizer.ranks):
-        first = ids.setdefault(token, number) == number  # of two ids with the same bytes only the first is produced
-        name = "".join(spelled[byte] for byte in token) if first else f"<|unused_{number}|>"
-        vocabulary[name] = number
-    names = {number: name for name, number in vocabulary.items()}
-    merges = []
-    for token, number in ids.items():
-        cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        pairs = [(ids[left], ids[right]) for left, right in cuts if left in ids and right in ids]
-        merges += [(number, *pair) for pair in sorted(pairs)]
+    spelled, ids = _spelling(), tokenizer.ids
+    names = [
+        "".join(spelled[byte] for byte in token) if ids[token] == number else f"<|unused_{number}|>"
+        for number, token in enumerate(tokenizer.ranks)
+    ]
+    merges = sorted(
+        (number, ids[token[:cut]], ids[token[cut:]])
+        for token, number in ids.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    )
     bos, bos_id = tokenizer.specials[0], tokenizer.bos_id
     bos_first = {"SpecialToken": {"id": bos, "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
@@ -96,8 +94,8 @@ def tokenizer_document(tokenizer: Tokenizer) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": vocabulary | tokenizer.special_ids,
-            "merges": [[names[left], names[right]] for _, left, right in sorted(merges, key=lambda merge: merge[0])],
+            "vocab": {name: number for number, name in enumerate(names)} | tokenizer.special_ids,
+            "merges": [[names[left], names[right]] for _, left, right in merges],
         },
     }
 
