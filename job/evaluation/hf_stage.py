@@ -17,6 +17,7 @@ from job.machine import host
 from job.reporter import Reporter
 from job.store.sealed import is_sealed
 from job.train.context import RankContext
+from job.train.loop import device_of
 from job.train.ranks import joined
 
 
@@ -26,7 +27,7 @@ def main(context: RankContext) -> None:
     assert context.run
     asked = json.loads(context.recipe_file.read_text(encoding="utf-8"))
     folder, cache = Path(asked["model"]), context.out / "bundles"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_of(context)
     with joined(context.rank, context.world_size, context.reporter) as ranks:
         first = None
         if ranks.rank == 0:
