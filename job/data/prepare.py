@@ -151,7 +151,7 @@ def prepare(
     start. Artifacts that `store` has are pulled from there. Raises DataError for text that is missing, damaged or too
     small, StorageError when `out` cannot be written.
     """
-    builder = DatasetBuilder(Path(out), data, seq_len, reporter, workers, rows, store)
+    builder = DatasetBuilder(out, data, seq_len, reporter, workers, rows, store)
     hub = builder.hub
     reporter.emit("prepare.started", id=builder.root.name)
     if left_out := builder.source.left_out:

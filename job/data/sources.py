@@ -25,7 +25,7 @@ def open_source(data: DataConfig, out: Path, store: Store | None = None) -> Sour
                 f"data.max_chars={data.max_chars} cannot be used with {data.source}: of a named dataset a run takes"
                 " the shards it needs; give 0"
             )
-        return hub.open_hub(data.source, Path(out) / "text", store)
+        return hub.open_hub(data.source, out / "text", store)
     source = local.open_local(data.paths) if data.source == "local" else embedded.open_embedded()
     return limit(source, data.max_chars) if data.max_chars else source
 

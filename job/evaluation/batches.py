@@ -67,7 +67,7 @@ def padded_length(tokens: int, fine: bool = False) -> int:
         return -(-tokens // FINE) * FINE
     if tokens <= SHORTEST:
         return SHORTEST if tokens else 0
-    step = max(1 << (tokens - 1).bit_length() - 4, 1)
+    step = 1 << (tokens - 1).bit_length() - 4
     return -(-tokens // step) * step
 
 

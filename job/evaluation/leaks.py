@@ -167,7 +167,7 @@ def seal_leaks(
     if not is_sealed(path):
         if not workers:
             return None
-        source = open_source(data, Path(out))
+        source = open_source(data, out)
         split = ByShard(prepared.path / "split" / "hashes.npy") if source.val else ByHash(data.val_fraction)
         shards = source.shards[:files]
         if isinstance(source, HubSource):

@@ -97,7 +97,7 @@ class Ledger:
     @classmethod
     def open(cls, out: Path) -> Ledger:
         """The ledger sealed in the folder of an evaluation; DataError when it is not there or damaged."""
-        folder = open_sealed(Path(out) / "ledger", kind=LEDGER)
+        folder = open_sealed(out / "ledger", kind=LEDGER)
         document = json.loads((folder.path / "ledger.json").read_text(encoding="utf-8"))
         return cls(**{**document, "tasks": tuple(TaskResult(**task) for task in document["tasks"])})
 
@@ -187,7 +187,7 @@ def sealed_answers(
     out: Path, label: str, made_from: dict[str, Any], reporter: Reporter
 ) -> tuple[list[Answer], float] | None:
     """The answers of a task and their seconds, if they are sealed and were made from exactly this; None otherwise."""
-    folder = Path(out) / label
+    folder = out / label
     sealed = usable(folder, kind=ANSWERS, reporter=reporter)
     if not sealed or sealed.id != content_id(ANSWERS, made_from):
         return None
@@ -195,7 +195,7 @@ def sealed_answers(
 
 
 def seal_answers(out: Path, label: str, made_from: dict[str, Any], answers: Sequence[Answer], seconds: float) -> None:
-    with sealing(Path(out) / label, kind=ANSWERS, made_from=made_from) as folder:
+    with sealing(out / label, kind=ANSWERS, made_from=made_from) as folder:
         folder.facts |= {"n": len(answers), "accuracy": _accuracy(answers), "seconds": seconds}
         with open(folder.path / "answers.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -206,7 +206,7 @@ def seal_answers(out: Path, label: str, made_from: dict[str, Any], answers: Sequ
 
 
 def seal_ledger(out: Path, ledger: Ledger) -> None:
-    with sealing(Path(out) / "ledger", kind=LEDGER, made_from=ledger.made_from) as folder:
+    with sealing(out / "ledger", kind=LEDGER, made_from=ledger.made_from) as folder:
         folder.facts |= {"name": ledger.name, "metric": ledger.metric}
         (folder.path / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=1), encoding="utf-8")
 

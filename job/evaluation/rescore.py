@@ -48,10 +48,8 @@ def recipe_for_evaluation(run: Path, core_bundle: str | None, overrides: Sequenc
     if foreign:
         rule = "the run is trained, only keys of the eval section can change, e.g. -o eval.cap=20"
         raise UsageError(f"-o {foreign[0]} cannot be used: {rule}")
-    flags = {}
-    for section, entries in recipe.values().items():
-        for key, value in entries.items():
-            flags[f"{section}.{key}"] = (recipe.sources[f"{section}.{key}"], value)
+    values = {f"{section}.{key}": value for section, keys in recipe.values().items() for key, value in keys.items()}
+    flags = {key: (recipe.sources[key], value) for key, value in values.items()}
     if core_bundle is not None:
         flags["eval.core_bundle"] = ("--core-bundle", core_bundle)
     asked = resolve(recipe.preset, flags, overrides)

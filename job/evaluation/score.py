@@ -113,12 +113,7 @@ def score_items(
 
 
 def _score_batches(
-    forward: Forward,
-    kind: str,
-    items: Sequence[Item],
-    batches: Sequence[Batch],
-    device: torch.device | str,
-    label: str,
+    forward: Forward, kind: str, items: Sequence[Item], batches: Sequence[Batch], device: torch.device | str, label: str
 ) -> dict[int, tuple[Answer, float]]:
     results = [forward(*tensors_of([items[i] for i in batch.items], batch, device)) for batch in batches]
     decided: dict[int, tuple[Answer, float]] = {}
