@@ -28,31 +28,38 @@ TEXT_PER_BYTE = 4
 
 @dataclasses.dataclass(frozen=True)
 class FileShard:
-    """One file, or consecutive small ones; `size` is the bytes of its text (of its text column, for parquet)."""
+    """One file, or consecutive small ones; `size` is the bytes of its text (of its text column, for parquet).
+
+    `files` have with each its size and time of change when it was hashed; DataError where they are others when its text
+    has been read, which is then not the text of that hash.
+    """
 
     name: str
     size: int
-    files: tuple[Path, ...]
+    files: tuple[tuple[Path, tuple[int, int]], ...]
 
     def texts(self) -> Iterator[str | None]:
-        for file in self.files:
+        for file, hashed in self.files:
             with readable(file):
                 yield from READERS[_kind(file)](file)
+                if _version(file) != hashed:
+                    raise DataError(f"{file} was changed while it was in use; run the same command again when it rests")
 
 
 def open_local(paths: tuple[str, ...]) -> Source:
     """Files as shards. Every file is hashed and every parquet schema read now, so that most faults show at once."""
     files, left_out = text_files(paths)
-    identity, sizes = [], []
+    identity, sizes, versions = [], [], []
     for file in files:
         with readable(file):
+            versions.append((file, _version(file)))
             sizes.append(_text_bytes(file))
             identity.append({"name": file.name, "size": file.stat().st_size, "sha256": sha256_file(file)})
     shards = []
     for run in group(sizes):
         members = files[run]
         name = members[0].name if len(members) == 1 else f"{members[0].name}..{members[-1].name}"
-        shards.append(FileShard(name, sum(sizes[run]), tuple(members)))
+        shards.append(FileShard(name, sum(sizes[run]), tuple(versions[run])))
     return Source({"source": "local", "files": identity}, tuple(shards), left_out=tuple(left_out))
 
 
@@ -65,6 +72,11 @@ def text_files(paths: tuple[str, ...]) -> tuple[list[Path], list[str]]:
             "data.source is local but no path is given; point --data to a folder or to files that hold text"
         )
     return files, left_out
+
+
+def _version(file: Path) -> tuple[int, int]:
+    """What changes where the file does, as far as can be seen without reading it: its size, and when it was changed."""
+    return file.stat().st_size, file.stat().st_mtime_ns
 
 
 def _compression(file: Path) -> str | None:

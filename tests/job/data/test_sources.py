@@ -57,6 +57,21 @@ def test_files_come_in_the_order_given(tmp_path):
     assert all_texts(local_source(tmp_path / "b.txt", tmp_path / "a.txt")) == ["b", "a"]
 
 
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_file_that_changes_after_it_was_hashed_is_refused(tmp_path, when):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one"}\n' * 3)
+    (shard,) = local_source(tmp_path).shards
+    assert list(shard.texts()) == ["one"] * 3
+    texts = shard.texts()
+    if when == "while":
+        next(texts)
+    with open(file, "a") as more:
+        more.write('{"text": "two"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl was changed while it was in use; run the same command again"):
+        list(texts)
+
+
 def test_identity_is_the_text_not_its_place(tmp_path):
     for folder, text in (("x", "same"), ("y", "same"), ("z", "Same")):
         (tmp_path / folder).mkdir()
