@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from job.data.hub import DATASETS, Dataset
 from job.data.lock import alone, is_being_made
 from job.data.prepare import Prepared
 from job.data.rows import Rows
-from job.errors import DataError, InterruptedRun
+from job.errors import DataError, InterruptedRun, StorageError
 from job.recipe.config import resolve
 from job.reporter import Reporter
 from job.run import background as stage
@@ -99,6 +100,18 @@ def test_begun_is_what_training_starts_with(begun, hub):
     again = Prepared.open(begun.path)
     assert (again.id, again.metadata) == (begun.id, begun.metadata) and begun.id == begun.path.name
     assert set(hub.fetched()) == {SHARD(0), SHARD(6542)}
+
+
+def test_a_set_beside_which_no_lock_may_be_written_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(file, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr("job.data.lock.open", refuse, raising=False)
+    for ask in (lambda root: alone(root, Reporter()).__enter__(), is_being_made):
+        with pytest.raises(
+            StorageError, match=r"set\.lock cannot be written \(Permission denied\); give user \d+ write"
+        ):
+            ask(tmp_path / "set")
 
 
 def test_rows_wait_visibly_for_what_is_being_made(begun, again, tmp_path, helpers):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -20,11 +19,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from helpers import children, is_alive, wait_for
-from job.data.lock import alone, is_being_made
 from job.data.prepare import Prepared
 from job.data.rows import Rows
 from job.errors import DataError, StorageError
-from job.reporter import Reporter
 from job.store.documents import hashed
 from job.store.sealed import is_sealed
 
@@ -304,18 +301,6 @@ def test_output_not_writable(corpus, helpers):
         StorageError, match=r"/sys/\S+ cannot be written \(.*\); give user \d+ write permission or choose another --out"
     ):
         helpers.small_prepare(Path("/sys/speedrun"), helpers.config(corpus))
-
-
-def test_a_set_beside_which_no_lock_may_be_written_is_one_sentence(tmp_path, monkeypatch):
-    def refuse(file, mode):
-        raise PermissionError(errno.EACCES, "Permission denied", str(file))
-
-    monkeypatch.setattr("job.data.lock.open", refuse, raising=False)
-    for ask in (lambda root: alone(root, Reporter()).__enter__(), is_being_made):
-        with pytest.raises(
-            StorageError, match=r"set\.lock cannot be written \(Permission denied\); give user \d+ write"
-        ):
-            ask(tmp_path / "set")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
