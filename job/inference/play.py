@@ -22,12 +22,13 @@ from urllib.parse import parse_qs, urlsplit
 
 from job.errors import UsageError
 from job.inference.sample import TextModel
-from model.config import ConfigError
 from model.generate import ENDED, Decoder, Sampling, draw
 
 PATIENCE = 30.0
 MOST_BYTES = 1 << 20
 """of a request"""
+NONSENSE = (UsageError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+"""what a request that makes no sense is refused with"""
 OTHERS = 8
 """alternatives that are shown of each token"""
 HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
@@ -55,8 +56,8 @@ class Player(ThreadingHTTPServer):
         """Nothing: a client that went away ends its own thread."""
 
     def tokens(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """What follows `prompt` and the tokens `ids` that came after it, one by one. UsageError, ConfigError and
-        TypeError for a request that makes no sense."""
+        """What follows `prompt` and the tokens `ids` that came after it, one by one. NONSENSE for a
+        request that makes none."""
         gpt, tokenizer = self.model.gpt, self.model.tokenizer
         sampling = Sampling(asked["temperature"], seed=asked["seed"])
         kept = [int(token) for token in asked["ids"]]
@@ -114,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             tokens = self.server.tokens(json.loads(self.rfile.read(int(size))))
             first = list(itertools.islice(tokens, 1))
-        except (UsageError, ConfigError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except NONSENSE as error:
             self._answer(400, f"{error}".encode(errors="replace"), "text/plain; charset=utf-8")
             return
         self._head(200, "application/x-ndjson")

@@ -95,6 +95,8 @@ def test_tokens_come_with_probabilities_and_go_on_from_any_point(player: Player)
         (ASK | {"prompt": "x " * 200}, 400, "shorten the prompt"),
         (ASK | {"ids": [500]}, 400, "there are no such tokens"),
         (b"{", 400, "Expecting"),
+        (b"[" * 200_000, 400, "recursion"),
+        (ASK | {"tokens": float("inf")}, 400, "infinity"),
         ([1], 400, "indices"),
         (b" " * ((1 << 20) + 1), 413, "at most a megabyte"),
     ],
