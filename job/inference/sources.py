@@ -80,7 +80,7 @@ class Source:
         return model
 
 
-def open_source(path: Path, *, verify: bool = True) -> Source:
+def open_source(path: Path) -> Source:
     """The model in a sealed checkpoint or export; DataError, naming what there is, for anything else."""
     if not is_sealed(path):
         if list(path.glob("model_*.pt")):
@@ -91,8 +91,8 @@ def open_source(path: Path, *, verify: bool = True) -> Source:
         raise DataError(f"{path} holds no model of ours (no {MANIFEST}): give a run, a checkpoint or an export")
     kind = read_manifest((path / MANIFEST).read_bytes(), path / MANIFEST, "fetch it again")["kind"]
     if kind == CHECKPOINT:
-        return _of_checkpoint(open_sealed(path, kind=CHECKPOINT, verify=verify))
-    return of_export(open_sealed(path, kind=EXPORT, verify=verify))
+        return _of_checkpoint(open_sealed(path, kind=CHECKPOINT))
+    return of_export(open_sealed(path, kind=EXPORT))
 
 
 def _of_checkpoint(sealed: Sealed) -> Source:
