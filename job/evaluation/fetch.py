@@ -98,7 +98,7 @@ def _download(where: str, url: str, part: Path, reporter: Reporter) -> None:
 def _copy(where: str, url: str, part: Path, reporter: Reporter) -> None:
     """One attempt; ConnectionError when the answer ends before the length that the server stated."""
     with urllib.request.urlopen(request(url), timeout=SILENCE_SECONDS) as answer, open(part, "wb") as file:
-        total = int(answer.headers.get("Content-Length") or 0)
+        total = answer.length or 0  # counts down as the answer is read
         while piece := _piece(answer):
             file.write(piece)
             done = file.tell()
