@@ -12,6 +12,7 @@ transformers, which the image does not have; the same file is all that transform
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from job.inference import network_speedrun
 from job.inference.card import write_card
 from job.inference.hf_tokenizer import write_tokenizer
 from job.inference.sources import EXPORT, NETWORK, SHAPE_KEYS, Source
-from job.store.sealed import Sealed, open_sealed, sealing
+from job.store.sealed import MANIFEST, Sealed, open_sealed, read_manifest, sealing
 from job.train.checkpoint import write_tensors
 from model.config import GPTConfig
 from model.generate import Sampling, generate
@@ -40,7 +41,11 @@ GREEDY = 16
 
 
 def export(source: Source, target: Path, license: str, progress: Callable[[str], None] = lambda _: None) -> Sealed:
-    """Seal the model as `target`; DataError when what was written does not give back what was read."""
+    """Seal the model as `target`, where nothing is, or an earlier export, which is replaced: UsageError for all else.
+
+    DataError when what was written does not give back what was read.
+    """
+    _check_target(target)
     shapes = source.shapes()
     with sealing(target, kind=EXPORT, made_from={**source.made_from, "export": VERSION}) as folder:
         path = folder.path
@@ -54,6 +59,17 @@ def export(source: Source, target: Path, license: str, progress: Callable[[str],
         write_card(path, source, parameters, license, checked)
         folder.facts |= {"bytes": entry["size"], "parameters": parameters, "checked": checked}
     return open_sealed(target, kind=EXPORT, verify=False)
+
+
+def _check_target(target: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not any(target.iterdir()):
+            return
+    with contextlib.suppress(DataError, OSError):
+        if read_manifest((target / MANIFEST).read_bytes(), target, "")["kind"] == EXPORT:
+            return
+    if target.exists():
+        raise UsageError(f"{target} is there and is no export, and is not replaced; give another folder with --to")
 
 
 class _Tensors(Mapping[str, Tensor]):

@@ -18,7 +18,7 @@ from job.errors import DataError, UsageError
 from job.inference.export import export, load_network, push_to_hub
 from job.inference.hf_tokenizer import tokenizer_document
 from job.inference.sources import SHAPE_KEYS, Source, open_source
-from job.store.sealed import open_sealed
+from job.store.sealed import open_sealed, sealing
 
 
 def test_an_export_is_opened_as_the_model_that_it_was_made_from(exported: tuple[Source, Path]) -> None:
@@ -75,6 +75,26 @@ def test_a_model_that_diverged_is_no_bug_of_ours(make_source: Callable[[str], So
     broken = dataclasses.replace(source, read=lambda name: source.read(name) * float("nan"))
     with pytest.raises(DataError, match="its training diverged"):
         export(broken, tmp_path / "e", "mit")
+
+
+def test_what_is_there_is_replaced_only_if_it_is_an_export(
+    make_source: Callable[[str], Source], tmp_path: Path
+) -> None:
+    """A file, a folder of somebody's, a sealed folder of another kind: all stay as they are."""
+    source = make_source("feb")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    with sealing(tmp_path / "sealed", kind="checkpoint", made_from={}) as folder:
+        (folder.path / "notes.txt").write_text("mine")
+    for name, file in (("file", ""), ("folder", "notes.txt"), ("sealed", "notes.txt")):
+        with pytest.raises(UsageError, match=rf"{name} is there and is no export, and is not replaced; give another"):
+            export(source, tmp_path / name, "mit")
+        assert (tmp_path / name / file).read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    first = export(source, tmp_path / "empty", "mit")
+    assert export(source, tmp_path / "empty", "other").id == first.id
+    assert "license: other" in (tmp_path / "empty" / "README.md").read_text()
 
 
 def test_the_hub_wants_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
