@@ -151,6 +151,8 @@ def export(
         raise UsageError("this model is of no run: say where its export goes with --to DIR")
     target = to or source.run / "export"  # type: ignore[operator]
     check_writable(target, "--to" if to else "--out")
+    if to:
+        exporting.check_target(to)
     sealed = exporting.export(source, target, license)
     if bucket and source.run and to is None:
         push_sealed(bucket.store, f"{run_key(source.run.name)}/export", target)
@@ -191,7 +193,7 @@ def import_(
     Example:
       speedrun import base_checkpoints/d24 --tokenizer tokenizer/
     """
-    from job.inference.export import export as write_export
+    from job.inference import export as exporting
     from job.inference.leaderboard import open_leaderboard
     from job.inference.sources import SHAPE_KEYS
     from job.run.launch import check_writable
@@ -208,7 +210,9 @@ def import_(
     source = open_leaderboard(folder, tokenizer, step, values)
     target = to or out / "imported" / folder.resolve().name
     check_writable(target, "--to" if to else "--out")
-    click.echo(_said(write_export(source, target, license)))
+    if to:
+        exporting.check_target(to)
+    click.echo(_said(exporting.export(source, target, license)))
 
 
 @click.command()

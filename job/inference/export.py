@@ -41,11 +41,7 @@ GREEDY = 16
 
 
 def export(source: Source, target: Path, license: str, progress: Callable[[str], None] = lambda _: None) -> Sealed:
-    """Seal the model as `target`, where nothing is, or an earlier export, which is replaced: UsageError for all else.
-
-    DataError when what was written does not give back what was read.
-    """
-    _check_target(target)
+    """Seal the model as `target`; DataError when what was written does not give back what was read."""
     shapes = source.shapes()
     with sealing(target, kind=EXPORT, made_from={**source.made_from, "export": VERSION}) as folder:
         path = folder.path
@@ -61,7 +57,8 @@ def export(source: Source, target: Path, license: str, progress: Callable[[str],
     return open_sealed(target, kind=EXPORT, verify=False)
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """UsageError where `target`, a folder that somebody named, has anything but an earlier export, to be replaced."""
     with contextlib.suppress(OSError):
         if not any(target.iterdir()):
             return

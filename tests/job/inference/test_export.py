@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import job.inference.export
 from job.cli.commands import main
 from job.errors import DataError, UsageError
-from job.inference.export import export, load_network, push_to_hub
+from job.inference.export import check_target, export, load_network, push_to_hub
 from job.inference.hf_tokenizer import tokenizer_document
 from job.inference.sources import SHAPE_KEYS, Source, open_source
 from job.store.sealed import open_sealed, sealing
@@ -77,24 +77,26 @@ def test_a_model_that_diverged_is_no_bug_of_ours(make_source: Callable[[str], So
         export(broken, tmp_path / "e", "mit")
 
 
-def test_what_is_there_is_replaced_only_if_it_is_an_export(
-    make_source: Callable[[str], Source], tmp_path: Path
-) -> None:
+def test_what_is_there_is_replaced_only_if_it_is_an_export(exported: tuple[Source, Path], tmp_path: Path) -> None:
     """A file, a folder of somebody's, a sealed folder of another kind: all stay as they are."""
-    source = make_source("feb")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("mine")
     with sealing(tmp_path / "sealed", kind="checkpoint", made_from={}) as folder:
         (folder.path / "notes.txt").write_text("mine")
-    for name, file in (("file", ""), ("folder", "notes.txt"), ("sealed", "notes.txt")):
-        with pytest.raises(UsageError, match=rf"{name} is there and is no export, and is not replaced; give another"):
-            export(source, tmp_path / name, "mit")
+    there = "is there and is no export, and is not replaced"
+    for name, file, why in (
+        ("file", "", "Not a directory"),
+        ("folder", "notes.txt", there),
+        ("sealed", "notes.txt", there),
+    ):
+        words = ["export", "--model", str(exported[1]), "--to", str(tmp_path / name)]
+        ended = CliRunner().invoke(main, words, prog_name="speedrun")
+        assert ended.exit_code == 2 and why in ended.stderr
         assert (tmp_path / name / file).read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    first = export(source, tmp_path / "empty", "mit")
-    assert export(source, tmp_path / "empty", "other").id == first.id
-    assert "license: other" in (tmp_path / "empty" / "README.md").read_text()
+    for target in (exported[1], tmp_path / "empty", tmp_path / "not there"):
+        check_target(target)
 
 
 def test_the_hub_wants_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
