@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from job.errors import MEANING, ExitCode, SpeedrunError
+from job.errors import MEANING, ExitCode, SpeedrunError, UsageError
 from job.recipe import names
 
 EPILOG = (
@@ -93,13 +93,23 @@ class Refused(click.ClickException):
 class Commands(click.Group):
     """Expected failures, click's among them, are one sentence with the exit code of the table."""
 
-    def make_context(self, *given: Any, **named: Any) -> click.Context:
+    def make_context(self, info_name: str | None, args: list[str], *given: Any, **named: Any) -> click.Context:
         with _refusing(self):
-            return super().make_context(*given, **named)
+            if foreign := next((word for word in args if not _is_text(word)), None):
+                raise UsageError(f"{foreign!r} is not UTF-8, which all records are: give names and addresses in UTF-8")
+            return super().make_context(info_name, args, *given, **named)
 
     def invoke(self, ctx: click.Context) -> Any:
         with _refusing(self, ctx):
             return super().invoke(ctx)
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:  # of a byte that no UTF-8 has
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -270,6 +270,10 @@ def _coerce(key: str, value: Any) -> Any:
     raise UsageError(f"{key}={value} cannot be used: give {words.get(wanted, 'a list of texts')}")
 
 
+MOST = 1e18
+"""what no number of a recipe reaches: products of them stay finite"""
+
+
 def _check(section: str, config: Any) -> None:
     """UsageError for the first value of `config` that breaks the rule in its field's metadata."""
     for field in dataclasses.fields(config):
@@ -279,6 +283,8 @@ def _check(section: str, config: Any) -> None:
         if isinstance(value, (int, float)):
             within = rule.get("min", value) <= value <= rule.get("max", value) or value == rule.get("also")
             kept = within and rule.get("above", -math.inf) < value < rule.get("below", math.inf)
+            if abs(value) >= MOST:
+                kept, remedy = False, f"a number below {MOST:.0e}"
         step = rule.get("multiple_of")
         if kept and step and value % step:
             kept, remedy = False, f"a multiple of {step}, e.g. {max(step, round(value / step) * step)}"

@@ -26,6 +26,11 @@ WRONG = (
     ("--preset run6 run", 2, "speedrun has no option --preset: options stand behind the command, as in speedrun run"),
     ("--hlep", 2, "speedrun has no option --hlep; did you mean --help?"),
     ("--version=3", 2, "--version takes no value: write it without = and what is behind"),
+    (
+        "run --core-bundle b\udcff",
+        2,
+        "'b\\udcff' is not UTF-8, which all records are: give names and addresses in UTF-8",
+    ),
     # options
     ("run --resume", 2, "speedrun run has no option --resume: here that is the default: the same --run-id goes on"),
     ("run --gpus 8", 2, "has no option --gpus: here that is --ranks N (the default is one process a GPU)"),
@@ -89,6 +94,14 @@ WRONG = (
     ("certify", 2, "say what is certified: RUN..., or --core X for each figure, or --table PLACE for a leaderboard"),
     ("evaluate", 2, "say what is scored: --run-id ID for a run's model, or --hf DIR for another"),
 )
+
+
+def test_a_word_that_no_record_can_hold() -> None:
+    ended = CliRunner().invoke(main, ["run", "--core-bundle", "b\udcff"], prog_name="speedrun")
+    assert ended.exit_code == 2
+    assert (
+        ended.stderr == "speedrun: 'b\\udcff' is not UTF-8, which all records are: give names and addresses in UTF-8\n"
+    )
 
 
 @pytest.mark.parametrize(("line", "code", "piece"), WRONG, ids=[line for line, *_ in WRONG])

@@ -50,6 +50,8 @@ def test_later_sources_win_and_are_named() -> None:
         ("train.steps=1.5", "train.steps=1.5 cannot be used: give a whole number"),
         ("train.lr_scale=fast", "train.lr_scale=fast cannot be used: give a number"),
         ("train.lr_scale=nan", "train.lr_scale=nan cannot be used: give a positive number, e.g. 1.0"),
+        ("train.param_data_ratio=1e305", "train.param_data_ratio=1e+305 cannot be used: give a number below 1e+18"),
+        (f"train.steps={10**30}", f"train.steps={10**30} cannot be used: give a number below 1e+18"),
         ("data.split_long=maybe", "data.split_long=maybe cannot be used: give true or false"),
         ("model.depth=0", "model.depth=0 cannot be used: give a number of blocks from 1 to 100"),
         ("model.depth=-4", "model.depth=-4 cannot be used: give a number of blocks from 1 to 100"),
