@@ -119,9 +119,9 @@ def test_a_damaged_model_is_not_scored(copied, speedrun):
 
 
 def test_prepare_makes_the_items_and_evaluation_finds_them(trained, alone):
-    (made,) = (trained / "prepared").glob("*/items/*-12")
+    (made,) = (trained / "prepared").glob("*/items/*-6")
     ledger = Ledger.open(newest(alone / "runs" / "t" / "eval"))
-    assert made.name == f"{ledger.made_from['bundle']}-12" and len(list(made.iterdir())) == 22
+    assert made.name == f"{ledger.made_from['bundle']}-6" and len(list(made.iterdir())) == 22
     manifests = [json.loads((made / task.label / "manifest.json").read_text()) for task in ledger.tasks]
     assert {manifest["made_from"]["tokenizer"] for manifest in manifests} == {ledger.made_from["tokenizer"]}
     found = alone / made.relative_to(trained)
