@@ -270,7 +270,7 @@ def _coerce(key: str, value: Any) -> Any:
     raise UsageError(f"{key}={value} cannot be used: give {words.get(wanted, 'a list of texts')}")
 
 
-MOST = 1e18
+MOST = 1e100
 """what no number of a recipe reaches: products of them stay finite"""
 
 
