@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from job.errors import PreflightError
+from job.errors import PreflightError, first_line
 from job.machine import host
 from job.machine.finding import Finding, refusal
 from job.machine.stack import describe_stack, differences, lines
@@ -100,9 +100,8 @@ def _prove(recipe: Recipe, here: host.Machine, rows: list[dict[str, Any]], *, st
             error = attention.disagreement(device, 64 if narrow else attention.PROOF_LENGTH, gradients=True)
             forward, both = _attention_ms(config, window, batch, device)
         except Exception as failure:  # whatever it is, this kernel cannot be used here
-            sentence = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
             raise PreflightError(
-                f"attention, window {window}, fails on this machine: {sentence}; take another machine"
+                f"attention, window {window}, fails on this machine: {first_line(failure)}; take another machine"
             ) from failure
         rows.append(
             _row(f"attention, window {window}", error, attention.PROOF_BOUND, f"{forward:.2f} + {both - forward:.2f}")

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from job.errors import ExitCode
+from job.errors import ExitCode, first_line
 from job.recipe.leaderboard import UNTIMED_STEPS
 from job.reporter import RankReporter
 from job.store import VARIABLE
@@ -213,8 +213,7 @@ class WandbSender:
                 self.session(chosen)
                 return 0
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                self.tell(lost=f"wandb was lost ({reason})")
+                self.tell(lost=f"wandb was lost ({first_line(error)})")
                 with contextlib.suppress(Exception):
                     import wandb
 
